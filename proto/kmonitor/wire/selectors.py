@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a registration names: nodes, processes, control groups, units. Checked alike in client and broker."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+
+from kmonitor.wire.errors import BadSelectorError
+
+PID_MAX = 4_194_304  # PID_MAX_LIMIT of include/linux/threads.h on 64-bit machines
+_NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|slice|socket|mount|swap)")
+_LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,62})?")
+_GLOB = re.compile(r"[*?\[]")
+
+
+def is_glob(text: str) -> bool:
+    """Whether `text` has any of the characters that make it a pattern."""
+    return _GLOB.search(text) is not None
+
+
+def check_glob(text: str, what: str) -> str:
+    """Return `text`, or raise BadSelectorError if it cannot match as meant: empty, or a bracket left open."""
+    if not text:
+        raise BadSelectorError(f"an empty glob for {what} matches nothing: leave it out, or write *")
+    if "\0" in text or len(text) > 255:
+        raise BadSelectorError(f"glob for {what} is longer than 255 characters or holds a NUL")
+    at = 0
+    while (start := text.find("[", at)) >= 0:
+        first = start + 2 if text[start + 1 : start + 2] == "!" else start + 1
+        end = text.find("]", first + 1)
+        if end < 0:
+            raise BadSelectorError(f"malformed glob {text!r} for {what}: '[' at character {start + 1} is not closed")
+        at = end + 1
+    return text
+
+
+def check_node_name(name: str) -> str:
+    """Return `name`, or raise BadSelectorError if no node can be called so (letters, digits, . _ -; at most 253)."""
+    if not _NODE_NAME.fullmatch(name):
+        raise BadSelectorError(
+            f"{name!r} cannot be a node's name: use letters, digits, '.', '_' and '-', starting and ending with a letter or digit"
+        )
+    return name
+
+
+def check_node_selector(names: Iterable[str], labels: Mapping[str, str]) -> None:
+    """Raise BadSelectorError for a malformed name, glob or label key."""
+    for name in names:
+        if is_glob(name):
+            check_glob(name, "node")
+        else:
+            check_node_name(name)
+    for key in labels:
+        if not _LABEL_KEY.fullmatch(key):
+            raise BadSelectorError(f"{key!r} cannot be a label's name")
+
+
+def node_matches(name: str, node_labels: Mapping[str, str], names: Iterable[str], labels: Mapping[str, str]) -> bool:
+    """Whether a node is selected: by any of `names` (none is all), and with all of `labels`."""
+    patterns = list(names)
+    if patterns and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+        return False
+    return all(node_labels.get(key) == value for key, value in labels.items())
+
+
+def check_pid(pid: int) -> int:
+    """Return `pid`, or raise BadSelectorError if no process can have it."""
+    if pid <= 0:
+        raise BadSelectorError(f"pid {pid} names no process: give a number from 1")
+    if pid > PID_MAX:
+        raise BadSelectorError(f"pid {pid} is above {PID_MAX}, the highest that Linux gives")
+    return pid
+
+
+def check_cgroup_path(path: str) -> str:
+    """Return the path below the hierarchy's root, or raise BadSelectorError."""
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/") or len(path) > 4096:
+        raise BadSelectorError(f"control group {path!r}: give its path below the root of the v2 hierarchy, such as /system.slice/nginx.service")
+    return "/" + "/".join(part for part in path.split("/") if part)
+
+
+def check_unit_name(name: str) -> str:
+    """Return a unit's full name ("nginx" is "nginx.service", as systemctl takes it), or raise BadSelectorError."""
+    full = name if "." in name else name + ".service"
+    if not _UNIT_NAME.fullmatch(full):
+        raise BadSelectorError(f"{name!r} is not the name of a systemd unit that has processes, such as nginx.service")
+    return full
