@@ -84,6 +84,8 @@ struct kmonitor_watched {
 	unsigned int flags;
 };
 #define KMONITOR_WATCHED_FOLLOW 0x1
+/* The process has ended; entry kept for threads of its that end at the same time. */
+#define KMONITOR_WATCHED_ENDED 0x2
 
 /* Losses are counted apart for what a process's own entry asked for, so that a monitor of
  * one process is not told of losses that cannot be its own. */
@@ -99,20 +101,27 @@ struct kmonitor_control {
 	unsigned int any_mask; /* the OR of every mask: tested before all else */
 	unsigned int all_mask; /* node-wide */
 	unsigned int sleeping; /* the reader waits and must be woken */
-	unsigned int reserved;
+	unsigned int pidns_level; /* scope pidns: the namespace's depth below the initial one */
 	unsigned long long epoch; /* set once, when the ring is made */
+	unsigned int object_crc;  /* of the probe's object file that made it */
+	unsigned int pidns_inum;  /* of the agent that made it */
 	unsigned long long lost[KMONITOR_LOST_CLASSES][KMONITOR_LOST_TYPES];
 };
 
 /* Read-only, set between open and load. */
 struct kmonitor_config {
 	unsigned int pidns_inum;     /* scope pidns: the namespace's inode number; 0 is scope host */
-	unsigned int pidns_level;    /* its depth below the initial namespace */
 	unsigned int has_group_dead; /* sched_process_exit has the argument group_dead (6.16 and later) */
 	unsigned int fill_mark;      /* bytes waiting in the ring above which threads and node-wide matches are dropped */
 };
 
-/* What the iterator "tasks" prints: one of these for each process. */
+/* What the iterator "kmonitor_where" prints: the pid namespace of who reads it. */
+struct kmonitor_namespace {
+	unsigned int level; /* 0 is the initial one */
+	unsigned int inum;
+};
+
+/* What the iterator "kmonitor_tasks" prints: one of these for each process. */
 struct kmonitor_process {
 	unsigned long long start_boottime_ns;
 	unsigned long long cgroup_id;

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent of one node: arms the probe in its kernel, and streams what comes to the broker."""

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command kmonitor-agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core's own lines on stderr would be nobody's
+
+import typer
+
+from kmonitor.agent.errors import BpfError
+from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
+from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, open_probe
+from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.selectors import check_node_name
+
+log = logging.getLogger("kmonitor-agent")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_RING_LEAST = 64 << 10
+_RING_MOST = 1 << 30
+
+
+def parse_ring_size(text: str) -> int:
+    """Bytes from "16M"; a power of two, as the kernel wants it. Raises UsageError."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
+    size = int(match[1]) * _UNITS[match[2]] if match else 0
+    if not _RING_LEAST <= size <= _RING_MOST or size & (size - 1):
+        raise UsageError(f"ring size {text!r}: give a power of two from 64K to 1G, such as 16M")
+    return size
+
+
+def parse_label(text: str) -> tuple[str, str]:
+    """("zone", "a") from "zone=a". Raises UsageError."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UsageError(f"label {text!r}: write NAME=VALUE")
+    return key, value
+
+
+def check_address(address: str) -> str:
+    """HOST:PORT, or raises UsageError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"broker {address!r}: write HOST:PORT, such as 127.0.0.1:7221")
+    return address
+
+
+@app.command()
+def agent(
+    broker: Annotated[str, typer.Option(envvar="KMONITOR_BROKER", help="HOST:PORT of the broker.")] = "127.0.0.1:7221",
+    node: Annotated[str, typer.Option(help="This node's name in the cluster.  [default: the host's name]", show_default=False)] = "",
+    source: Annotated[str, typer.Option(help="What captures: auto or core.")] = "auto",
+    scope: Annotated[str, typer.Option(help="host: all processes. pidns: those of this pid namespace and below.")] = "host",
+    label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for selecting nodes; repeatable.")] = None,
+    pin_root: Annotated[Path, typer.Option(help="Folder in a bpffs that keeps the ring alive while no agent runs.")] = DEFAULT_ROOT,
+    no_pin: Annotated[bool, typer.Option("--no-pin", help="Pin nothing: what happens while no agent runs is not captured.")] = False,
+    unpin: Annotated[bool, typer.Option("--unpin", help="Remove this node's pins, which detaches the probe, and end.")] = False,
+    ring_size: Annotated[str, typer.Option(help="The kernel's ring: a power of two; 128 bytes an event.")] = f"{DEFAULT_RING_BYTES >> 20}M",
+    watched_max: Annotated[int, typer.Option(min=16, max=4_194_304, help="Most processes watched at once.")] = DEFAULT_WATCHED_MAX,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Capture this node's process events and stream them to the broker.
+
+    SIGTERM ends it and leaves the pinned probe at work, for the next agent to carry on where this one stopped. SIGINT
+    (Ctrl-C) ends it and removes the pins.
+
+    Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not allowed to.
+    """
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="kmonitor-agent: %(message)s", stream=sys.stderr)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    name = check_node_name(node or socket.gethostname())
+    if source not in ("auto", "core"):
+        raise UsageError(f"source {source!r}: this version has core, and auto, which takes it")
+    if scope not in ("host", "pidns"):
+        raise UsageError(f"scope {scope!r}: write host or pidns")
+    pins = None if no_pin else PinFolder(pin_root, name, scope)
+    options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
+    labels = dict(parse_label(text) for text in label or ())
+    address = check_address(broker)
+    with contextlib.ExitStack() as stack:
+        if pins is not None:
+            pins.open()
+            stack.callback(pins.close)
+            if unpin:
+                pins.remove()
+                return
+        probe = _open(options, pins)
+        try:
+            signalled = asyncio.run(_run(address, name, scope, labels, probe))
+        finally:
+            probe.close()
+        if pins is not None and signalled == "int":
+            pins.remove()
+
+
+def _open(options: ProbeOptions, pins: PinFolder | None) -> Probe:
+    probe = open_probe(options, pins)
+    if probe.adopted:
+        log.info("carrying on with the pinned probe, %d bytes waiting", probe.ring.producer - probe.ring.consumer)
+        if not probe.is_current:
+            log.warning("the pinned probe is another version's; it stays until it is removed with --unpin")
+    return probe
+
+
+async def _run(address: str, node: str, scope: str, labels: dict[str, str], probe: Probe) -> Literal["term", "int"]:
+    from kmonitor.agent.connection import Connection, Identity  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
+
+    connection = Connection(address, Identity(node, "core", scope, labels), probe)
+    received: list[Literal["term", "int"]] = []
+
+    def on_signal(which: Literal["term", "int"]) -> None:
+        if received:  # a second one: do not wait for the broker
+            os._exit(1)
+        received.append(which)
+        connection.stop()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, on_signal, "term")
+    loop.add_signal_handler(signal.SIGINT, on_signal, "int")
+    await connection.run()
+    return received[0] if received else "term"
+
+
+def main() -> None:
+    """Entry point: errors are one line and an exit status."""
+    try:
+        app()
+    except KmonitorError as error:
+        print(f"kmonitor-agent: error: {error}", file=sys.stderr)
+        if isinstance(error, BpfError) and error.log and logging.getLogger().isEnabledFor(logging.DEBUG):
+            print(error.log, file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+
+
+if __name__ == "__main__":
+    main()

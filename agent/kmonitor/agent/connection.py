@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's side of AgentService.Connect: one stream at a time, made again whenever it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
+from kmonitor.agent.forwarder import Forwarder
+from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.probe import Probe
+from kmonitor.agent.processes import ProcessTable
+from kmonitor.v1 import agent_pb2, agent_pb2_grpc
+from kmonitor.wire.clocks import boot_id
+from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
+from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
+
+log = logging.getLogger("kmonitor-agent")
+
+_BACKOFF_FIRST = 0.1
+_BACKOFF_MOST = 5.0
+_CONNECT_TIMEOUT = 5.0
+_DRAIN_TIMEOUT = 1.0
+_NAME_TAKEN_TIMEOUT = 10.0
+"""Longer than a lease: the one that holds the name may be this node's last stream, which the broker has not missed yet."""
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.enable_retries", 0),
+    # Each attempt is a channel of its own: its back-off is ours alone.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+_Call = Any  # grpc.aio.StreamStreamCall of AgentMessage and BrokerMessage; its stub is not generic at run time
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """How this node presents itself."""
+
+    node: str
+    source: str
+    scope: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Connection:
+    """Keeps the node connected to its broker until cancelled."""
+
+    def __init__(self, address: str, identity: Identity, probe: Probe) -> None:
+        self._address = address
+        self._identity = identity
+        self._probe = probe
+        self._processes = ProcessTable(probe.tasks_fd)
+        self._interest = InterestTable(probe, self._processes)
+        self._stopping = asyncio.Event()
+        self._boot_id = boot_id()
+
+    def stop(self) -> None:
+        """Send what is there, wait a moment for its acknowledgement, and end `run`."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Until `stop`. Raises NodeNameTakenError, ProtocolError, NotAuthorisedError if there is no point in trying again."""
+        loop = asyncio.get_running_loop()
+        delay = _BACKOFF_FIRST
+        taken_since: float | None = None
+        while not self._stopping.is_set():
+            try:
+                await self._one_stream()
+                delay, taken_since = _BACKOFF_FIRST, None
+            except NodeNameTakenError:
+                taken_since = taken_since or loop.time()
+                if loop.time() - taken_since > _NAME_TAKEN_TIMEOUT:
+                    raise
+            except grpc.aio.AioRpcError as error:
+                log.warning("no broker answers at %s (%s): trying again", self._address, _reason(error))
+                taken_since = None
+            if self._stopping.is_set():
+                return
+            # Full jitter: a cluster's agents do not come back in step.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(0.02, delay)):
+                    await self._stopping.wait()
+            delay = min(delay * 2, _BACKOFF_MOST)
+
+    async def _one_stream(self) -> None:
+        """Connect and serve until the stream ends; returns if it had been accepted."""
+        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
+            call: _Call = agent_pb2_grpc.AgentServiceStub(channel).Connect()
+            forwarder = Forwarder(self._probe, self._interest, call.write)
+            try:
+                lease = await self._handshake(call, forwarder)
+            except grpc.aio.AioRpcError as error:
+                raise self._final(error) or error from None
+            except TimeoutError:
+                log.warning("the broker at %s does not answer: trying again", self._address)
+                return
+            finally:
+                if self._stopping.is_set():
+                    call.cancel()
+            identity = self._identity
+            print(
+                f"kmonitor-agent: {identity.node} is connected to {self._address} (source {identity.source}, scope {identity.scope})",
+                flush=True,
+            )
+            await self._serve(call, forwarder, lease)
+
+    async def _handshake(self, call: _Call, forwarder: Forwarder) -> float:
+        """Say hello; the lease in seconds."""
+        ring = self._probe.ring
+        ring.rewind()
+        hello = agent_pb2.Hello(
+            node=self._identity.node,
+            boot_id=self._boot_id,
+            epoch=self._probe.epoch,
+            position=ring.consumer,
+            record_version=RECORD_VERSION,
+            record_size=RECORD_SIZE,
+            slot_size=SLOT_SIZE,
+            source=self._identity.source,
+            scope=self._identity.scope,
+            kernel_release=os.uname().release,
+            agent_version=version("kmonitor"),
+            labels=self._identity.labels,
+            lost=forwarder.totals(),
+        )
+        async with asyncio.timeout(_CONNECT_TIMEOUT):
+            await call.write(agent_pb2.AgentMessage(hello=hello))
+            first = await call.read()
+        if first is grpc.aio.EOF or first.WhichOneof("kind") != "welcome":
+            raise ProtocolError(f"what answers at {self._address} is no kmonitor broker of this version")
+        ring.release(first.welcome.position)
+        return float(first.welcome.lease_ms) / 1000
+
+    async def _serve(self, call: _Call, forwarder: Forwarder, lease: float) -> None:
+        tasks = [
+            asyncio.create_task(self._receive(call, forwarder), name="receive"),
+            asyncio.create_task(forwarder.run(), name="forward"),
+            asyncio.create_task(forwarder.heartbeat(lease / 3), name="heartbeat"),
+            asyncio.create_task(self._stopping.wait(), name="stopping"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopping.is_set():
+                await self._leave(call, forwarder, tasks)
+                return
+            for task in done:
+                task.result()  # raises what ended the stream
+            log.warning("the broker at %s closed the stream: trying again", self._address)
+        except grpc.aio.AioRpcError as error:
+            if final := self._final(error):
+                raise final from None
+            log.warning("the stream to %s broke (%s): trying again", self._address, _reason(error))
+        except asyncio.InvalidStateError:
+            # grpc.aio says so when something is written to a call that has ended meanwhile: the reader knows why.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await call.read()
+            log.warning("the stream to %s broke: trying again", self._address)
+        finally:
+            call.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _leave(self, call: _Call, forwarder: Forwarder, tasks: list[asyncio.Task[Any]]) -> None:
+        """Everything that is in the ring is sent, and the broker's answer awaited, so that the pinned ring is left empty."""
+        tasks[1].cancel()
+        await asyncio.wait([tasks[1]])
+        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with asyncio.timeout(_DRAIN_TIMEOUT):
+                await forwarder.drain()
+                await call.done_writing()
+
+    async def _receive(self, call: _Call, forwarder: Forwarder) -> None:
+        while (message := await call.read()) is not grpc.aio.EOF:
+            kind = message.WhichOneof("kind")
+            if kind == "ack":
+                forwarder.release(message.ack.position)
+            elif kind == "interest":
+                await forwarder.apply(message.interest)
+            elif kind == "list_processes":
+                await forwarder.send(agent_pb2.AgentMessage(processes=self._list(message.list_processes)))
+        code = await call.code()
+        if code is not grpc.StatusCode.OK:
+            raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
+
+    def _list(self, asked: agent_pb2.ListProcessesCall) -> agent_pb2.ProcessList:
+        return agent_pb2.ProcessList(call_id=asked.call_id, processes=self._processes.select(asked.filter))
+
+    def _final(self, error: grpc.aio.AioRpcError) -> KmonitorError | None:
+        """What to say of an error that trying again cannot mend; None if it can."""
+        code, details = error.code(), error.details() or ""
+        if code is grpc.StatusCode.ALREADY_EXISTS:
+            return NodeNameTakenError(
+                f"node {self._identity.node} is connected to {self._address} already: stop the other agent, or give this one another --node"
+            )
+        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED):
+            return ProtocolError(f"the broker at {self._address} refuses this agent: {details}")
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return NotAuthorisedError(f"the broker at {self._address} does not let this agent in: {details}")
+        return None
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    first = (error.details() or "").strip().splitlines()
+    return first[0] if first else error.code().name

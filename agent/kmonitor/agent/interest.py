@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts what the broker asks for into the probe's maps, and says what became of each process.
+
+The promise: a process that is told as RUNNING is armed, and its end will be in the ring; one that is told as EXITED or
+NOT_FOUND will have no event for who asked. Never both, and never neither.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from kmonitor.agent import cgroups, libbpf
+from kmonitor.agent.errors import BpfError, CaptureError
+from kmonitor.agent.maps import (
+    ANY_CGROUP,
+    ANY_WATCHED,
+    CGROUP_KEY_SIZE,
+    KEY_SIZE,
+    WATCHED_ENDED,
+    WATCHED_FOLLOW,
+    WATCHED_SIZE,
+    Watched,
+    cgroup_key,
+    cgroup_of,
+    pack_mask,
+    pid_key,
+    pid_of,
+)
+from kmonitor.agent.probe import Probe
+from kmonitor.agent.processes import Found, ProcessTable
+from kmonitor.v1 import agent_pb2, monitor_pb2
+
+_RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
+_EXITED = monitor_pb2.REGISTRATION_STATE_EXITED
+_NOT_FOUND = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
+_ARMED = monitor_pb2.REGISTRATION_STATE_ARMED
+
+
+class InterestTable:
+    """The maps `watched` and `watched_cgroups` and the masks in `control`. All calls are synchronous, and made from one thread."""
+
+    def __init__(self, probe: Probe, processes: ProcessTable) -> None:
+        self._probe = probe
+        self._processes = processes
+        self._group_ids: dict[str, int] = {}
+        self._group_masks: dict[int, int] = {}
+        self._masks_seen = 0
+        """OR of every process mask since the last reset: bits in any_mask that may be of use."""
+
+    def apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
+        """Make the kernel let through what `interest` says. The answer has a result for each that was to be looked up."""
+        answer = agent_pb2.InterestApplied(version=interest.version, position=self._probe.ring.producer)
+        if interest.reset:
+            self._forget_others(interest)
+        removed = [process for process in interest.processes if not process.event_mask]
+        wanted = [process for process in interest.processes if process.event_mask]
+        for process in wanted:
+            self._masks_seen |= process.event_mask
+        for group in interest.groups:
+            self._apply_group(group, answer)
+        self._probe.control["all_mask"] = interest.node_mask
+        # Before the entries: one that is there already when its process ends must be seen.
+        self._set_any_mask(armed=bool(wanted) or self._any_watched())
+        for process in removed:
+            self._remove(process)
+        self._arm(wanted, answer)
+        if not wanted:
+            self._set_any_mask(armed=self._any_watched())
+        return answer
+
+    def _any_watched(self) -> bool:
+        return next(self._probe.watched.keys(KEY_SIZE), None) is not None
+
+    def _set_any_mask(self, *, armed: bool) -> None:
+        if not armed:
+            self._masks_seen = 0
+        mask = self._probe.control["all_mask"]
+        if armed:
+            mask |= ANY_WATCHED | self._masks_seen
+        for group_mask in self._group_masks.values():
+            mask |= group_mask | ANY_CGROUP
+        self._probe.control["any_mask"] = mask
+
+    def _entry(self, pid: int) -> Watched | None:
+        value = self._probe.watched.lookup(pid_key(pid), WATCHED_SIZE)
+        return None if value is None else Watched.unpack(value)
+
+    def _forget_others(self, interest: agent_pb2.Interest) -> None:
+        """Drop what an earlier broker, or an earlier stream, had asked for and this one does not.
+
+        Entries that follow stay if anything is followed: children that were made since the broker last heard of this node
+        are armed, and it cannot know them yet. An entry too many costs records that nobody gets, one too few an exit.
+        """
+        kept = {process.pid for process in interest.processes if process.event_mask}
+        following = any(process.follow for process in interest.processes)
+        self._masks_seen = 0
+        for key in list(self._probe.watched.keys(KEY_SIZE)):
+            if pid_of(key) in kept:
+                continue
+            entry = self._entry(pid_of(key))
+            if entry is None:
+                continue
+            if following and entry.flags & WATCHED_FOLLOW:
+                self._masks_seen |= entry.mask
+                continue
+            self._probe.watched.delete(key)
+        self._group_ids.clear()
+        self._group_masks.clear()
+        for key in list(self._probe.watched_cgroups.keys(CGROUP_KEY_SIZE)):
+            self._group_masks[cgroup_of(key)] = 0  # until _apply_group says otherwise: no moment without
+        wanted = [group for group in interest.groups if group.event_mask]
+        found = {cgroup_id for group in wanted if (ids := _group_ids(group)[1]) for cgroup_id in ids[:1]}
+        for cgroup_id in list(self._group_masks):
+            if cgroup_id not in found:
+                self._probe.watched_cgroups.delete(cgroup_key(cgroup_id))
+                del self._group_masks[cgroup_id]
+
+    def _remove(self, process: agent_pb2.Interest.ProcessInterest) -> None:
+        entry = self._entry(process.pid)
+        if entry is not None and process.start_time in (0, entry.start_boottime_ns):
+            self._probe.watched.delete(pid_key(process.pid))
+
+    def _arm(self, wanted: list[agent_pb2.Interest.ProcessInterest], answer: agent_pb2.InterestApplied) -> None:
+        asked = [process for process in wanted if process.look_up]
+        before = self._processes.look_up([process.pid for process in asked])
+        armed: list[tuple[agent_pb2.Interest.ProcessInterest, Found, bool]] = []
+        for process in wanted:
+            if not process.look_up:
+                self._change(process)
+                continue
+            found = before.get(process.pid)
+            pinned = bool(process.start_time)
+            if found is None:
+                _answer(answer, process, _EXITED if pinned else _NOT_FOUND)
+            elif not found.live or (pinned and found.start_boottime_ns != process.start_time):
+                _answer(answer, process, _EXITED, found if found.start_boottime_ns == process.start_time or not pinned else None)
+            else:
+                try:
+                    armed.append((process, found, self._set(process, found)))
+                except BpfError as error:
+                    if error.errno != errno.E2BIG:
+                        raise
+                    text = "the node's table of watched processes is full: give the agent a larger --watched-max"
+                    _answer(answer, process, monitor_pb2.REGISTRATION_STATE_UNSPECIFIED, error=text)
+        after = self._processes.look_up([process.pid for process, _, _ in armed])
+        for process, found, was_there in armed:
+            now = after.get(process.pid)
+            lives = now is not None and now.live and now.start_boottime_ns == found.start_boottime_ns
+            _answer(answer, process, _RUNNING if lives or not self._missed(found, was_there) else _EXITED, found)
+
+    def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
+        """Arm; True if it was armed before."""
+        mask, flags = process.event_mask, WATCHED_FOLLOW if process.follow else 0
+        old = self._entry(found.pid)
+        was_there = old is not None and old.start_boottime_ns == found.start_boottime_ns
+        if old is not None and was_there and not process.start_time:
+            # The broker cannot know yet that this is a process that it has armed by name and start time before.
+            mask, flags = mask | old.mask, flags | old.flags & WATCHED_FOLLOW
+        entry = Watched(found.start_boottime_ns, mask, flags)
+        # BPF_EXIST: if the probe took the entry away just now, the process has ended, and a new one would stay for ever.
+        self._probe.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
+        return was_there
+
+    def _missed(self, found: Found, was_there: bool) -> bool:
+        """The process ended while it was being armed: whether the probe did not see it with the new entry.
+
+        An entry that was there before stays: the probe has told, or is about to tell, those who asked earlier, and whether it
+        used the old mask or the new one cannot be known. So who asks now is told EXITED, and gets no event.
+        """
+        if was_there:
+            return True
+        entry = self._entry(found.pid)
+        if entry is None or entry.flags & WATCHED_ENDED:
+            return False  # the probe used it up: the end is in the ring
+        return self._probe.watched.delete(pid_key(found.pid))
+
+    def _change(self, process: agent_pb2.Interest.ProcessInterest) -> None:
+        """Another mask for an entry that is there. None is made: without one the process has ended, and was told."""
+        entry = self._entry(process.pid)
+        if entry is None or process.start_time not in (0, entry.start_boottime_ns) or entry.flags & WATCHED_ENDED:
+            return
+        flags = WATCHED_FOLLOW if process.follow else 0
+        new = Watched(entry.start_boottime_ns, process.event_mask, flags)
+        self._probe.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
+
+    def _apply_group(self, group: agent_pb2.Interest.GroupInterest, answer: agent_pb2.InterestApplied) -> None:
+        name = group.cgroup or group.unit
+        if not group.event_mask:
+            cgroup_id = self._group_ids.pop(name, None)
+            if cgroup_id is not None and cgroup_id not in self._group_ids.values():
+                self._probe.watched_cgroups.delete(cgroup_key(cgroup_id))
+                self._group_masks.pop(cgroup_id, None)
+            return
+        result = answer.groups.add()
+        if group.unit:
+            result.unit = group.unit
+        else:
+            result.cgroup = group.cgroup
+        error, ids = _group_ids(group)
+        if error:
+            result.error = error
+        if ids is None:
+            result.state = _NOT_FOUND
+            return
+        self._group_ids[name] = ids[0]
+        # The same group may be asked for by path and by unit.
+        mask = group.event_mask
+        if ids[0] in self._group_masks and list(self._group_ids.values()).count(ids[0]) > 1:
+            mask |= self._group_masks[ids[0]]
+        try:
+            self._probe.watched_cgroups.update(cgroup_key(ids[0]), pack_mask(mask))
+        except BpfError as failure:
+            if failure.errno != errno.E2BIG:
+                raise
+            result.error = "the node's table of watched control groups is full"
+            return
+        self._group_masks[ids[0]] = mask
+        result.state = _ARMED
+        result.cgroup_ids.extend(ids)
+
+
+def _group_ids(group: agent_pb2.Interest.GroupInterest) -> tuple[str, list[int] | None]:
+    """(what is wrong, ids of the group and of those above it)."""
+    try:
+        path = cgroups.find_unit(group.unit) if group.unit else group.cgroup
+        return "", cgroups.find_cgroup(path) if path is not None else None
+    except CaptureError as error:
+        return str(error), None
+
+
+def _answer(
+    answer: agent_pb2.InterestApplied,
+    process: agent_pb2.Interest.ProcessInterest,
+    state: monitor_pb2.RegistrationState.ValueType,
+    found: Found | None = None,
+    error: str = "",
+) -> None:
+    result = answer.processes.add(pid=process.pid, start_time=process.start_time, state=state, error=error)
+    if found is not None:
+        result.process.CopyFrom(found.to_proto())

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A thin binding to the system's libbpf (1.0 or later): what it takes to load, attach, pin and read the probe.
+
+Only calls and errors: nothing here knows what the probe does. libbpf's own log is kept and goes into the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno as errnos
+import os
+from collections.abc import Iterator
+from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
+
+BPF_ANY = 0
+BPF_NOEXIST = 1
+BPF_EXIST = 2
+_BPF_TRACE_ITER = 28
+_BTF_KIND_TYPEDEF = 8
+_LOG_LIMIT = 64 * 1024
+
+
+class _OpenOptions(ctypes.Structure):
+    _fields_ = (("sz", c_size_t), ("object_name", c_char_p))
+
+
+class _IterTask(ctypes.Structure):
+    """The member `task` of union bpf_iter_link_info (kernel 6.1 and later)."""
+
+    _fields_ = (("tid", c_uint32), ("pid", c_uint32), ("pid_fd", c_uint32))
+
+
+class _LinkCreateOptions(ctypes.Structure):
+    _fields_ = (
+        ("sz", c_size_t),
+        ("flags", c_uint32),
+        ("iter_info", c_void_p),
+        ("iter_info_len", c_uint32),
+        ("target_btf_id", c_uint32),
+    )
+
+
+class _BtfType(ctypes.Structure):
+    _fields_ = (("name_off", c_uint32), ("info", c_uint32), ("type", c_uint32))
+
+
+_PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
+
+# name: (result, arguments), as in bpf/libbpf.h, bpf/bpf.h and bpf/btf.h.
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "libbpf_set_print": (c_void_p, (_PRINT,)),
+    "libbpf_version_string": (c_char_p, ()),
+    "bpf_object__open_mem": (c_void_p, (c_char_p, c_size_t, POINTER(_OpenOptions))),
+    "bpf_object__load": (c_int, (c_void_p,)),
+    "bpf_object__close": (None, (c_void_p,)),
+    "bpf_object__find_map_by_name": (c_void_p, (c_void_p, c_char_p)),
+    "bpf_object__find_program_by_name": (c_void_p, (c_void_p, c_char_p)),
+    "bpf_map__fd": (c_int, (c_void_p,)),
+    "bpf_map__set_max_entries": (c_int, (c_void_p, c_uint32)),
+    "bpf_map__initial_value": (c_void_p, (c_void_p, POINTER(c_size_t))),
+    "bpf_map__pin": (c_int, (c_void_p, c_char_p)),
+    "bpf_program__fd": (c_int, (c_void_p,)),
+    "bpf_program__attach": (c_void_p, (c_void_p,)),
+    "bpf_program__pin": (c_int, (c_void_p, c_char_p)),
+    "bpf_link__pin": (c_int, (c_void_p, c_char_p)),
+    "bpf_link__destroy": (c_int, (c_void_p,)),
+    "bpf_obj_get": (c_int, (c_char_p,)),
+    "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
+    "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
+    "bpf_map_delete_elem": (c_int, (c_int, c_void_p)),
+    "bpf_map_get_next_key": (c_int, (c_int, c_void_p, c_void_p)),
+    "bpf_link_create": (c_int, (c_int, c_int, c_int, POINTER(_LinkCreateOptions))),
+    "bpf_iter_create": (c_int, (c_int,)),
+    "btf__load_vmlinux_btf": (c_void_p, ()),
+    "btf__free": (None, (c_void_p,)),
+    "btf__find_by_name_kind": (c_int, (c_void_p, c_char_p, c_uint32)),
+    "btf__type_by_id": (POINTER(_BtfType), (c_void_p, c_uint32)),
+}
+
+
+class _Library:
+    """libbpf.so.1, loaded at the first use."""
+
+    def __init__(self) -> None:
+        self._calls: Any = None
+        self._log = bytearray()
+        self._print: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._calls is None:
+            self._calls = self._load()
+        return getattr(self._calls, name)
+
+    def _load(self) -> ctypes.CDLL:
+        try:
+            library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        except OSError:
+            raise CaptureError("libbpf.so.1 is not installed: install the package libbpf1 (Debian, Ubuntu) or libbpf (others)") from None
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype = result
+            function.argtypes = arguments
+        vsnprintf = ctypes.CDLL(None).vsnprintf
+        vsnprintf.argtypes = (POINTER(c_char), c_size_t, c_char_p, c_void_p)
+        line = ctypes.create_string_buffer(_LOG_LIMIT)
+
+        def keep(level: int, form: bytes, arguments: int) -> int:
+            # 2 is debug: far too much. A va_list reaches a callback as a pointer on the ABIs of x86-64 and aarch64.
+            if level < 2:
+                vsnprintf(line, _LOG_LIMIT, form, arguments)
+                self._log += line.value
+                del self._log[:-_LOG_LIMIT]
+            return 0
+
+        self._print = _PRINT(keep)
+        library.libbpf_set_print(self._print)
+        return library
+
+    def take_log(self) -> str:
+        """What libbpf said since the last call."""
+        text = self._log.decode(errors="replace")
+        self._log.clear()
+        return text
+
+
+_library = _Library()
+
+
+def version() -> str:
+    """Of the installed libbpf, such as "v1.1". Raises CaptureError if there is none."""
+    return str(_library.libbpf_version_string().decode())
+
+
+def _fail(what: str, errno: int | None = None) -> BpfError | MissingCapabilityError:
+    number = ctypes.get_errno() if errno is None else abs(errno)
+    log = _library.take_log()
+    if number in (errnos.EPERM, errnos.EACCES) and "prog" not in log.lower():
+        return MissingCapabilityError(f"{what}: the kernel does not allow it: run as root, or with CAP_BPF and CAP_PERFMON")
+    return BpfError(f"{what}: {os.strerror(number)}", number, log)
+
+
+class Map:
+    """A map by its file descriptor, which it owns. Keys and values are bytes."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+
+    def lookup(self, key: bytes, value_size: int) -> bytes | None:
+        """The value, or None."""
+        value = ctypes.create_string_buffer(value_size)
+        if _library.bpf_map_lookup_elem(self.fd, key, value) == 0:
+            return value.raw
+        if ctypes.get_errno() == errnos.ENOENT:
+            return None
+        raise _fail(f"cannot read map {self.name}")
+
+    def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> bool:
+        """False if BPF_EXIST or BPF_NOEXIST stood against it. Raises BpfError: E2BIG is a full map."""
+        if _library.bpf_map_update_elem(self.fd, key, value, flags) == 0:
+            return True
+        if ctypes.get_errno() in (errnos.ENOENT, errnos.EEXIST):
+            return False
+        raise _fail(f"cannot write map {self.name}")
+
+    def delete(self, key: bytes) -> bool:
+        """False if there was no such entry."""
+        if _library.bpf_map_delete_elem(self.fd, key) == 0:
+            return True
+        if ctypes.get_errno() == errnos.ENOENT:
+            return False
+        raise _fail(f"cannot delete from map {self.name}")
+
+    def keys(self, key_size: int) -> Iterator[bytes]:
+        """All keys; one that comes or goes meanwhile may be in it or not."""
+        key: bytes | None = None
+        following = ctypes.create_string_buffer(key_size)
+        while _library.bpf_map_get_next_key(self.fd, key, following) == 0:
+            key = following.raw
+            yield key
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def open_pinned(path: Path) -> int:
+    """A descriptor of a pinned map, program or link; the caller owns it."""
+    fd: int = _library.bpf_obj_get(os.fsencode(path))
+    if fd < 0:
+        raise _fail(f"cannot open the pin {path}")
+    return fd
+
+
+class Object:
+    """An object file: opened, configured, loaded, attached, in that order. `close` gives everything back that is not pinned."""
+
+    def __init__(self, image: bytes, name: str) -> None:
+        options = _OpenOptions(ctypes.sizeof(_OpenOptions), name.encode())
+        self._links: dict[str, int] = {}
+        self._handle = _library.bpf_object__open_mem(image, len(image), ctypes.byref(options))
+        if not self._handle:
+            raise _fail("cannot read the BPF object")
+
+    def _map(self, name: str) -> int:
+        handle: int | None = _library.bpf_object__find_map_by_name(self._handle, name.encode())
+        if not handle:
+            raise BpfError(f"the BPF object has no map {name}", errnos.ENOENT)
+        return handle
+
+    def _program(self, name: str) -> int:
+        handle: int | None = _library.bpf_object__find_program_by_name(self._handle, name.encode())
+        if not handle:
+            raise BpfError(f"the BPF object has no program {name}", errnos.ENOENT)
+        return handle
+
+    def set_max_entries(self, map_name: str, entries: int) -> None:
+        """Before `load`. For a ring: its size in bytes."""
+        result = _library.bpf_map__set_max_entries(self._map(map_name), entries)
+        if result:
+            raise _fail(f"cannot size map {map_name}", result)
+
+    def set_initial(self, map_name: str, value: bytes) -> None:
+        """Before `load`: the first bytes of a data section."""
+        size = c_size_t()
+        address = _library.bpf_map__initial_value(self._map(map_name), ctypes.byref(size))
+        if not address or size.value < len(value):
+            raise BpfError(f"section {map_name} has {size.value} bytes, not {len(value)}: rebuild the BPF object", errnos.EINVAL)
+        ctypes.memmove(address, value, len(value))
+
+    def load(self) -> None:
+        """Into the kernel. Raises BpfError with the verifier's log, or MissingCapabilityError."""
+        _library.take_log()
+        result = _library.bpf_object__load(self._handle)
+        if result:
+            raise _fail("cannot load the probe", result)
+
+    def attach(self, program: str) -> None:
+        """To the hook that the program's section names."""
+        link = _library.bpf_program__attach(self._program(program))
+        if not link:
+            raise _fail(f"cannot attach {program}")
+        self._links[program] = link
+
+    def map(self, name: str) -> Map:
+        """A map of the loaded object, with a descriptor of its own."""
+        return Map(os.dup(_library.bpf_map__fd(self._map(name))), name)
+
+    def program_fd(self, name: str) -> int:
+        """A descriptor of a loaded program; the caller owns it."""
+        return os.dup(_library.bpf_program__fd(self._program(name)))
+
+    def pin_map(self, name: str, path: Path) -> None:
+        """Keep the map alive under `path`."""
+        self._pin(f"map {name}", _library.bpf_map__pin(self._map(name), os.fsencode(path)), path)
+
+    def pin_program(self, name: str, path: Path) -> None:
+        """Keep the program alive under `path`."""
+        self._pin(f"program {name}", _library.bpf_program__pin(self._program(name), os.fsencode(path)), path)
+
+    def pin_link(self, program: str, path: Path) -> None:
+        """Keep the program attached as long as `path` is there."""
+        self._pin(f"link of {program}", _library.bpf_link__pin(self._links[program], os.fsencode(path)), path)
+
+    @staticmethod
+    def _pin(what: str, result: int, path: Path) -> None:
+        if result:
+            raise _fail(f"cannot pin {what} as {path}", result)
+
+    def close(self) -> None:
+        """Detach what is not pinned, and free the object."""
+        for link in self._links.values():
+            _library.bpf_link__destroy(link)
+        self._links.clear()
+        if self._handle:
+            _library.bpf_object__close(self._handle)
+            self._handle = None
+
+
+def read_iterator(program_fd: int, tid: int = 0) -> bytes:
+    """All that an iterator over tasks prints; over one task if `tid` is given and the kernel can (6.1 and later)."""
+    info = _IterTask(tid, 0, 0)
+    options = _LinkCreateOptions(ctypes.sizeof(_LinkCreateOptions), 0, None, 0, 0)
+    if tid:
+        options.iter_info = ctypes.addressof(info)
+        options.iter_info_len = ctypes.sizeof(info)
+    link = _library.bpf_link_create(program_fd, 0, _BPF_TRACE_ITER, ctypes.byref(options))
+    if link < 0 and tid:
+        return read_iterator(program_fd)
+    if link < 0:
+        raise _fail("cannot read the kernel's list of processes", link)
+    with contextlib.closing(_Descriptor(link)):
+        fd = _library.bpf_iter_create(link)
+        if fd < 0:
+            raise _fail("cannot read the kernel's list of processes", fd)
+        with contextlib.closing(_Descriptor(fd)):
+            parts = []
+            while part := _read_some(fd):
+                parts.append(part)
+            return b"".join(parts)
+
+
+def _read_some(fd: int) -> bytes:
+    while True:
+        try:
+            return os.read(fd, 1 << 18)
+        except BlockingIOError:
+            continue  # EAGAIN: the iterator gave up the CPU after a long stretch that printed nothing
+
+
+class _Descriptor:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def tracepoint_arguments(name: str) -> int:
+    """How many arguments a BTF-typed tracepoint gives to a program; 0 if the kernel has no such tracepoint.
+
+    From the kernel's BTF: typedef btf_trace_NAME -> pointer -> function, whose first argument is not given on.
+    """
+    btf = _library.btf__load_vmlinux_btf()
+    if not btf:
+        raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF")
+    try:
+        number = _library.btf__find_by_name_kind(btf, f"btf_trace_{name}".encode(), _BTF_KIND_TYPEDEF)
+        if number < 0:
+            return 0
+        for _ in range(2):
+            number = _library.btf__type_by_id(btf, number).contents.type
+        return int(_library.btf__type_by_id(btf, number).contents.info & 0xFFFF) - 1
+    finally:
+        _library.btf__free(btf)
+
+
+__all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "open_pinned", "read_iterator", "tracepoint_arguments", "version"]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of the probe's maps, as bpf/kmonitor.h lays them out; a test compares both through the object's BTF."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kmonitor.wire.masks import TYPE_NAMES
+
+ANY_WATCHED = 0x100
+ANY_CGROUP = 0x200
+WATCHED_FOLLOW = 0x1
+WATCHED_ENDED = 0x2
+LOST_NODE = 0
+LOST_PROCESS = 1
+LOST_FOLLOW = 7
+
+CONTROL_DTYPE: np.dtype[Any] = np.dtype(
+    {
+        "names": ["any_mask", "all_mask", "sleeping", "pidns_level", "epoch", "object_crc", "pidns_inum", "lost"],
+        "formats": ["<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "<u4", ("<u8", (2, 8))],
+        "offsets": [0, 4, 8, 12, 16, 24, 28, 32],
+        "itemsize": 160,
+    }
+)
+PROCESS_DTYPE: np.dtype[Any] = np.dtype(
+    {
+        "names": ["start_boottime_ns", "cgroup_id", "tgid", "ppid", "uid", "gid", "live", "status", "comm"],
+        "formats": ["<u8", "<u8", "<u4", "<u4", "<u4", "<u4", "<u4", "<u4", "S16"],
+        "offsets": [0, 8, 16, 20, 24, 28, 32, 36, 40],
+        "itemsize": 56,
+    }
+)
+_WATCHED = struct.Struct("<QII")
+_CONFIG = struct.Struct("<III")
+_NAMESPACE = struct.Struct("<II")
+_KEY = struct.Struct("<I")
+_CGROUP_KEY = struct.Struct("<Q")
+WATCHED_SIZE = _WATCHED.size
+KEY_SIZE = _KEY.size
+CGROUP_KEY_SIZE = _CGROUP_KEY.size
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An entry of the map `watched`."""
+
+    start_boottime_ns: int
+    mask: int
+    flags: int
+
+    def pack(self) -> bytes:
+        """As in the map."""
+        return _WATCHED.pack(self.start_boottime_ns, self.mask, self.flags)
+
+    @classmethod
+    def unpack(cls, value: bytes) -> Watched:
+        """From the map."""
+        return cls(*_WATCHED.unpack(value))
+
+
+def pack_config(*, pidns_inum: int, has_group_dead: bool, fill_mark: int) -> bytes:
+    """struct kmonitor_config."""
+    return _CONFIG.pack(pidns_inum, has_group_dead, fill_mark)
+
+
+def unpack_namespace(printed: bytes) -> tuple[int, int]:
+    """(level, inode number) of struct kmonitor_namespace."""
+    level, inum = _NAMESPACE.unpack(printed)
+    return level, inum
+
+
+def pid_key(pid: int) -> bytes:
+    """A key of the map `watched`."""
+    return _KEY.pack(pid)
+
+
+def pid_of(key: bytes) -> int:
+    """The pid of a key of `watched`."""
+    return int(_KEY.unpack(key)[0])
+
+
+def cgroup_key(cgroup_id: int) -> bytes:
+    """A key of the map `watched_cgroups`."""
+    return _CGROUP_KEY.pack(cgroup_id)
+
+
+def cgroup_of(key: bytes) -> int:
+    """The id of a key of `watched_cgroups`."""
+    return int(_CGROUP_KEY.unpack(key)[0])
+
+
+def pack_mask(mask: int) -> bytes:
+    """A value of `watched_cgroups`."""
+    return _KEY.pack(mask)
+
+
+class Control:
+    """The map `control`, memory-mapped: what the agent and the probe say to each other without a system call."""
+
+    def __init__(self, fd: int) -> None:
+        self._memory = mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._value = np.frombuffer(self._memory, dtype=CONTROL_DTYPE, count=1)
+        self._sleeping = self._value["sleeping"]
+        self._lost = self._value["lost"][0]
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._value[name][0])
+
+    def __setitem__(self, name: str, number: int) -> None:
+        self._value[name][0] = number
+
+    def set_sleeping(self, asleep: bool) -> None:
+        """Say whether the reader must be woken. The caller fences, and looks at the ring once more, before it sleeps."""
+        self._sleeping[0] = asleep
+
+    def lost(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Records that were not made since the ring was: by type (and "could not follow"), node-wide ones and watched ones."""
+        node, process = self._lost.tolist()
+        return tuple(node), tuple(process)
+
+    def close(self) -> None:
+        """Unmap."""
+        del self._value, self._sleeping, self._lost
+        self._memory.close()
+
+
+TYPE_BITS: tuple[int, ...] = tuple(TYPE_NAMES)
+"""Event bit by index of `lost`; index LOST_FOLLOW has none."""

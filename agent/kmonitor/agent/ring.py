@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's ring, read through its memory map (kernel/bpf/ringbuf.c, Documentation/bpf/ringbuf.rst).
+
+The first page holds the consumer's position, which is ours to write; the second the producer's, then come the data pages,
+mapped twice in a row, so that a record that wraps around lies in one piece. Positions are bytes since the ring was made.
+"""
+
+from __future__ import annotations
+
+import mmap
+import select
+import threading
+from typing import Any
+
+import numpy as np
+
+from kmonitor.agent.maps import Control
+from kmonitor.wire.record import RING_BUSY, SLOT_DTYPE, SLOT_SIZE, committed, whole_records
+
+_LONGEST_RECORD_SLOTS = 32
+
+
+class Ring:
+    """Reads ahead of the consumer position, which moves only by `release`.
+
+    What was read and not released stays in the kernel: whoever maps the ring next finds it again.
+    """
+
+    def __init__(self, fd: int, size: int, control: Control) -> None:
+        """`fd` stays the caller's. `size` is that of the data, a power of two of bytes."""
+        self.size = size
+        self._control = control
+        self._consumer_page = mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._pages = mmap.mmap(fd, mmap.PAGESIZE + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=mmap.PAGESIZE)
+        self._consumer: Any = np.frombuffer(self._consumer_page, dtype="<u8", count=1)
+        self._producer: Any = np.frombuffer(self._pages, dtype="<u8", count=1)
+        self._slots: Any = np.frombuffer(self._pages, dtype=SLOT_DTYPE, offset=mmap.PAGESIZE, count=2 * size // SLOT_SIZE)
+        self._fence = threading.Lock()
+        self.position = self.consumer
+        """Where the next read begins."""
+        # Data that is not released keeps the ring "ready" for a level-triggered wait: wait for the edge.
+        self.wakeups = select.epoll()
+        self.wakeups.register(fd, select.EPOLLIN | select.EPOLLET)
+
+    @property
+    def consumer(self) -> int:
+        """All before it was released."""
+        return int(self._consumer[0])
+
+    @property
+    def producer(self) -> int:
+        """Where the kernel writes next; before it there may be records that are still being written."""
+        return int(self._producer[0])
+
+    def has_unread(self) -> bool:
+        """Whether anything, committed or not, lies behind `position`."""
+        return self.producer != self.position
+
+    def committed_ahead(self) -> bool:
+        """Whether the record at `position` is one that can be read: something must lie there."""
+        return not int(self._slots["ring_length"][(self.position & (self.size - 1)) // SLOT_SIZE]) & RING_BUSY
+
+    def read(self, limit: int) -> bytes | None:
+        """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
+        ahead = self.producer - self.position
+        if ahead == 0:
+            return None
+        first = (self.position & (self.size - 1)) // SLOT_SIZE
+        # A record's length is written before the producer's position moves past it (a store-release in the kernel): on
+        # x86 the order of loads is kept; elsewhere the lock's acquire orders them.
+        with self._fence:
+            window = self._slots[first : first + min(ahead, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE) // SLOT_SIZE]
+        done = window[: committed(window)]
+        count = whole_records(done, limit // SLOT_SIZE)
+        if count == 0:
+            return None
+        data: bytes = done[:count].tobytes()
+        self.position += len(data)
+        return data
+
+    def release(self, position: int) -> None:
+        """Give the kernel everything before `position` back. Positions that were released already are ignored."""
+        if position > self.consumer:
+            self._consumer[0] = min(position, self.producer)
+        self.position = max(self.position, self.consumer)
+
+    def rewind(self) -> None:
+        """Read again what was not released."""
+        self.position = self.consumer
+
+    def prepare_sleep(self) -> bool:
+        """Ask to be woken. False if there is something to read already: then nobody will be."""
+        self._control.set_sleeping(True)
+        # The probe reserves, then reads the flag; we set the flag, then read the producer's position. Both need a full
+        # fence in between, or each may miss the other: theirs is the ring's spin lock, ours a lock's atomic exchange.
+        with self._fence:
+            pass
+        if self.has_unread():
+            self._control.set_sleeping(False)
+            return False
+        return True
+
+    def awake(self) -> None:
+        """No more wake-ups; forget those that came."""
+        self._control.set_sleeping(False)
+        self.wakeups.poll(0)
+
+    def close(self) -> None:
+        """Unmap; the ring lives on if it is pinned."""
+        self._control.set_sleeping(False)
+        self.wakeups.close()
+        del self._consumer, self._producer, self._slots
+        self._consumer_page.close()
+        self._pages.close()

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The kernel's types, as far as the probe reads them. CO-RE: libbpf finds each field by name in the running kernel's BTF when
+ * it loads, so order and omissions here mean nothing.
+ */
+#ifndef KMONITOR_KERNEL_H
+#define KMONITOR_KERNEL_H
+
+#define AS_IN_KERNEL __attribute__((preserve_access_index))
+
+typedef _Bool bool;
+#define true 1
+#define false 0
+#define NULL ((void *)0)
+
+typedef struct {
+	int counter;
+} AS_IN_KERNEL atomic_t;
+
+typedef struct {
+	unsigned int val;
+} AS_IN_KERNEL kuid_t;
+
+typedef struct {
+	unsigned int val;
+} AS_IN_KERNEL kgid_t;
+
+struct ns_common {
+	unsigned int inum;
+} AS_IN_KERNEL;
+
+struct pid_namespace {
+	struct ns_common ns;
+} AS_IN_KERNEL;
+
+struct upid {
+	int nr;
+	struct pid_namespace *ns;
+} AS_IN_KERNEL;
+
+struct pid {
+	unsigned int level;
+	struct upid numbers[];
+} AS_IN_KERNEL;
+
+struct cred {
+	kuid_t uid;
+	kgid_t gid;
+} AS_IN_KERNEL;
+
+struct kernfs_node {
+	unsigned long long id; /* from 5.5 on a plain integer */
+} AS_IN_KERNEL;
+
+struct cgroup;
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+} AS_IN_KERNEL;
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
+} AS_IN_KERNEL;
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+} AS_IN_KERNEL;
+
+struct signal_struct {
+	atomic_t live;
+	int nr_threads; /* not yet released; `live` counts those that have not begun to end */
+	int group_exit_code;
+	unsigned int flags;
+} AS_IN_KERNEL;
+
+struct mm_struct {
+	unsigned long arg_start;
+	unsigned long arg_end;
+} AS_IN_KERNEL;
+
+struct task_struct {
+	int exit_code;
+	int pid;
+	int tgid;
+	struct task_struct *real_parent;
+	struct task_struct *group_leader;
+	struct pid *thread_pid;
+	unsigned long long start_boottime; /* from 5.5 on; real_start_time before */
+	const struct cred *cred;
+	char comm[16];
+	struct signal_struct *signal;
+	struct css_set *cgroups;
+	struct mm_struct *mm;
+} AS_IN_KERNEL;
+
+struct linux_binprm {
+	const char *filename;
+} AS_IN_KERNEL;
+
+struct kernel_siginfo {
+	int si_code;
+} AS_IN_KERNEL;
+
+struct seq_file;
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+	unsigned long long seq_num;
+} AS_IN_KERNEL;
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+} AS_IN_KERNEL;
+
+#endif
