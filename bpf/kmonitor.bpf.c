@@ -279,6 +279,10 @@ int BPF_PROG(kmonitor_fork, struct task_struct *parent, struct task_struct *chil
 
 struct filename {
 	char bytes[FILENAME_MAX_LEN];
+	/* Unused: for structs that only functions use, this is what brings them into the object's BTF, where a test reads them. */
+	struct kmonitor_process process;
+	struct kmonitor_namespace namespace;
+	struct kmonitor_record record;
 };
 
 struct {

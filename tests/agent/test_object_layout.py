@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C structs of the built probe against Python's view of them, through the object's own BTF."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kmonitor.agent import maps
+from kmonitor.wire import record
+from tests.agent.btf import Btf
+
+
+@pytest.fixture(scope="module")
+def btf() -> Btf:
+    return Btf(Path(str(resources.files("kmonitor.agent").joinpath("kmonitor.bpf.o"))))
+
+
+def _places(dtype: np.dtype[Any], shift: int = 0) -> dict[str, tuple[int, int]]:
+    assert dtype.fields is not None
+    return {name: (int(field[1]) - shift, field[0].itemsize) for name, field in dtype.fields.items()}
+
+
+def test_record(btf: Btf) -> None:
+    ours = _places(record.SLOT_DTYPE, record.RING_HEADER_SIZE)
+    for name in ("ring_length", "ring_page"):
+        ours.pop(name)
+    theirs = btf.fields("kmonitor_record")
+    assert theirs.pop("tail") == (record.RECORD_SIZE, 0)
+    theirs.pop("reserved")
+    renamed = {name.replace("child.", "child_").replace("killer.", "killer_"): place for name, place in theirs.items()}
+    assert renamed == ours
+    assert btf.size("kmonitor_record") == record.RECORD_SIZE == record.SLOT_SIZE - record.RING_HEADER_SIZE
+
+
+def test_control(btf: Btf) -> None:
+    assert btf.fields("kmonitor_control") == _places(maps.CONTROL_DTYPE)
+    assert btf.size("kmonitor_control") == maps.CONTROL_DTYPE.itemsize
+
+
+def test_process(btf: Btf) -> None:
+    assert btf.fields("kmonitor_process") == _places(maps.PROCESS_DTYPE)
+    assert btf.size("kmonitor_process") == maps.PROCESS_DTYPE.itemsize
+
+
+def test_watched(btf: Btf) -> None:
+    assert btf.fields("kmonitor_watched") == {"start_boottime_ns": (0, 8), "mask": (8, 4), "flags": (12, 4)}
+    assert maps.Watched.unpack(maps.Watched(1 << 40, 0x7F, 1).pack()) == maps.Watched(1 << 40, 0x7F, 1)
+    assert btf.size("kmonitor_watched") == maps.WATCHED_SIZE
+
+
+def test_config(btf: Btf) -> None:
+    packed = maps.pack_config(pidns_inum=1, has_group_dead=True, fill_mark=2)
+    assert btf.size("kmonitor_config") == len(packed)
+    assert list(btf.fields("kmonitor_config")) == ["pidns_inum", "has_group_dead", "fill_mark"]
