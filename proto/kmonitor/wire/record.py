@@ -83,7 +83,9 @@ Indices = npt.NDArray[np.intp]
 def slots_of(data: bytes | bytearray | memoryview) -> Slots:
     """View a stretch of the ring as slots. Raises BadRecordError if it is not a whole number of them."""
     if len(data) % SLOT_SIZE:
-        raise BadRecordError(f"a block of {len(data)} bytes is no whole number of {SLOT_SIZE}-byte slots: agent and broker differ in version")
+        raise BadRecordError(
+            f"a block of {len(data)} bytes is no whole number of {SLOT_SIZE}-byte slots: agent and broker differ in version"
+        )
     return np.frombuffer(data, dtype=SLOT_DTYPE)
 
 
@@ -149,7 +151,7 @@ def check_records(slots: Slots) -> Indices:
     sizes = (lengths & ~np.uint32(RING_DISCARD)).astype(np.int64) + RING_HEADER_SIZE
     if bool((sizes % SLOT_SIZE).any()):
         raise BadRecordError(f"a record does not fill its slots of {SLOT_SIZE} bytes: agent and broker differ in version")
-    kept = starts[(lengths & RING_DISCARD) == 0]
+    kept: Indices = starts[(lengths & RING_DISCARD) == 0]
     records = slots[kept]
     wrong = records["version"] != RECORD_VERSION
     if bool(wrong.any()):

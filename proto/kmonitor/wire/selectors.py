@@ -78,7 +78,9 @@ def check_pid(pid: int) -> int:
 def check_cgroup_path(path: str) -> str:
     """Return the path below the hierarchy's root, or raise BadSelectorError."""
     if not path.startswith("/") or "\0" in path or ".." in path.split("/") or len(path) > 4096:
-        raise BadSelectorError(f"control group {path!r}: give its path below the root of the v2 hierarchy, such as /system.slice/nginx.service")
+        raise BadSelectorError(
+            f"control group {path!r}: give its path below the root of the v2 hierarchy, such as /system.slice/nginx.service"
+        )
     return "/" + "/".join(part for part in path.split("/") if part)
 
 

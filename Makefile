@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` set up all that they need on a fresh Debian or Ubuntu with git, make and python3.
+
+# The interpreter that .venv is made with (3.11 or newer), and where .venv is.
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON
+
+BIN := $(VENV)/bin
+OBJECT := agent/kmonitor/agent/kmonitor.bpf.o
+
+# Stamps: what a set-up step leaves behind, so that it is done once. The one of .venv lies in it, and goes when it goes.
+SYSTEM := build/system-run.stamp
+SYSTEM_TEST := build/system-test.stamp
+INSTALLED := $(VENV)/kmonitor.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test build demo test lint format generate check-generated wheel clean FORCE
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
+
+setup: $(INSTALLED) $(OBJECT) ## all that running takes: system packages, .venv, the BPF object
+
+setup-test: setup $(SYSTEM_TEST)
+
+build: $(OBJECT) ## the BPF object
+
+demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (root, for BPF)
+	$(BIN)/kmon up $(if $(FOR),--for $(FOR)) $(ARGS)
+
+test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goes to pytest
+	$(BIN)/python -m pytest --junitxml=build/junit.xml $(ARGS)
+
+lint: setup check-generated ## format, style, types, import layers, generated code, licence lines
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	tools/check_spdx.sh
+
+format: setup ## write the source in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+generate: setup ## Python and its types from proto/
+	tools/generate.sh $(VENV)
+
+check-generated: setup
+	tools/generate.sh $(VENV) --check
+
+wheel: setup ## dist/kmonitor-*.whl, with the BPF object inside
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove all that was made here, .venv too
+	rm -rf build dist $(VENV) $(OBJECT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find agent broker clients proto tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+$(SYSTEM): tools/system_packages.sh
+	@mkdir -p $(@D)
+	@tools/system_packages.sh run
+	@touch $@
+
+$(SYSTEM_TEST): tools/system_packages.sh
+	@mkdir -p $(@D)
+	@tools/system_packages.sh test
+	@touch $@
+
+# The script looks at the times too, for the build hook of the package; touch, as it may find nothing to do.
+$(OBJECT): $(wildcard bpf/*.c bpf/*.h) | $(SYSTEM)
+	tools/build_bpf.sh
+	@touch $@
+
+# The object comes first: the package's build hook would make it, and hide clang's messages.
+# An environment remembers where its checkout lies: in a copy or after a move it is made again.
+$(INSTALLED): pyproject.toml constraints.txt tools/setup_venv.sh | $(SYSTEM) $(OBJECT)
+	@tools/setup_venv.sh $(VENV)
+	@echo '$(CURDIR)' > $@
+
+ifneq ($(CURDIR),$(shell cat $(INSTALLED) 2>/dev/null))
+$(INSTALLED): FORCE
+endif

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broker and agent of this checkout as processes of their own, for the time of a measurement."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+NODE = "bench"
+_BIN = Path(sys.executable).parent
+
+
+@contextlib.contextmanager
+def stack(*agent_options: str) -> Iterator[tuple[str, int, int]]:
+    """(address of the broker, its pid, the agent's pid). Needs root."""
+    with contextlib.ExitStack() as running:
+        broker = running.enter_context(_command("kmonitor-broker", "--listen", "127.0.0.1:0"))
+        address = _line(broker).rsplit(" ", 1)[1]
+        agent = running.enter_context(_command("kmonitor-agent", "--broker", address, "--node", NODE, "--no-pin", *agent_options))
+        _line(agent)
+        yield address, broker.pid, agent.pid
+
+
+@contextlib.contextmanager
+def _command(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([_BIN / argv[0], *argv[1:]], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if not line:
+        raise SystemExit("bench: it did not start; see above")
+    return line
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far (proc(5): stat, in ticks of 10 ms)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agents' side of the broker: who is connected, what they send, and when they count as gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from kmonitor.broker.block import Block
+from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.nodes import Link, Node
+from kmonitor.broker.notices import gap
+from kmonitor.v1 import agent_pb2, monitor_pb2
+from kmonitor.wire.errors import BadRecordError, BadSelectorError
+from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
+from kmonitor.wire.selectors import check_node_name
+
+if TYPE_CHECKING:
+    from kmonitor.broker.broker import Broker
+
+logger = logging.getLogger(__name__)
+
+UP = monitor_pb2.NODE_STATE_UP
+UNREACHABLE = monitor_pb2.NODE_STATE_UNREACHABLE
+REBOOTED = monitor_pb2.NODE_STATE_REBOOTED
+
+
+class Agents:
+    """Takes what agents say. One link a node; a node whose link says nothing for a lease is unreachable."""
+
+    def __init__(self, broker: Broker, lease: float) -> None:
+        """`lease` in seconds."""
+        self._broker = broker
+        self._lease = lease
+        self._loop = asyncio.get_running_loop()
+        self._timers: dict[Link, asyncio.TimerHandle] = {}
+
+    def connect(self, hello: agent_pb2.Hello) -> Link:
+        """An agent's first message. Raises RefusedError if it cannot be this node's agent now."""
+        _check(hello)
+        node = self._broker.nodes.meet(hello.node)
+        new = not node.boot_id
+        rebooted = not new and node.boot_id != hello.boot_id
+        restarted = rebooted or (not new and node.epoch != hello.epoch)
+        successor = False
+        if node.link is not None:
+            # The pinned ring has one holder: who shows the same boot and epoch has taken it over from the one that is connected.
+            if restarted:
+                raise RefusedError(
+                    Code.ALREADY_EXISTS,
+                    f"node {node.name} is connected already, by an agent of boot {node.boot_id}: give this one another --node",
+                )
+            successor = True
+            self._end(node.link, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
+        was = (node.epoch, node.position, node.time_ns)
+        node.hello = hello
+        node.labels = dict(hello.labels)
+        node.forget_waiting()
+        if new or restarted:
+            known = self._broker.log.end_of(node.name)
+            node.lost = _totals(hello.lost)
+        link = Link(node)
+        link.heard = self._loop.time()
+        node.link = link
+        if not successor:
+            node.since_ns = time.time_ns()
+            node.received_bytes = 0
+            reason = "its agent connected" if not rebooted else "it is up with another boot id"
+            self._broker.tell_concerned(node, REBOOTED if rebooted else UP, reason)
+        if restarted:
+            self._gap(node, monitor_pb2.GAP_REASON_AGENT, hello.epoch, (0, hello.position), (was[2], time.time_ns()))
+        interest = self._broker.arming.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, restarted=restarted)
+        if new or restarted:
+            node.epoch = hello.epoch
+            has = known is not None and known[0] == hello.epoch
+            node.expected = max(hello.position, known[1] if has and known else 0)
+            node.position = node.expected
+        else:
+            self._lost(node, hello.lost)
+            if hello.position > node.expected:
+                self._hole(node, hello.position)
+        welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=0 if new or restarted else node.expected)
+        link.send(agent_pb2.BrokerMessage(welcome=welcome))
+        link.send(agent_pb2.BrokerMessage(interest=interest))
+        self._timers[link] = self._loop.call_later(self._lease, self._check_lease, link, self._loop.time() + self._lease)
+        logger.info("node %s: agent %s connected, source %s, epoch %x", node.name, hello.agent_version, hello.source, hello.epoch)
+        return link
+
+    def receive(self, link: Link, message: agent_pb2.AgentMessage) -> None:
+        """Any later message. Raises RefusedError, after which the stream is to end."""
+        if link.failure is not None:
+            raise link.failure
+        link.heard = self._loop.time()
+        node = link.node
+        kind = message.WhichOneof("kind")
+        if kind == "block":
+            self._block(node, message.block)
+            link.ack(node.expected)
+        elif kind == "applied":
+            self._broker.arming.applied(node, message.applied)
+        elif kind == "lost":
+            self._lost(node, message.lost)
+        elif kind == "heartbeat":
+            node.reached(message.heartbeat.position, message.heartbeat.time_unix_nano)
+        elif kind == "processes":
+            link.answered(message.processes)
+        elif kind == "hello":
+            raise RefusedError(Code.INVALID_ARGUMENT, "a second hello on one stream")
+
+    def disconnect(self, link: Link, reason: str) -> None:
+        """The stream has ended. Does nothing if it was given up before."""
+        if link.node.link is link:
+            self._end(link, RefusedError(Code.UNAVAILABLE, reason))
+            self._unreachable(link.node, reason)
+
+    def stop(self, failure: RefusedError) -> None:
+        """End all streams, telling nobody that nodes are gone: the broker is."""
+        for link in list(self._timers):
+            self._end(link, failure)
+
+    def _end(self, link: Link, failure: RefusedError) -> None:
+        self._timers.pop(link).cancel()
+        link.node.link = None
+        link.close(failure)
+
+    def _unreachable(self, node: Node, reason: str) -> None:
+        logger.warning("node %s: unreachable: %s", node.name, reason)
+        node.since_ns = time.time_ns()
+        self._broker.tell_concerned(node, UNREACHABLE, reason)
+        self._broker.arming.disconnected(node)
+
+    def _check_lease(self, link: Link, due: float) -> None:
+        """At the end of a lease. `due`, on the loop's clock: when this should have been called."""
+        now = self._loop.time()
+        # A broker that was itself held up has not read what agents sent meanwhile: it must not call them dead for that.
+        held_up = now - due > self._lease / 4
+        left = self._lease if held_up else link.heard + self._lease - now
+        if left > 0:
+            self._timers[link] = self._loop.call_later(left, self._check_lease, link, now + left)
+            return
+        reason = f"nothing came from its agent for {self._lease:g} s"
+        self._end(link, RefusedError(Code.DEADLINE_EXCEEDED, f"lease ran out: {reason}"))
+        self._unreachable(link.node, reason)
+
+    def _block(self, node: Node, message: agent_pb2.Block) -> None:
+        position, data = message.position, message.data
+        node.received_bytes += len(data)
+        if position + len(data) <= node.expected:
+            return  # it was sent again because the acknowledgement did not get through
+        if position < node.expected:
+            data = data[node.expected - position :]
+            position = node.expected
+        try:
+            block = Block(node.name, node.epoch, position, data, message.boottime_to_unix_ns)
+        except BadRecordError as error:
+            raise RefusedError(Code.INVALID_ARGUMENT, f"node {node.name}: {error}") from None
+        if position > max(node.expected, node.position):
+            self._hole(node, position)
+        time_ns = block.unix_ns(len(block) - 1) if len(block) else node.time_ns
+        node.expected = block.end
+        self._broker.store(block)
+        node.reached(block.end, time_ns)
+
+    def _hole(self, node: Node, position: int) -> None:
+        """The agent goes on further ahead than the broker has come."""
+        self._gap(node, monitor_pb2.GAP_REASON_AGENT, node.epoch, (node.expected, position), (node.time_ns, time.time_ns()))
+        node.expected = position
+
+    def _gap(
+        self, node: Node, reason: monitor_pb2.GapReason.ValueType, epoch: int, positions: tuple[int, int], times: tuple[int, int]
+    ) -> None:
+        self._broker.tell_watchers(node, gap(node.name, reason, epoch, positions=positions, times=times, counts={}))
+
+    def _lost(self, node: Node, message: agent_pb2.Lost) -> None:
+        """Tell those whom it may concern what the ring could not take since we last heard."""
+        totals = _totals(message)
+        news = {key: total - node.lost.get(key, 0) for key, total in totals.items() if total > node.lost.get(key, 0)}
+        if not news:
+            return
+        node.lost.update({key: totals[key] for key in news})
+        times = (message.from_time_unix_nano, message.to_time_unix_nano)
+        positions = (message.from_position, message.to_position)
+        for session in self._broker.sessions:
+            spans = session.matcher.spans(node.name)
+            own, wide = 0, 0
+            for span in spans:
+                if span.process is not None:
+                    own |= span.mask
+                else:
+                    wide |= span.mask
+            counts: dict[int, int] = {}
+            for (kind, watched), count in news.items():
+                # What a process's own entry asked for may be wanted by a wider registration too; not the other way round.
+                if kind & (wide | own if watched else wide):
+                    counts[kind] = counts.get(kind, 0) + count
+            if counts:
+                session.tell(gap(node.name, monitor_pb2.GAP_REASON_RING, node.epoch, positions=positions, times=times, counts=counts))
+
+
+def _totals(lost: agent_pb2.Lost) -> dict[tuple[int, bool], int]:
+    return {(int(count.type), count.watched): count.total for count in lost.counts}
+
+
+def _check(hello: agent_pb2.Hello) -> None:
+    try:
+        check_node_name(hello.node)
+    except BadSelectorError as error:
+        raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
+    if not hello.boot_id:
+        raise RefusedError(Code.INVALID_ARGUMENT, f"node {hello.node}: the hello has no boot id")
+    found = (hello.record_version, hello.record_size, hello.slot_size)
+    if found != (RECORD_VERSION, RECORD_SIZE, SLOT_SIZE):
+        raise RefusedError(
+            Code.FAILED_PRECONDITION,
+            f"node {hello.node}: records of version {found[0]} ({found[1]} bytes in slots of {found[2]}); this broker takes "
+            f"version {RECORD_VERSION} ({RECORD_SIZE} in {SLOT_SIZE}): upgrade the older of agent and broker",
+        )

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From registrations to armed kernels: what is asked of the agents, and what their answers mean for the sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from functools import partial
+from typing import TypeAlias
+
+from kmonitor.broker.errors import Code
+from kmonitor.broker.interest import Group
+from kmonitor.broker.log import EventLog
+from kmonitor.broker.matching import Span
+from kmonitor.broker.nodes import Node, Nodes
+from kmonitor.broker.notices import gap, registered
+from kmonitor.broker.registrations import Arm, ArmState, Ask, Process, Registration, Request
+from kmonitor.broker.router import Router
+from kmonitor.broker.sessions import Session
+from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
+
+RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
+EXITED = monitor_pb2.REGISTRATION_STATE_EXITED
+NOT_FOUND = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
+NODE_UNREACHABLE = monitor_pb2.REGISTRATION_STATE_NODE_UNREACHABLE
+ARMED = monitor_pb2.REGISTRATION_STATE_ARMED
+NO_NODE = monitor_pb2.REGISTRATION_STATE_NO_NODE
+State: TypeAlias = "monitor_pb2.RegistrationState.ValueType"
+
+
+class Arming:
+    """Keeps interest and spans in step with the registrations."""
+
+    def __init__(self, nodes: Nodes, router: Router, log: EventLog) -> None:
+        self._nodes = nodes
+        self._router = router
+        self._log = log
+        self._flushing: set[str] = set()
+
+    # -- what sessions cause
+
+    def arm(self, registration: Registration, name: str, request: Request, mask: int) -> None:
+        """Arm a registration on a node, or note that it is to be armed when the node comes."""
+        arm = registration.arms.setdefault(name, Arm(registration, name))
+        node = self._nodes.get(name)
+        if node is None or not node.up:
+            if arm.state is not ArmState.ARMED:
+                arm.state = ArmState.AWAY
+            if node is not None:
+                self._claim(node, Ask(arm, None, mask, registration.key.target), waits=False)
+            self._tell(arm, request, NODE_UNREACHABLE, node)
+            return
+        if arm.state is not ArmState.ARMED:
+            arm.state = ArmState.ASKED
+        self._claim(node, Ask(arm, request, mask, registration.key.target), waits=True)
+        _session(arm).pends(1)
+        self.flush_soon(node)
+
+    def shrink(self, registration: Registration, bits: int) -> None:
+        """Clear bits of a registration's mask: no event of them from now on. Without bits it is over."""
+        registration.mask &= ~bits
+        for arm in registration.arms.values():
+            node = self._nodes.get(arm.node)
+            if node is None:
+                continue
+            for span in self._spans(arm):
+                self._router.end(span, node.position, self._log.end)
+                left = span.mask & ~bits
+                if left and not span.lingers:
+                    first = max(span.first, node.position)
+                    self._router.add(dataclasses.replace(span, mask=left, first=first, end=None))
+                elif span.process and not span.lingers:
+                    arm.spans -= 1
+            if registration.mask:
+                node.interest.remask(arm, registration.mask)
+            else:
+                node.interest.drop(arm)
+                arm.state = ArmState.OVER
+            self.flush_soon(node)
+
+    def flush_soon(self, node: Node) -> None:
+        """Send the agent what changed, once all that this turn of the event loop brings is in."""
+        if node.up and node.name not in self._flushing:
+            self._flushing.add(node.name)
+            asyncio.get_running_loop().call_soon(self._flush, node)
+
+    def _flush(self, node: Node) -> None:
+        self._flushing.discard(node.name)
+        if node.link is not None and node.interest.dirty:
+            node.link.send(agent_pb2.BrokerMessage(interest=node.interest.delta()))
+
+    # -- what agents cause
+
+    def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, restarted: bool) -> agent_pb2.Interest:
+        """The node is up: everything that is wanted of it, for its agent. `restarted`: positions start anew."""
+        asks = node.interest.abandon()
+        living: dict[Arm, set[tuple[int, int]]] = {}
+        for session in sessions:
+            for span in session.matcher.spans(node.name):
+                if span.process is not None and not span.lingers:
+                    living.setdefault(span.arm, set()).add(span.process)
+                if restarted:
+                    self._router.end(span, node.position, self._log.end)
+        if restarted:
+            for arm in living:
+                arm.spans = 0
+        for session in sessions:
+            for registration in list(session.registrations.values()):
+                if node.name not in registration.arms and not registration.key.selects(node.name, node.labels):
+                    continue
+                arm = registration.arms.setdefault(node.name, Arm(registration, node.name))
+                if arm.state is ArmState.OVER:
+                    continue
+                if rebooted and arm.process is not None:
+                    node.interest.drop(arm)
+                    asks = [ask for ask in asks if ask.arm is not arm or self._no_more(ask, EXITED, node)]
+                    self._tell(arm, None, EXITED, node)
+                    self._over(arm)
+                    continue
+                if arm not in living and any(ask.arm is arm for ask in asks):
+                    continue  # the question that the last agent left open is asked again
+                asks += self._asks_again(node, arm, living.get(arm, set()))
+        for ask in asks:
+            if ask.request is None and not ask.child:
+                self._claim(node, ask, waits=False)
+        return node.interest.snapshot(asks)
+
+    def _asks_again(self, node: Node, arm: Arm, living: set[tuple[int, int]]) -> list[Ask]:
+        registration = arm.registration
+        if not living:
+            arm.state = ArmState.ASKED
+            return [Ask(arm, None, registration.mask, registration.key.target)]
+        root = None if arm.process is None else (arm.process.pid, arm.process.start)
+        asks = [Ask(arm, None, registration.mask, Process(*key), child=key != root) for key in sorted(living)]
+        for ask in asks:
+            if ask.child and isinstance(ask.target, Process):
+                node.interest.learn_process(arm, ask.target.pid, ask.target.start, mask=registration.mask, follow=True)
+        return asks
+
+    def _no_more(self, ask: Ask, state: State, node: Node) -> bool:
+        """Answer an ask without the agent. False, for use in a filter."""
+        if ask.request is not None:
+            _session(ask.arm).pends(-1)
+            self._tell(ask.arm, ask.request, state, node)
+        return False
+
+    def disconnected(self, node: Node) -> None:
+        """The node is not reachable: whoever waits for its answer is told."""
+        for ask in node.interest.abandon():
+            if ask.arm.state is ArmState.ASKED:
+                ask.arm.state = ArmState.AWAY
+            self._no_more(ask, NODE_UNREACHABLE, node)
+
+    def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
+        """The agent has done what an Interest said: answer those who wait for it."""
+        processes = {(result.pid, result.start_time): result for result in message.processes}
+        groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
+        for result in message.groups:
+            if result.cgroup_ids:
+                self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
+        for ask in node.interest.answered(message.version):
+            arm = ask.arm
+            if ask.request is not None:
+                _session(arm).pends(-1)
+            if not ask.mask & arm.registration.mask:
+                continue  # deregistered meanwhile
+            if isinstance(ask.target, Process):
+                self._process_answer(node, message.position, ask, ask.target, processes.get((ask.target.pid, ask.target.start)))
+            elif isinstance(ask.target, Group):
+                self._group_answer(node, message.position, ask, groups.get(ask.target))
+            else:
+                new = self._open(node, ask, message.position, None, None)
+                if ask.request is not None or new:
+                    self._tell(arm, ask.request, ARMED, node, position=message.position)
+
+    def _process_answer(
+        self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
+    ) -> None:
+        arm = ask.arm
+        if result is None or result.error:
+            node.interest.forget_process_claim(arm, target.pid, target.start)
+            self._failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
+        elif result.state == RUNNING:
+            key = (target.pid, result.process.start_time or target.start)
+            node.interest.settle_process(arm, target.pid, target.start, key[1])
+            if not ask.child:
+                arm.process = Process(*key)
+            new = self._open(node, ask, position, key, None)
+            if ask.request is not None or (new and not ask.child):
+                self._tell(arm, ask.request, RUNNING, node, position=position, process=result.process)
+        else:
+            node.interest.forget_process_claim(arm, target.pid, target.start)
+            living = [
+                span
+                for span in self._spans(arm)
+                if span.process and span.process[0] == target.pid and target.start in {0, span.process[1]} and not span.lingers
+            ]
+            state = NOT_FOUND if result.state == NOT_FOUND else EXITED
+            if ask.request is not None or not living:
+                if not ask.child:
+                    self._tell(arm, ask.request, state, node, position=position)
+                if not arm.spans:
+                    self._over(arm)
+            if living:
+                # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
+                node.when_reached(position, partial(self._gone, node, ask, position, living))
+
+    def _gone(self, node: Node, ask: Ask, position: int, living: list[Span]) -> None:
+        """All records up to `position` have come. Processes whose exit was not among them are gone all the same."""
+        left = [span for span in living if span.end is None and not span.lingers]
+        for span in left:
+            self._router.end(span, position, self._log.end)
+            if span.process is not None:
+                node.interest.forget_process_claim(ask.arm, *span.process)
+            ask.arm.spans -= 1
+        if left and ask.request is None and not ask.child:
+            self._tell(ask.arm, None, EXITED, node, position=position)
+        if left and not ask.arm.spans:
+            self._over(ask.arm)
+
+    def _group_answer(self, node: Node, position: int, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None) -> None:
+        arm = ask.arm
+        if result is not None and not result.error and result.cgroup_ids:
+            for span in self._spans(arm):
+                if span.cgroup_id != result.cgroup_ids[0]:  # the unit was started anew
+                    self._router.end(span, position, self._log.end)
+            new = self._open(node, ask, position, None, result.cgroup_ids[0])
+            if ask.request is not None or new:
+                self._tell(arm, ask.request, ARMED, node, position=position)
+            return
+        node.interest.drop(arm)
+        self.flush_soon(node)
+        for span in self._spans(arm):
+            self._router.end(span, position, self._log.end)
+        if result is not None and not result.error:
+            self._tell(arm, ask.request, NOT_FOUND, node, position=position)
+            self._over(arm)
+        else:
+            self._failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)
+
+    def _failed(self, arm: Arm, ask: Ask, why: str, node: Node) -> None:
+        error = monitor_pb2.RequestError(code=Code.RESOURCE_EXHAUSTED, message=f"node {node.name}: {why}")
+        if not ask.child:
+            self._tell(arm, ask.request, monitor_pb2.REGISTRATION_STATE_UNSPECIFIED, node, error=error)
+        if not arm.spans:
+            self._over(arm)
+
+    # -- what the records cause
+
+    def child_made(self, span: Span) -> None:
+        """A followed process made a child, and the kernel has armed it."""
+        node = self._nodes.get(span.node)
+        arm: Arm = span.arm
+        arm.spans += 1
+        if node is not None and span.process is not None:
+            node.interest.learn_process(arm, *span.process, mask=arm.registration.mask, follow=True)
+
+    def process_ended(self, span: Span) -> None:
+        """A registered process has ended, and the kernel has dropped its entry."""
+        node = self._nodes.get(span.node)
+        arm: Arm = span.arm
+        arm.spans -= 1
+        if node is not None and span.process is not None:
+            node.interest.forget_process(*span.process)
+        if not arm.spans:
+            self._over(arm)
+
+    # -- the rest
+
+    def _claim(self, node: Node, ask: Ask, *, waits: bool) -> None:
+        """Put the whole mask of the registration into the node's interest. `waits`: the ask wants an answer to the next delta."""
+        arm, mask = ask.arm, ask.arm.registration.mask
+        waiting = ask if waits else None
+        if isinstance(ask.target, Process):
+            follow = arm.registration.key.follow
+            node.interest.want_process(arm, ask.target.pid, ask.target.start, mask=mask, follow=follow, ask=waiting)
+        elif isinstance(ask.target, Group):
+            node.interest.want_group(arm, ask.target, mask, waiting)
+        else:
+            node.interest.want_node(arm, mask, waiting)
+
+    def _open(self, node: Node, ask: Ask, position: int, process: tuple[int, int] | None, cgroup_id: int | None) -> bool:
+        """Deliver the asked bits from `position` on, unless that is so already. Whether anything is new."""
+        arm, registration = ask.arm, ask.arm.registration
+        arm.state = ArmState.ARMED
+        covered = 0
+        for span in self._spans(arm):
+            if span.process == process and span.cgroup_id == cgroup_id and not span.lingers:
+                covered |= span.mask
+        mask = ask.mask & registration.mask & ~covered
+        if not mask:
+            return False
+        key = registration.key
+        self._tell_of_absence(node, _session(arm), position)
+        self._router.add(
+            Span(
+                registration.session, arm, node.name, node.epoch, mask, position, process, cgroup_id,
+                key.follow, key.filter, arm=arm,
+            )
+        )  # fmt: skip
+        if process is not None:
+            arm.spans += 1
+        return True
+
+    def _tell_of_absence(self, node: Node, session: Session, position: int) -> None:
+        """A client that comes back has missed what was between its cursor and now."""
+        epoch, taken = session.cursor.pop(node.name, (node.epoch, position))
+        first = taken + 1 if epoch == node.epoch else 0
+        if first < position:
+            missing = gap(
+                node.name, monitor_pb2.GAP_REASON_LOG, node.epoch, positions=(first, position), times=(0, time.time_ns()), counts={}
+            )
+            session.tell(missing)
+
+    def _spans(self, arm: Arm) -> list[Span]:
+        return [span for span in _session(arm).matcher.spans(arm.node) if span.arm is arm]
+
+    def _over(self, arm: Arm) -> None:
+        """The registration is over on this node; and altogether, if it can have no other."""
+        arm.state = ArmState.OVER
+        registration = arm.registration
+        arms = registration.arms
+        if registration.key.exact and all(name in arms and arms[name].state is ArmState.OVER for name in registration.key.names):
+            _session(arm).registrations.pop(registration.key, None)
+
+    def _tell(
+        self,
+        arm: Arm,
+        request: Request | None,
+        state: State,
+        node: Node | None,
+        *,
+        position: int = 0,
+        process: events_pb2.Process | None = None,
+        error: monitor_pb2.RequestError | None = None,
+    ) -> None:
+        registration = arm.registration
+        if request is not None:
+            request.outstanding -= 1
+        message = monitor_pb2.Registered(
+            request_id=registration.id if request is None else request.id,
+            registration_id=registration.id,
+            node=arm.node,
+            state=state,
+            process=process,
+            epoch=node.epoch if node is not None else 0,
+            position=position,
+            pending=0 if request is None else request.outstanding,
+            event_mask=registration.mask,
+            target=registration.target,
+            error=error,
+        )
+        _session(arm).tell(registered(message))
+
+
+def _session(arm: Arm) -> Session:
+    session = arm.registration.session
+    assert isinstance(session, Session)
+    return session

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a block a session wants.
+
+A span says from where to where in a node's ring a registration holds. Spans are kept after their end for as long as the session
+has still to read blocks from before it, so that live delivery and reading the log give the same rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kmonitor.broker.block import Block, ProcessKey
+from kmonitor.broker.filters import NO_FILTER, Filter
+from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, Indices
+
+NO_ROWS: Indices = np.empty(0, dtype=np.intp)
+
+
+@dataclass(eq=False, slots=True)
+class Span:
+    """A stretch of a node's ring in which one target is registered. Exactly one of `process`, `cgroup_id` or neither is set."""
+
+    owner: Any
+    """The session; opaque here."""
+    claim: Hashable
+    """Names the registration in the node's interest; opaque here."""
+    node: str
+    epoch: int
+    mask: int
+    first: int
+    """The first position that is delivered."""
+    process: ProcessKey | None = None
+    cgroup_id: int | None = None
+    follow: bool = False
+    filter: Filter = NO_FILTER
+    end: int | None = None
+    """The first position that is not delivered; None while it is open."""
+    lingers: bool = False
+    """Its process has ended; the span stays for what the process's threads may still record."""
+    arm: Any = None
+    """What the session keeps about registration and node; opaque here."""
+
+    def narrow(self, block: Block, rows: Indices) -> Indices:
+        """Those of the rows that are within the span, of a wanted type, and pass the filter."""
+        if block.epoch != self.epoch or block.end <= self.first or (self.end is not None and self.end <= block.position):
+            return NO_ROWS
+        keep: npt.NDArray[np.bool_] = block.column("type")[rows] & self.mask != 0
+        if block.position < self.first or (self.end is not None and self.end < block.end):
+            positions = block.positions[rows]
+            keep &= positions >= self.first
+            if self.end is not None:
+                keep &= positions < self.end
+        if self.filter:
+            keep &= self.filter.keep(block)[rows]
+        return rows[keep]
+
+
+@dataclass(slots=True)
+class CgroupTree:
+    """What lies above the watched control groups of a node: a record names only the nearest watched one."""
+
+    above: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def put(self, cgroup_ids: list[int]) -> None:
+        """The id of a group, then of those above it."""
+        self.above[cgroup_ids[0]] = tuple(cgroup_ids[1:])
+
+    def self_and_above(self, cgroup_id: int) -> tuple[int, ...]:
+        """The groups that an event in this watched group is in."""
+        return (cgroup_id, *self.above.get(cgroup_id, ()))
+
+
+@dataclass(slots=True)
+class _Table:
+    """The spans of one session on one node."""
+
+    processes: dict[ProcessKey, list[Span]] = field(default_factory=dict)
+    cgroups: dict[int, list[Span]] = field(default_factory=dict)
+    everything: list[Span] = field(default_factory=list)
+
+    def bucket(self, span: Span) -> list[Span]:
+        if span.process is not None:
+            return self.processes.setdefault(span.process, [])
+        if span.cgroup_id is not None:
+            return self.cgroups.setdefault(span.cgroup_id, [])
+        return self.everything
+
+    def discard(self, span: Span) -> None:
+        bucket = self.bucket(span)
+        bucket.remove(span)
+        if not bucket and span.process is not None:
+            del self.processes[span.process]
+        if not bucket and span.cgroup_id is not None:
+            del self.cgroups[span.cgroup_id]
+
+    def __iter__(self) -> Iterator[Span]:
+        for table in (self.processes, self.cgroups):
+            for bucket in table.values():
+                yield from bucket
+        yield from self.everything
+
+
+class Matcher:
+    """All spans of one session, open and ended."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, _Table] = {}
+        self._ended: deque[tuple[int, Span]] = deque()
+        """(log offset from which on the span means nothing, span), ascending."""
+
+    def add(self, span: Span) -> None:
+        """Take a span up."""
+        self._tables.setdefault(span.node, _Table()).bucket(span).append(span)
+
+    def ended(self, span: Span, offset: int) -> None:
+        """The span has got its `end`: no block at or behind this log offset can match it."""
+        self._ended.append((offset, span))
+
+    def prune(self, offset: int) -> None:
+        """The session has passed all blocks before this log offset: forget the spans that ended before it."""
+        while self._ended and self._ended[0][0] <= offset:
+            span = self._ended.popleft()[1]
+            self._tables[span.node].discard(span)
+
+    def spans(self, node: str) -> list[Span]:
+        """The open spans on a node."""
+        return [span for span in self._tables.get(node, ()) if span.end is None]
+
+    def watches(self, node: str) -> bool:
+        """Whether there are open spans on a node."""
+        return any(span.end is None for span in self._tables.get(node, ()))
+
+    def nodes(self) -> list[str]:
+        """The nodes with open spans."""
+        return [node for node in self._tables if self.watches(node)]
+
+    def select(self, block: Block, cgroups: CgroupTree) -> Indices:
+        """Rows of the block that the session gets: ascending, each once however many registrations it matches."""
+        table = self._tables.get(block.node)
+        if table is None or len(block) == 0:
+            return NO_ROWS
+        found: list[Indices] = []
+        if table.everything:
+            rows = rows_of_node(block)
+            found += [span.narrow(block, rows) for span in table.everything]
+        if table.cgroups:
+            for cgroup_id, rows in rows_of_cgroups(block).items():
+                for matched in cgroups.self_and_above(cgroup_id):
+                    found += [span.narrow(block, rows) for span in table.cgroups.get(matched, ())]
+        if table.processes:
+            processes = block.processes
+            for key in processes.keys() & table.processes.keys():
+                found += [span.narrow(block, processes[key]) for span in table.processes[key]]
+        found = [rows for rows in found if len(rows)]
+        if not found:
+            return NO_ROWS
+        if len(found) == 1:
+            return found[0]
+        return np.unique(np.concatenate(found))
+
+
+def rows_of_node(block: Block) -> Indices:
+    """The rows that the node-wide mask asked for."""
+    found: Indices | None = block.memo("rows of node")
+    if found is None:
+        found = np.flatnonzero(block.column("flags") & F_MATCH_NODE)
+        block.remember("rows of node", found)
+    return found
+
+
+def rows_of_cgroups(block: Block) -> dict[int, Indices]:
+    """The rows that a control group's mask asked for, by the nearest watched group."""
+    found: dict[int, Indices] | None = block.memo("rows of cgroups")
+    if found is None:
+        rows = np.flatnonzero(block.column("flags") & F_MATCH_CGROUP)
+        ids = block.column("match_cgroup_id")[rows]
+        found = {int(cgroup_id): rows[ids == cgroup_id] for cgroup_id in np.unique(ids)}
+        block.remember("rows of cgroups", found)
+    return found

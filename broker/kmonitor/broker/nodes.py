@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nodes that the broker knows, and the streams of their agents."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.interest import NodeInterest
+from kmonitor.broker.registrations import Ask, Key
+from kmonitor.v1 import agent_pb2, monitor_pb2
+
+CALL_TIMEOUT = 5.0  # seconds
+
+
+class Link:
+    """One agent's stream, as the broker writes to it. The server's task takes what is to be sent."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.heard = 0.0
+        """When something came, on the event loop's clock, seconds."""
+        self.failure: RefusedError | None = None
+        """Why the broker ended the stream."""
+        self.filled = asyncio.Event()
+        self.closed = asyncio.Event()
+        self._messages: deque[agent_pb2.BrokerMessage] = deque()
+        self._ack: int | None = None
+        self._calls: dict[int, asyncio.Future[agent_pb2.ProcessList]] = {}
+        self._call_ids = itertools.count(1)
+
+    def send(self, message: agent_pb2.BrokerMessage) -> None:
+        """Behind what waits already."""
+        self._messages.append(message)
+        self.filled.set()
+
+    def ack(self, position: int) -> None:
+        """All before `position` is in the log. Only the last one that waits is sent."""
+        self._ack = position
+        self.filled.set()
+
+    def take(self) -> list[agent_pb2.BrokerMessage]:
+        """What is to be sent now."""
+        self.filled.clear()
+        messages = list(self._messages)
+        self._messages.clear()
+        if self._ack is not None:
+            messages.append(agent_pb2.BrokerMessage(ack=agent_pb2.Ack(position=self._ack)))
+            self._ack = None
+        return messages
+
+    def close(self, failure: RefusedError) -> None:
+        """End the stream. The first reason counts."""
+        if self.failure is None:
+            self.failure = failure
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(RefusedError(Code.UNAVAILABLE, f"node {self.node.name} went away: {failure}"))
+        self._calls.clear()
+        self.closed.set()
+        self.filled.set()
+
+    async def list_processes(self, wanted: monitor_pb2.ProcessFilter) -> agent_pb2.ProcessList:
+        """Ask the agent. Raises RefusedError if it does not answer within CALL_TIMEOUT, or goes away."""
+        call_id = next(self._call_ids)
+        call: asyncio.Future[agent_pb2.ProcessList] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = call
+        self.send(agent_pb2.BrokerMessage(list_processes=agent_pb2.ListProcessesCall(call_id=call_id, filter=wanted)))
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                return await call
+        except TimeoutError:
+            raise RefusedError(Code.DEADLINE_EXCEEDED, f"node {self.node.name} did not answer within {CALL_TIMEOUT:g} s") from None
+        finally:
+            self._calls.pop(call_id, None)
+
+    def answered(self, answer: agent_pb2.ProcessList) -> None:
+        """The answer to `list_processes`; too late ones are ignored."""
+        call = self._calls.get(answer.call_id)
+        if call is not None and not call.done():
+            call.set_result(answer)
+
+
+class Node:
+    """One node: known since its agent first connected, until the broker ends."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.hello = agent_pb2.Hello(node=name)
+        """The last one."""
+        self.labels: dict[str, str] = {}
+        self.epoch = 0
+        self.expected = 0
+        """Where the next block begins."""
+        self.position = 0
+        """All records before it have come."""
+        self.time_ns = 0
+        """... and were made up to this time, Unix nanoseconds of the node's clock."""
+        self.lost: dict[tuple[int, bool], int] = {}
+        """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
+        self.received_bytes = 0
+        self.since_ns = time.time_ns()
+        self.link: Link | None = None
+        self.interest: NodeInterest[Ask] = NodeInterest()
+        self._waiting: list[tuple[int, Callable[[], None]]] = []
+
+    @property
+    def boot_id(self) -> str:
+        return self.hello.boot_id
+
+    @property
+    def up(self) -> bool:
+        """Whether its agent is connected."""
+        return self.link is not None
+
+    def reached(self, position: int, time_ns: int) -> None:
+        """All records before `position` have come."""
+        self.position = max(self.position, position)
+        self.time_ns = max(self.time_ns, time_ns)
+        if self._waiting:
+            due = [action for at, action in self._waiting if at <= self.position]
+            self._waiting = [(at, action) for at, action in self._waiting if at > self.position]
+            for action in due:
+                action()
+
+    def when_reached(self, position: int, action: Callable[[], None]) -> None:
+        """Call `action` once all records before `position` have come; at once if they have."""
+        if position <= self.position:
+            action()
+        else:
+            self._waiting.append((position, action))
+
+    def forget_waiting(self) -> None:
+        """What `when_reached` was told to wait for is of no use any more."""
+        self._waiting.clear()
+
+    def describe(self) -> monitor_pb2.Node:
+        """As ListNodes tells it."""
+        return monitor_pb2.Node(
+            name=self.name,
+            state=monitor_pb2.NODE_STATE_UP if self.up else monitor_pb2.NODE_STATE_UNREACHABLE,
+            boot_id=self.boot_id,
+            labels=self.labels,
+            source=self.hello.source,
+            scope=self.hello.scope,
+            kernel_release=self.hello.kernel_release,
+            agent_version=self.hello.agent_version,
+            epoch=self.epoch,
+            position=self.position,
+            since_unix_nano=self.since_ns,
+            lost=sum(self.lost.values()),
+            watched_processes=self.interest.watched_processes,
+            node_mask=self.interest.node_mask,
+            received_bytes=self.received_bytes,
+        )
+
+
+class Nodes:
+    """All known nodes by name."""
+
+    def __init__(self, settle_until: float) -> None:
+        """`settle_until`, on the event loop's clock: until then agents of an earlier broker may still be on their way."""
+        self._settle_until = settle_until
+        self._nodes: dict[str, Node] = {}
+
+    @property
+    def settling(self) -> bool:
+        """Whether a node that is not known may just not have reconnected yet."""
+        return asyncio.get_running_loop().time() < self._settle_until
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def get(self, name: str) -> Node | None:
+        """The node, or None if no agent has ever connected with this name."""
+        return self._nodes.get(name)
+
+    def meet(self, name: str) -> Node:
+        """The node; made if it is new."""
+        return self._nodes.setdefault(name, Node(name))
+
+    def selected(self, key: Key) -> list[Node]:
+        """The known nodes that a registration is about."""
+        return [node for node in self._nodes.values() if key.selects(node.name, node.labels)]
+
+    def names(self, limit: int = 20) -> str:
+        """For people: the known nodes."""
+        names = sorted(self._nodes)
+        if not names:
+            return "no node has connected to this broker"
+        more = f" and {len(names) - limit} more" if len(names) > limit else ""
+        return "known nodes are " + ", ".join(names[:limit]) + more

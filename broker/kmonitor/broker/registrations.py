@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A registration as it was asked for, checked and in canonical form; and what became of it on each node."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from kmonitor.broker.filters import NO_FILTER, Filter
+from kmonitor.broker.interest import Group
+from kmonitor.v1 import monitor_pb2
+from kmonitor.wire.errors import BadSelectorError
+from kmonitor.wire.masks import check_mask
+from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_selector, check_pid, check_unit_name, is_glob, node_matches
+
+LIST_LIMIT = 1024
+"""Names, labels, globs or uids in one registration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process by pid; start time 0 is whichever has the pid."""
+
+    pid: int
+    start: int
+
+
+Target = Process | Group | None
+"""None is every process of the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What makes two registrations the same: registering again adds bits to the mask."""
+
+    names: tuple[str, ...]
+    labels: tuple[tuple[str, str], ...]
+    target: Target
+    follow: bool
+    filter: Filter
+
+    def selects(self, node: str, labels: dict[str, str]) -> bool:
+        """Whether it is about this node."""
+        return node_matches(node, labels, self.names, dict(self.labels))
+
+    @property
+    def exact_names(self) -> tuple[str, ...]:
+        """Those of its names that are no globs."""
+        return tuple(name for name in self.names if not is_glob(name))
+
+    @property
+    def exact(self) -> bool:
+        """Whether it names all the nodes it can ever select."""
+        return bool(self.names) and len(self.exact_names) == len(self.names)
+
+
+class ArmState(enum.Enum):
+    """Where a registration stands on one node."""
+
+    AWAY = enum.auto()
+    """The node is not connected; to be armed when it returns."""
+    ASKED = enum.auto()
+    """The agent has not answered yet."""
+    ARMED = enum.auto()
+    OVER = enum.auto()
+    """The process has ended, or there is no such target."""
+
+
+@dataclass(eq=False, slots=True)
+class Arm:
+    """One registration on one node."""
+
+    registration: Registration
+    node: str
+    state: ArmState = ArmState.AWAY
+    process: Process | None = None
+    """The process that was found, once it is armed."""
+    spans: int = 0
+    """Open spans of processes that live: the process itself, and those it made, if followed."""
+
+
+@dataclass(eq=False, slots=True)
+class Registration:
+    """Lives from the first register request with its key until its mask is empty, or the stream ends."""
+
+    session: object
+    id: int
+    """The id of the request that made it."""
+    key: Key
+    target: monitor_pb2.Target
+    mask: int
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A register request: counts the answers that are still to come."""
+
+    id: int
+    outstanding: int
+
+
+@dataclass(eq=False, slots=True)
+class Ask:
+    """What an agent was asked to arm."""
+
+    arm: Arm
+    request: Request | None
+    """None if the broker asks for itself, after the node has come or returned."""
+    mask: int
+    """The bits that are to be delivered from the answer on."""
+    target: Target
+    child: bool = False
+    """It is about a process that the registered one made."""
+
+
+def parse_key(message: monitor_pb2.Registration) -> Key:
+    """Check a registration. Raises BadMaskError or BadSelectorError."""
+    check_mask(message.event_mask)
+    names, labels = message.nodes.names, message.nodes.labels
+    for what, items in (("node names", names), ("labels", labels), ("comm globs", message.filter.comms), ("uids", message.filter.uids)):
+        if len(items) > LIST_LIMIT:
+            raise BadSelectorError(f"{len(items)} {what} in one registration: at most {LIST_LIMIT}")
+    check_node_selector(names, labels)
+    for glob in message.filter.comms:
+        check_glob(glob, "comm")
+    wanted = Filter(tuple(sorted(set(message.filter.comms))), tuple(sorted(set(message.filter.uids))), message.filter.failures_only)
+    target = _target(message.target)
+    # All that a group's or a node's processes fork is in the group, or on the node, already.
+    follow = message.follow and isinstance(target, Process)
+    return Key(tuple(sorted(set(names))), tuple(sorted(labels.items())), target, follow, wanted or NO_FILTER)
+
+
+def _target(message: monitor_pb2.Target) -> Target:
+    kind = message.WhichOneof("kind")
+    if kind == "process":
+        return Process(check_pid(message.process.pid), message.process.start_time)
+    if kind == "cgroup":
+        return Group("cgroup", check_cgroup_path(message.cgroup))
+    if kind == "unit":
+        return Group("unit", check_unit_name(message.unit))
+    return None

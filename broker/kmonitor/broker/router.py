@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets which rows of a block. The cost of a block does not grow with the sessions that it does not concern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from kmonitor.broker.block import Block, ProcessKey
+from kmonitor.broker.matching import CgroupTree, Matcher, Span, rows_of_cgroups
+from kmonitor.wire.masks import EventType
+from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, Indices
+
+Key = TypeVar("Key")
+
+_FORK = int(EventType.PROCESS_FORK)
+_EXIT = int(EventType.PROCESS_EXIT)
+
+
+class Receiver(Protocol):
+    """What the router knows of a session."""
+
+    matcher: Matcher
+
+    def offer(self, block: Block, rows: Indices) -> None:
+        """Take these rows. Never blocks."""
+        ...
+
+
+@dataclass(slots=True)
+class Route:
+    """The open spans of all sessions on one node, by what they match."""
+
+    cgroup_tree: CgroupTree = field(default_factory=CgroupTree)
+    processes: dict[ProcessKey, list[Span]] = field(default_factory=dict)
+    cgroups: dict[int, list[Span]] = field(default_factory=dict)
+    everything: list[Span] = field(default_factory=list)
+    following: int = 0
+    """How many of the process spans follow."""
+
+
+class Router:
+    """Index of open spans, and the life of the processes they are for, as the records tell it."""
+
+    def __init__(self, on_child: Callable[[Span], None], on_end: Callable[[Span], None]) -> None:
+        """`on_child`: a followed process made a child, and this is its span. `on_end`: the span's process has ended."""
+        self._on_child = on_child
+        self._on_end = on_end
+        self._routes: dict[str, Route] = {}
+        self._lingering: list[Span] = []
+        """Spans whose process has ended since the last `retire`."""
+        self._retiring: list[Span] = []
+        """... and those of before it."""
+
+    def route_of(self, node: str) -> Route:
+        """The index of a node."""
+        return self._routes.setdefault(node, Route())
+
+    def add(self, span: Span) -> None:
+        """From now on blocks are held against this span too."""
+        route = self.route_of(span.node)
+        if span.process is not None:
+            route.processes.setdefault(span.process, []).append(span)
+            route.following += span.follow
+        elif span.cgroup_id is not None:
+            route.cgroups.setdefault(span.cgroup_id, []).append(span)
+        else:
+            route.everything.append(span)
+        receiver: Receiver = span.owner
+        receiver.matcher.add(span)
+
+    def end(self, span: Span, position: int, offset: int) -> None:
+        """The span ends before `position`; no block from log offset `offset` on is held against it."""
+        route = self.route_of(span.node)
+        if span.process is not None:
+            _discard(route.processes, span.process, span)
+            route.following -= span.follow
+        elif span.cgroup_id is not None:
+            _discard(route.cgroups, span.cgroup_id, span)
+        else:
+            route.everything.remove(span)
+        span.end = max(position, span.first)
+        receiver: Receiver = span.owner
+        receiver.matcher.ended(span, offset)
+
+    def retire(self, position_of: Callable[[str], int], offset: int) -> None:
+        """End the spans whose processes ended before the last call: call it every second or so.
+
+        `position_of`: the position up to which a node's records have come. `offset`: of the next block in the log.
+        """
+        for span in self._retiring:
+            if span.end is None:
+                self.end(span, position_of(span.node), offset)
+        self._retiring, self._lingering = self._lingering, []
+
+    def route(self, block: Block) -> None:
+        """Offer the block's rows to the sessions that want them. It is in the log already."""
+        route = self._routes.get(block.node)
+        if route is None or len(block) == 0:
+            return
+        receivers: dict[Receiver, None] = {}  # a dict: sessions are offered in a stable order
+        if route.everything and bool((block.column("flags") & F_MATCH_NODE).any()):
+            receivers.update((span.owner, None) for span in route.everything)
+        if route.cgroups:
+            for nearest in rows_of_cgroups(block):
+                for cgroup_id in route.cgroup_tree.self_and_above(nearest):
+                    receivers.update((span.owner, None) for span in route.cgroups.get(cgroup_id, ()))
+        if route.processes:
+            if route.following:
+                self._follow(route, block)
+            for key in block.processes.keys() & route.processes.keys():
+                receivers.update((span.owner, None) for span in route.processes[key])
+        for receiver in receivers:
+            rows = receiver.matcher.select(block, route.cgroup_tree)
+            if len(rows):
+                receiver.offer(block, rows)
+        if route.processes:
+            self._end_processes(route, block)
+
+    def _follow(self, route: Route, block: Block) -> None:
+        """Give the children of followed processes spans, in the records' order: a child may fork within the same block."""
+        rows = _watched(block, _FORK)
+        if len(rows) == 0:
+            return
+        parents = zip(block.column("tgid")[rows].tolist(), block.column("start_boottime_ns")[rows].tolist(), strict=True)
+        children = zip(block.column("child_tgid")[rows].tolist(), block.column("child_start_boottime_ns")[rows].tolist(), strict=True)
+        for position, parent, child in zip(block.positions[rows].tolist(), parents, children, strict=True):
+            for span in list(route.processes.get(parent, ())):
+                if span.follow and span.first <= position and span.epoch == block.epoch:
+                    made = Span(
+                        span.owner, span.claim, span.node, span.epoch, span.mask, position, child,
+                        follow=True, filter=span.filter, arm=span.arm,
+                    )  # fmt: skip
+                    self.add(made)
+                    self._on_child(made)
+
+    def _end_processes(self, route: Route, block: Block) -> None:
+        """The kernel has forgotten the processes that ended in this block; so do we."""
+        rows = _watched(block, _EXIT)
+        if len(rows) == 0:
+            return
+        keys = zip(block.column("tgid")[rows].tolist(), block.column("start_boottime_ns")[rows].tolist(), strict=True)
+        for key in keys:
+            for span in list(route.processes.get(key, ())):
+                if span.epoch == block.epoch and not span.lingers:
+                    # Threads that end at the same time may be recorded behind the exit of their process: `retire` ends the span.
+                    span.lingers = True
+                    self._lingering.append(span)
+                    self._on_end(span)
+
+
+def _watched(block: Block, kind: int) -> Indices:
+    return np.flatnonzero((block.column("type") == kind) & (block.column("flags") & F_MATCH_PROCESS != 0))
+
+
+def _discard(table: dict[Key, list[Span]], key: Key, span: Span) -> None:
+    table[key].remove(span)
+    if not table[key]:
+        del table[key]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmon nodes` and `kmon ps`: what the broker knows, as tables."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kmonitor.clients.cli.options import Broker, Json, run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kmonitor.clients.notifications import Process
+    from kmonitor.v1 import monitor_pb2
+
+_STATE_STYLE = {"UP": "green", "UNREACHABLE": "bold red", "REBOOTED": "yellow", "GONE": "dim"}
+
+
+def nodes(
+    *,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|GLOB]...", help="Only these.")] = None,
+    json: Json = False,
+    broker: Broker = "127.0.0.1:7221",
+) -> None:
+    """List the nodes that the broker knows."""
+    run(_nodes(broker, names or [], json))
+
+
+async def _nodes(broker: str, names: list[str], json: bool) -> int:
+    from kmonitor.clients.monitor import connect  # noqa: PLC0415 - gRPC is not for --help
+
+    async with connect(broker) as monitor:
+        found = await monitor.list_nodes(*names)
+    if json:
+        for node in found:
+            print(json_module.dumps(node_object(node), separators=(",", ":")))
+        return 0
+    table = _table("node", "state", "since", "source", "scope", "kernel", "agent", ">watched", ">received", ">lost", "labels")
+    for node in found:
+        state = node_state(node)
+        table.add_row(
+            node.name,
+            f"[{_STATE_STYLE.get(state, '')}]{state}[/]" if state in _STATE_STYLE else state,
+            since(node.since_unix_nano),
+            node.source,
+            node.scope,
+            node.kernel_release,
+            node.agent_version,
+            "all" if node.node_mask else str(node.watched_processes),
+            size(node.received_bytes),
+            str(node.lost) if not node.lost else f"[bold yellow]{node.lost}[/]",
+            _escaped(" ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
+        )
+    _print(table, "no node has connected yet: start kmonitor-agent on one")
+    return 0
+
+
+def ps(
+    *,
+    node: Annotated[str, typer.Option(metavar="NAME", help="The node.")],
+    comm: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only processes of this name.")] = None,
+    uid: Annotated[list[int] | None, typer.Option(metavar="N", help="Only processes of this user.")] = None,
+    json: Json = False,
+    broker: Broker = "127.0.0.1:7221",
+) -> None:
+    """List the processes that run on a node now."""
+    run(_ps(broker, node, comm or [], uid or [], json))
+
+
+async def _ps(broker: str, node: str, comms: list[str], uids: list[int], json: bool) -> int:
+    from kmonitor.clients.monitor import connect  # noqa: PLC0415
+
+    async with connect(broker) as monitor:
+        found = await monitor.list_processes(node, comms=comms, uids=uids)
+    if json:
+        for process in found:
+            print(json_module.dumps(_process_object(process), separators=(",", ":")))
+        return 0
+    table = _table(">pid", ">ppid", ">uid", ">threads", ">start time (ns)", "comm")
+    for process in found:
+        comm = _escaped(process.comm)
+        row = (process.pid, process.ppid, process.uid, process.threads or "[dim]ended[/]", process.start_time)
+        table.add_row(*map(str, row), comm)
+    _print(table, f"no such process on {node}")
+    return 0
+
+
+def node_state(node: monitor_pb2.Node) -> str:
+    """ "UP"."""
+    from kmonitor.clients.notifications import NodeState  # noqa: PLC0415
+
+    return NodeState(node.state).name
+
+
+def node_object(node: monitor_pb2.Node) -> dict[str, Any]:
+    """The fields of kmonitor.v1.Node, all of them, by their names there."""
+    found: dict[str, Any] = {field.name: getattr(node, field.name) for field in node.DESCRIPTOR.fields}
+    return found | {"state": node_state(node), "labels": dict(node.labels)}
+
+
+def _process_object(process: Process) -> dict[str, Any]:
+    return {name: getattr(process, name) for name in ("pid", "ppid", "uid", "gid", "comm", "start_time", "cgroup_id", "threads")}
+
+
+def since(unix_nano: int) -> str:
+    """ "for 3m07s", from a time to now."""
+    from kmonitor.clients.cli.screen import lived  # noqa: PLC0415
+
+    return f"for {lived(time.time_ns() - unix_nano)}" if unix_nano else ""
+
+
+def size(count: int) -> str:
+    """Bytes, in steps of 1024: "3.4 MiB"."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape  # noqa: PLC0415
+
+    from kmonitor.clients.cli.screen import plain_text  # noqa: PLC0415
+
+    return escape(plain_text(text))
+
+
+def _table(*columns: str) -> Table:
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
+    return table
+
+
+def _print(table: Table, if_empty: str) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    if not table.row_count:
+        print(if_empty, file=sys.stderr)
+        return
+    # A pipe has no width to keep to: whoever greps wants whole lines.
+    Console(width=None if sys.stdout.isatty() else 250, highlight=False).print(table)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmon up`: a broker and an agent of this host, and its live events, in one command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kmonitor.clients.cli.options import Json, duration, run, say
+from kmonitor.wire import masks, selectors
+from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, NotAuthorisedError, UsageError
+
+_PORT = 7221
+_START_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 5.0
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_BROKER_LINE = re.compile(r"kmonitor-broker: listening on (\S+)")
+_AGENT_LINE = re.compile(r"kmonitor-agent: (\S+) is connected to (.*)")
+_libc = ctypes.CDLL(None)
+
+
+def up(
+    *,
+    for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="End after 10s, 500ms, 2m, 1h.")] = None,
+    json: Json = False,
+    events: Annotated[
+        str, typer.Option(metavar="LIST", help="Some of fork,exec,exit,abort,thread-create,thread-exit,all; or a mask such as 0x60.")
+    ] = "process",
+) -> None:
+    """Start a broker and an agent for this host, and show what happens on it. They end with it.
+
+    Needs root, or CAP_BPF and CAP_PERFMON (kmon doctor tells). Exit status: that of the one that failed, else 0.
+    """
+    seconds = duration(for_)
+    mask = masks.parse_mask(events)
+    run(_up(seconds, mask, json=json))
+
+
+async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
+    async with contextlib.AsyncExitStack() as stack:
+        wanted = f"127.0.0.1:{_PORT}" if _is_free(_PORT) else "127.0.0.1:0"
+        broker = await stack.enter_async_context(_child("kmonitor-broker", "--listen", wanted))
+        address = (await broker.line(_BROKER_LINE))[1]
+        agent = await stack.enter_async_context(_child("kmonitor-agent", "--broker", address, "--node", _node_name(), "--no-pin"))
+        match = await agent.line(_AGENT_LINE)
+        say(f"broker and agent of {match[1]} run at {address}: other terminals may use kmon watch --broker {address}")
+
+        # Only now: what grpc starts must not be there when children are made with a preexec function.
+        from kmonitor.clients.cli.view import Plan, show  # noqa: PLC0415
+        from kmonitor.clients.cli.watch import make_sink  # noqa: PLC0415
+        from kmonitor.clients.monitor import connect  # noqa: PLC0415
+
+        plan = Plan([{"events": mask}], seconds=seconds)
+        monitor = await stack.enter_async_context(connect(address))
+        shown = asyncio.ensure_future(show(monitor, await make_sink(monitor, json=json, progress=False), plan))
+        ends = {asyncio.ensure_future(child.ended()) for child in (broker, agent)}
+        try:
+            done, _ = await asyncio.wait({shown, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            if shown in done:
+                return shown.result()
+            raise ends.intersection(done).pop().result()
+        finally:
+            for task in (shown, *ends):
+                task.cancel()
+            await asyncio.gather(shown, *ends, return_exceptions=True)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the broker will: a connection that lingers is no obstacle
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _node_name() -> str:
+    try:
+        return selectors.check_node_name(socket.gethostname())
+    except BadSelectorError:
+        return "localhost"
+
+
+def _command(name: str) -> list[str]:
+    """The installed script: beside this one, beside the interpreter, on the PATH; else its module."""
+    for folder in (Path(sys.argv[0]).resolve().parent, Path(sys.executable).parent):
+        if os.access(folder / name, os.X_OK):
+            return [str(folder / name)]
+    found = shutil.which(name)
+    if found is not None:
+        return [found]
+    part = name.removeprefix("kmonitor-")
+    return [sys.executable, "-c", f"from kmonitor.{part}.cli import main; main()"]
+
+
+@contextlib.asynccontextmanager
+async def _child(name: str, *arguments: str) -> AsyncIterator[_Child]:
+    parent = os.getpid()
+
+    def tie() -> None:  # in the child, before exec: whatever becomes of kmon, it goes too
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    process = await asyncio.create_subprocess_exec(
+        *_command(name),
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=PIPE,
+        stderr=PIPE,
+        start_new_session=True,  # the terminal's Ctrl-C is for kmon, which ends them in order
+        preexec_fn=tie,
+    )
+    child = _Child(name, process)
+    try:
+        yield child
+    finally:
+        await child.stop()
+
+
+class _Child:
+    """One of the two programs. Its stdout and stderr are read to the end, so that it never blocks on them."""
+
+    def __init__(self, name: str, process: Process) -> None:
+        self._name = name
+        self._process = process
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+        self._said = ""  # the last line on stderr
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._readers = [
+            asyncio.create_task(self._read(process.stdout, self._lines.put_nowait)),
+            asyncio.create_task(self._read(process.stderr, self._note)),
+        ]
+
+    async def line(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        """Wait for a line on stdout. Raises what `ended` returns if the program ends first."""
+        ended = asyncio.ensure_future(self.ended())
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                while True:
+                    line = asyncio.ensure_future(self._lines.get())
+                    await asyncio.wait({line, ended}, return_when=asyncio.FIRST_COMPLETED)
+                    if not line.done():
+                        line.cancel()
+                        raise ended.result()
+                    match = pattern.match(line.result())
+                    if match is not None:
+                        return match
+        except TimeoutError:
+            raise KmonitorError(
+                f"{self._name} did not get ready in {_START_TIMEOUT_S:.0f} s{': ' + self._said if self._said else ''}"
+            ) from None
+        finally:
+            ended.cancel()
+
+    async def ended(self) -> KmonitorError:
+        """Wait for the program's end; returns the error that says why, with its exit status."""
+        status = await self._process.wait()
+        await asyncio.gather(*self._readers)
+        kinds: dict[int, type[KmonitorError]] = {2: UsageError, 3: BrokerUnreachableError, 4: NotAuthorisedError}
+        return kinds.get(status, KmonitorError)(self._said or f"{self._name} ended with status {status}")
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL for one that does not heed it."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                await self._process.wait()
+        await asyncio.gather(*self._readers)
+
+    def _note(self, line: str) -> None:
+        if line.strip():
+            self._said = line.strip()
+
+    async def _read(self, stream: asyncio.StreamReader, take: Callable[[str], None]) -> None:
+        async for line in stream:
+            take(line.decode(errors="replace").rstrip("\n"))

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of `kmon watch` and `kmon up`: registers, shows what comes, acts on it, and knows when nothing more can come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from kmonitor.clients.cli.actions import Action
+from kmonitor.clients.cli.options import say
+from kmonitor.clients.cursor import Cursor
+from kmonitor.clients.events import Batch
+from kmonitor.clients.monitor import Monitor
+from kmonitor.clients.notifications import Gap, NodeChange, NodeState, Notice, Progress, Registered, RegistrationState
+from kmonitor.clients.selection import Selection
+from kmonitor.wire.errors import GapError, UsageError
+
+_SAVE_EVERY_S = 1.0
+_FORK, _EXIT = 0x08, 0x40
+_FINAL = (RegistrationState.EXITED, RegistrationState.NOT_FOUND)
+
+
+class Sink(Protocol):
+    """Where notifications are shown."""
+
+    def batch(self, batch: Batch, limit: int) -> None:
+        """Show the first `limit` events."""
+
+    def notice(self, notice: Notice) -> None:
+        """Show anything else."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What to show, for how long, and what to do beside."""
+
+    selections: list[Selection]
+    count: int | None = None
+    seconds: float | None = None
+    fail_on_gap: bool = False
+    resume: Path | None = None
+    cursor: Cursor = field(default_factory=Cursor)
+    actions: list[Action] = field(default_factory=list)
+    # Whether the end of a watched process is sure to be seen: exits are asked for, and no filter hides them.
+    ends_seen: bool = False
+    follow: bool = False
+
+
+class Watched:
+    """Which of the targets something can still come from."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._unanswered = len(plan.selections)
+        self._open: set[tuple[str, int]] = set()  # processes that run, as far as we know
+        self._armed: set[tuple[int, str]] = set()  # registrations by node that may yet come to something
+        self._early: set[tuple[str, int, int]] = set()  # exits that came before the answer that says RUNNING
+        self._delivered = False
+        self._found = False
+        # Behind a cursor the exits come from the log, after the answer that says EXITED: not before a progress is all said.
+        self._behind = bool(plan.cursor)
+
+    def registered(self, notice: Registered) -> None:
+        """A node's answer."""
+        if notice.pending == 0 and self._unanswered:
+            self._unanswered -= 1
+        place = (notice.registration_id, notice.node)
+        self._armed.discard((notice.registration_id, ""))
+        self._armed.discard(place)
+        if notice.state in _FINAL:
+            self._found |= notice.state is RegistrationState.EXITED
+        elif notice.state is RegistrationState.RUNNING and notice.process is not None:
+            self._found = True
+            if (notice.node, notice.process.pid, notice.process.start_time) not in self._early:
+                self._open.add((notice.node, notice.process.pid))
+        else:
+            self._armed.add(place)
+
+    def node_changed(self, notice: NodeChange) -> None:
+        """A node that was removed has nothing to say any more."""
+        if notice.state is NodeState.GONE:
+            self._open = {place for place in self._open if place[0] != notice.node}
+            self._armed = {place for place in self._armed if place[1] != notice.node}
+
+    def batch(self, batch: Batch) -> None:
+        """Processes that ended, and those that came with --follow."""
+        if not self._plan.ends_seen or not (self._open or self._behind or self._unanswered):
+            return
+        node, watched = batch.node, self._open
+        for event in batch.events:
+            kind = event.type
+            if kind == _EXIT:
+                watched.discard((node, event.pid))
+                if self._unanswered:
+                    self._early.add((node, event.pid, event.start_time))
+                self._delivered = True
+            elif kind == _FORK and self._plan.follow and (node, event.pid) in watched:
+                watched.add((node, event.child_pid))
+
+    def progress(self) -> None:
+        """All up to now was delivered."""
+        if not self._unanswered:
+            self._behind = False
+
+    def over(self) -> bool:
+        """Nothing can come."""
+        if self._unanswered or self._armed or self._behind:
+            return False
+        return not self._open if self._plan.ends_seen else not self._found and not self._open
+
+    def check(self) -> None:
+        """At the end: raise UsageError if nothing of what was asked for was there to watch."""
+        if not self._found and not self._delivered:
+            raise UsageError("nothing to watch: no node that answered has what was asked for (kmon ps --node NAME lists what runs)")
+
+
+async def show(monitor: Monitor, sink: Sink, plan: Plan) -> int:
+    """Run the plan to its end; returns the exit status. Raises KmonitorError; GapError with `fail_on_gap`."""
+    seen = _View(sink, plan)
+    task = asyncio.current_task()
+    assert task is not None
+    registering = asyncio.gather(*(monitor.register(**selection) for selection in plan.selections))
+    # Beside the loop, which shows what comes meanwhile. A refusal ends the loop.
+    registering.add_done_callback(lambda done: task.cancel() if not done.cancelled() and done.exception() else None)
+    limit = asyncio.timeout(plan.seconds)
+    try:
+        async with limit:
+            async for item in monitor.batches():
+                if await seen.take(item):
+                    break
+    except TimeoutError:
+        if not limit.expired():
+            raise
+    except asyncio.CancelledError:
+        if registering.done() and not registering.cancelled() and (error := registering.exception()) is not None:
+            task.uncancel()
+            raise error from None
+        raise
+    finally:
+        registering.cancel()
+        with contextlib.suppress(BaseException):
+            await registering
+        seen.save()
+    return 0
+
+
+class _View:
+    def __init__(self, sink: Sink, plan: Plan) -> None:
+        self._sink = sink
+        self._plan = plan
+        self._left = plan.count if plan.count is not None else 1 << 62
+        self._watched = Watched(plan)
+        self._cursor = plan.cursor.copy()
+        self._saved = (time.monotonic(), plan.cursor.copy())
+
+    async def take(self, item: Batch | Notice) -> bool:
+        """Show and do; true if that was the last."""
+        if isinstance(item, Batch):
+            await self._batch(item)
+        else:
+            self._sink.notice(item)
+            self._cursor.take(item)
+            if isinstance(item, Registered):
+                if item.error:
+                    raise UsageError(item.error)
+                self._watched.registered(item)
+            elif isinstance(item, NodeChange):
+                self._watched.node_changed(item)
+            elif isinstance(item, Progress):
+                self._watched.progress()
+            elif isinstance(item, Gap) and self._plan.fail_on_gap:
+                raise GapError(f"events of {item.node} are missing ({item.reason.name})")
+        if self._plan.resume is not None and time.monotonic() - self._saved[0] > _SAVE_EVERY_S:
+            self.save()
+        if self._left <= 0:
+            return True
+        if self._watched.over():
+            self._watched.check()
+            say("everything that was watched has ended")
+            return True
+        return False
+
+    async def _batch(self, batch: Batch) -> None:
+        limit = min(self._left, len(batch))
+        if limit < len(batch):
+            batch = Batch(batch.node, batch.epoch, batch.events[:limit])
+        self._left -= limit
+        self._sink.batch(batch, limit)
+        if not self._plan.actions:
+            self._cursor.take(batch)
+        else:
+            for event in batch.events:
+                for action in self._plan.actions:
+                    await action.act(batch.node, batch.epoch, event)
+                self._cursor.advance(batch.node, batch.epoch, event.position)
+        self._watched.batch(batch)
+
+    def save(self) -> None:
+        """The cursor, if it is wanted and has moved. What was taken since the last time comes again after a crash."""
+        if self._plan.resume is not None and self._cursor != self._saved[1]:
+            self._cursor.save(self._plan.resume)
+            self._saved = (time.monotonic(), self._cursor.copy())

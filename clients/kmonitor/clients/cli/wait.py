@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmon wait`: ends as a process on another machine does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kmonitor.clients.cli.options import Broker, duration, run, say
+
+if TYPE_CHECKING:
+    from kmonitor.clients.notifications import Notice
+
+
+def wait(
+    *,
+    node: Annotated[str, typer.Option(metavar="NAME", help="The node it runs on.")],
+    pid: Annotated[int, typer.Option(metavar="N", help="The process.")],
+    start_time: Annotated[
+        int, typer.Option("--start-time", metavar="NS", help="When it started (boot-time nanoseconds): no other process with this pid.")
+    ] = 0,
+    timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Give up after 10s, 500ms, 2m, 1h: status 124.")] = None,
+    broker: Broker = "127.0.0.1:7221",
+) -> None:
+    """Wait for the end of a process on any node, and end as it did.
+
+    Exit status: its exit code, or 128+n for signal n. 2 if it had already ended, was not found, or its status is not known; 124 if
+    --timeout ran out, as timeout(1); 3 no broker; 4 not authorised; 130 after Ctrl-C. What the process says goes to stdout, what
+    kmon has to say to stderr.
+    """
+    seconds = duration(timeout)
+    from kmonitor.wire.selectors import check_node_name, check_pid  # noqa: PLC0415 - numpy and gRPC are not for --help
+
+    check_node_name(node)
+    check_pid(pid)
+    run(_wait(broker, node, pid, start_time, seconds), on_interrupt=130)
+
+
+async def _wait(broker: str, node: str, pid: int, start_time: int, seconds: float | None) -> int:
+    from kmonitor.clients.cli.screen import how_it_ended, plain_text  # noqa: PLC0415
+    from kmonitor.clients.monitor import connect  # noqa: PLC0415
+
+    async with connect(broker) as monitor:
+        event = await monitor.wait(node=node, pid=pid, start_time=start_time, timeout=seconds, on_notice=_tell)
+    text, _ = how_it_ended(event.raw)
+    print(f"{node}: {plain_text(event.comm)} ({pid}) ended: {text}", flush=True)
+    if event.exit_code is not None:
+        return event.exit_code
+    return 2 if event.exit_signal is None else 128 + event.exit_signal
+
+
+def _tell(notice: Notice) -> None:
+    from kmonitor.clients.cli.screen import notice_text  # noqa: PLC0415
+    from kmonitor.clients.notifications import Disconnected, Gap, NodeChange, Reconnected, Registered, RegistrationState  # noqa: PLC0415
+
+    waiting = isinstance(notice, Registered) and notice.state in (RegistrationState.NODE_UNREACHABLE, RegistrationState.NO_NODE)
+    if waiting or isinstance(notice, (Gap, NodeChange, Disconnected, Reconnected)):
+        say(notice_text(notice))

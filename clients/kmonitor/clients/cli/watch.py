@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmon watch`: events as they happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kmonitor.clients.cli.options import Broker, Json, duration, run, wants_colour
+from kmonitor.wire import clocks, masks
+from kmonitor.wire.errors import KmonitorError, UsageError
+
+if TYPE_CHECKING:
+    from kmonitor.clients.cli.actions import Action
+    from kmonitor.clients.cli.view import Plan, Sink
+    from kmonitor.clients.monitor import Monitor
+    from kmonitor.clients.selection import Selection
+
+_WHO, _WHAT, _END, _ACT = "Whom to watch", "Which events", "When to end", "What to do beside"
+
+
+def watch(
+    *,
+    broker: Broker = "127.0.0.1:7221",
+    node: Annotated[
+        list[str] | None, typer.Option(metavar="NAME|GLOB", help="Only these nodes; else all, also those that join.", rich_help_panel=_WHO)
+    ] = None,
+    pid: Annotated[list[int] | None, typer.Option(metavar="N", help="A process.", rich_help_panel=_WHO)] = None,
+    cgroup: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="A control group and all below it.", rich_help_panel=_WHO)
+    ] = None,
+    unit: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A systemd unit.", rich_help_panel=_WHO)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Also what the targets fork.", rich_help_panel=_WHO)] = False,
+    comm: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only processes of this name.", rich_help_panel=_WHAT)] = None,
+    uid: Annotated[list[int] | None, typer.Option(metavar="N", help="Only processes of this user.", rich_help_panel=_WHAT)] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Of exits and aborts only those with a code other than 0, or a signal.", rich_help_panel=_WHAT)
+    ] = False,
+    events: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Some of fork,exec,exit,abort,thread-create,thread-exit,thread-abort,process,thread,all; or a mask such as 0x60.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "process",
+    json: Json = False,
+    progress: Annotated[bool, typer.Option("--progress", help="Show the heartbeats too.")] = False,
+    count: Annotated[int | None, typer.Option(metavar="N", help="After N events.", rich_help_panel=_END)] = None,
+    for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="After 10s, 500ms, 2m, 1h.", rich_help_panel=_END)] = None,
+    fail_on_gap: Annotated[
+        bool, typer.Option("--fail-on-gap", help="With status 5 as soon as events are known to be missing.", rich_help_panel=_END)
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Go on where the last run with this file stopped; kept there each second.", rich_help_panel=_ACT),
+    ] = None,
+    exec_: Annotated[
+        str | None,
+        typer.Option(
+            "--exec",
+            metavar="COMMAND",
+            help="Run a shell command for each event, one after the other: the event's JSON line on its stdin, and KMON_NODE, "
+            "KMON_TYPE, KMON_PID, KMON_TID, KMON_PPID, KMON_UID, KMON_GID, KMON_COMM, KMON_TIME, KMON_START_TIME, KMON_INFERRED, and by "
+            "type KMON_CHILD_PID, KMON_CHILD_TID, KMON_FILENAME, KMON_EXIT_CODE, KMON_EXIT_SIGNAL. Its own processes are events "
+            "too: watch something narrower than everything.",
+            rich_help_panel=_ACT,
+        ),
+    ] = None,
+    signal: Annotated[
+        str, typer.Option(metavar="SIGNAL", help="For --notify: SIGRTMIN to SIGRTMAX, SIGRTMIN+3, a number.", rich_help_panel=_ACT)
+    ] = "SIGRTMIN",
+    notify: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PID",
+            help="Queue a real-time signal to this local process for each event: si_pid is the event's process, si_value its bit, "
+            "si_code SI_QUEUE.",
+            rich_help_panel=_ACT,
+        ),
+    ] = None,
+) -> None:
+    """Show events as they happen.
+
+    With --pid, --unit or --cgroup it ends by itself when all of them have ended.
+
+    Exit status: 0 done, 2 usage or nothing of it there, 3 no broker, 4 not authorised, 5 a gap with --fail-on-gap.
+    """
+    seconds = duration(for_)
+    if count is not None and count < 1:
+        raise UsageError("--count: give a number from 1")
+    selections = _selections(node or [], pid or [], cgroup or [], unit or [])
+    mask = masks.parse_mask(events)
+    for selection in selections:
+        selection["events"] = mask
+        selection["follow"] = follow
+        selection["comms"] = comm or []
+        selection["uids"] = uid or []
+        selection["failures_only"] = failed
+
+    from kmonitor.clients.cli.view import Plan  # noqa: PLC0415 - gRPC and protobuf, which --help and mistakes need not wait for
+    from kmonitor.clients.cursor import Cursor  # noqa: PLC0415
+    from kmonitor.clients.selection import registration  # noqa: PLC0415
+
+    for selection in selections:
+        registration(selection)  # before anybody is asked: what cannot be meant is said at once
+    plan = Plan(
+        selections,
+        count=count,
+        seconds=seconds,
+        fail_on_gap=fail_on_gap,
+        resume=resume,
+        cursor=Cursor() if resume is None else Cursor.load(resume),
+        actions=_actions(exec_, signal, notify),
+        ends_seen=bool(mask & 0x40) and not (comm or uid or failed or (follow and not mask & 0x08)),
+        follow=follow,
+    )
+    run(_watch(broker, plan, json=json, progress=progress))
+
+
+def _selections(nodes: list[str], pids: list[int], cgroups: list[str], units: list[str]) -> list[Selection]:
+    found: list[Selection] = [{"nodes": nodes, "pid": pid} for pid in dict.fromkeys(pids)]
+    found += [{"nodes": nodes, "cgroup": path} for path in dict.fromkeys(cgroups)]
+    found += [{"nodes": nodes, "unit": name} for name in dict.fromkeys(units)]
+    return found or [{"nodes": nodes}]
+
+
+def _actions(command: str | None, signal: str, notify: int | None) -> list[Action]:
+    from kmonitor.clients.cli.actions import Command, Signal  # noqa: PLC0415
+    from kmonitor.clients.cli.notify import Notifier, parse_signal  # noqa: PLC0415
+    from kmonitor.wire.selectors import check_pid  # noqa: PLC0415
+
+    number = parse_signal(signal)
+    found: list[Action] = [] if command is None else [Command(command)]
+    if notify is not None:
+        found.append(Signal(Notifier(check_pid(notify), number)))
+    return found
+
+
+async def _watch(broker: str, plan: Plan, *, json: bool, progress: bool) -> int:
+    from kmonitor.clients.cli.view import show  # noqa: PLC0415
+    from kmonitor.clients.monitor import connect  # noqa: PLC0415
+
+    async with connect(broker, cursor=plan.cursor) as monitor:
+        return await show(monitor, await make_sink(monitor, json=json, progress=progress), plan)
+
+
+async def make_sink(monitor: Monitor, *, json: bool, progress: bool) -> Sink:
+    """Lines for programs, or for people."""
+    if json:
+        from kmonitor.clients.cli.jsonlines import JsonLines  # noqa: PLC0415
+
+        return JsonLines(progress=progress)
+    from kmonitor.clients.cli.screen import Screen  # noqa: PLC0415
+
+    return Screen(colour=wants_colour(), progress=progress, offsets=await _local_offsets(monitor))
+
+
+async def _local_offsets(monitor: Monitor) -> dict[str, int]:
+    """Of the nodes that run on this very kernel: their boot-time clock is ours."""
+    try:
+        here = clocks.boot_id()
+        nodes = await monitor.list_nodes()
+    except (KmonitorError, OSError):
+        return {}  # a nicety of the display; what is wrong shows up when registering
+    return {node.name: clocks.boottime_to_unix_ns() for node in nodes if node.boot_id == here}

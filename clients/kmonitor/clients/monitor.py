@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The monitor: the open device of 2004, for a cluster. Asynchronous; `kmonitor.clients.sync` is the same without asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from kmonitor.clients import errors, selection
+from kmonitor.clients.channel import Channel
+from kmonitor.clients.cursor import Cursor
+from kmonitor.clients.events import Batch, Event
+from kmonitor.clients.notifications import Deregistered, Notice, Notification, Process, Progress, Registered, RegistrationState
+from kmonitor.clients.selection import Selection
+from kmonitor.clients.stream import Stream
+from kmonitor.v1 import monitor_pb2
+from kmonitor.wire import selectors
+from kmonitor.wire.errors import KmonitorError
+from kmonitor.wire.masks import ALL_EVENTS, EventType
+
+CONNECT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registration:
+    """What `register` returns: what every node answered. A snapshot: nodes that join later are told as `Registered`."""
+
+    request_id: int
+    registration_id: int
+    event_mask: EventType
+    answers: tuple[Registered, ...]
+    wanted: monitor_pb2.Registration
+
+    @property
+    def states(self) -> dict[str, RegistrationState]:
+        """Node name -> state. If no node matches: "" -> NO_NODE."""
+        return {answer.node: answer.state for answer in self.answers}
+
+    def process(self, node: str | None = None) -> Process | None:
+        """The process that was found on the node; left out, on the first that has it."""
+        return next((answer.process for answer in self.answers if answer.process and node in (None, answer.node)), None)
+
+    @property
+    def over(self) -> bool:
+        """Nothing will come: on every node that matched, the target is gone or never was."""
+        return all(answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND) for answer in self.answers)
+
+
+class Monitor:
+    """Made by `connect`. Registrations live as long as it does.
+
+    `async for notification in monitor` gives events and notices in the order in which the broker sent them; each is given once,
+    to whoever asks first. `register` and the others may be called meanwhile, from other tasks of the same loop.
+    """
+
+    def __init__(self, channel: Channel, stream: Stream, cursor: Cursor, *, owns_channel: bool = True) -> None:
+        self._channel = channel
+        self._stream = stream
+        self._cursor = cursor
+        self._owns_channel = owns_channel
+        self._current: tuple[Batch, Iterator[Event]] | None = None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the broker."""
+        return self._channel.address
+
+    @property
+    def cursor(self) -> Cursor:
+        """A copy of how far the caller has come: events that were handed over, not those that are queued."""
+        return self._cursor.copy()
+
+    async def register(self, **what: Unpack[Selection]) -> Registration:
+        """Register for events; see Selection. A second time for the same target adds the events (OR).
+
+        Returns when the broker has answered for every node that matches now. Raises BadMaskError, BadSelectorError,
+        RegistrationError, NotAuthorisedError, BrokerUnreachableError.
+        """
+        wanted = selection.registration(what)
+        request = await self._stream.request(lambda message: message.register.registration.CopyFrom(wanted))
+        first = request.registered[0]
+        return Registration(
+            request.message.request_id, first.registration_id, EventType(first.event_mask), tuple(request.registered), wanted
+        )
+
+    async def deregister(self, registration: Registration | None = None, **what: Unpack[Selection]) -> Deregistered:
+        """Clear `events` (left out: all) from a registration: the object that `register` gave, or the same arguments.
+
+        Raises NoSuchRegistrationError if there is none.
+        """
+        wanted = selection.registration(what, ALL_EVENTS)
+        if registration is not None:
+            mask = wanted.event_mask
+            wanted = monitor_pb2.Registration()
+            wanted.CopyFrom(registration.wanted)
+            wanted.event_mask = mask
+        wanted = self._stream.standing.as_sent(wanted)
+        request = await self._stream.request(lambda message: message.deregister.registration.CopyFrom(wanted))
+        answer = request.answer.result()
+        assert answer is not None  # a register's answer is None
+        return Deregistered(answer.request_id, answer.registration_id, answer.event_mask)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Notification:
+        while True:
+            if self._current is not None:
+                batch, events = self._current
+                for event in events:
+                    if not event.raw.inferred:
+                        self._cursor.advance(batch.node, batch.epoch, event.raw.position)
+                    return event
+                self._current = None
+            item = await self._stream.next()
+            if isinstance(item, Batch):
+                self._current = (item, iter(item))
+                continue
+            self._cursor.take(item)
+            return item
+
+    async def batches(self) -> AsyncIterator[Batch | Notice]:
+        """As iteration, but the events of a message together: much cheaper under load. Do not mix both."""
+        while True:
+            item = await self._stream.next()
+            self._cursor.take(item)
+            yield item
+
+    async def list_nodes(self, *names: str, labels: Mapping[str, str] | None = None) -> list[monitor_pb2.Node]:
+        """The nodes that the broker knows, by name: as kmonitor.v1.Node messages."""
+        selectors.check_node_selector(names, labels or {})
+        request = monitor_pb2.ListNodesRequest(nodes=monitor_pb2.NodeSelector(names=names, labels=labels or {}))
+        try:
+            answer = await self._channel.stub.ListNodes(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._channel.error(error) from None
+        return sorted(answer.nodes, key=lambda node: node.name)
+
+    async def list_processes(
+        self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = ()
+    ) -> list[Process]:
+        """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it."""
+        selectors.check_node_name(node)
+        wanted = monitor_pb2.ProcessFilter(
+            pids=[selectors.check_pid(pid) for pid in pids], comms=[selectors.check_glob(glob, "comm") for glob in comms], uids=uids
+        )
+        try:
+            answer = await self._channel.stub.ListProcesses(
+                monitor_pb2.ListProcessesRequest(node=node, filter=wanted), timeout=CALL_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._channel.error(error) from None
+        return sorted((Process.from_proto(process) for process in answer.processes), key=lambda process: process.pid)
+
+    async def wait(
+        self,
+        *,
+        node: str,
+        pid: int,
+        start_time: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109 - `async with asyncio.timeout` would not name the process
+        on_notice: Callable[[Notice], None] | None = None,
+    ) -> Event:
+        """Wait for the end of a process: its PROCESS_EXIT, or with `inferred` one that nobody saw.
+
+        It uses a stream of its own, and takes nothing from this monitor's iteration. A node that is not connected is waited
+        for. `timeout` is in seconds. `on_notice` is called with each gap, node change and so on meanwhile. Raises
+        ProcessExitedError, ProcessNotFoundError, WaitTimeoutError, and what `register` does.
+        """
+        selectors.check_node_name(node)
+        own = Monitor(self._channel, Stream(self._channel, Cursor(), reconnect=self._stream.reconnect), Cursor(), owns_channel=False)
+        try:
+            async with asyncio.timeout(timeout), own:
+                await own.register(node=node, pid=pid, start_time=start_time, events=EventType.PROCESS_EXIT)
+                return await own._exit_of(node, pid, on_notice)
+        except TimeoutError as error:
+            if isinstance(error, KmonitorError):
+                raise
+            raise errors.WaitTimeoutError(f"pid {pid} on {node} still runs after {timeout:g} s") from None
+
+    async def _exit_of(self, node: str, pid: int, on_notice: Callable[[Notice], None] | None) -> Event:
+        seen_running = False
+        lost: errors.ProcessGoneError | None = None
+        async for item in self:
+            if isinstance(item, Event):
+                if item.is_exit and item.pid == pid:
+                    return item
+                continue
+            if on_notice is not None:
+                on_notice(item)
+            if isinstance(item, Registered):
+                if item.error:
+                    raise errors.RegistrationError(item.error)
+                if item.state is RegistrationState.NOT_FOUND and not seen_running:
+                    raise errors.ProcessNotFoundError(node, pid, f"there is no process {pid} on {node}")
+                if item.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND):
+                    if not seen_running:
+                        raise errors.ProcessExitedError(node, pid, f"process {pid} on {node} has already ended")
+                    # It ended while the broker was away. Its exit may still come, from the log: up to the next progress.
+                    lost = errors.ProcessExitedError(node, pid, f"process {pid} on {node} ended unseen: its status is not known")
+                seen_running |= item.state is RegistrationState.RUNNING
+            elif isinstance(item, Progress) and lost is not None:
+                raise lost
+        raise errors.ClosedError("the monitor is closed")
+
+    async def close(self) -> None:
+        """End the stream, and with it all registrations. Iteration in other tasks ends with ClosedError."""
+        await self._stream.close()
+        if self._owns_channel:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+
+class connect:  # noqa: N801 - it is used as a function
+    """Connect to a broker: `async with connect(...) as monitor`, or `await connect(...).open()`.
+
+    `address` is HOST:PORT; left out it is KMONITOR_BROKER or 127.0.0.1:7221. `cursor`: where an earlier monitor stopped. With
+    `reconnect` a connection that breaks is made again, for as long as it takes, and what was registered is brought again; a
+    first connection that fails raises BrokerUnreachableError all the same. `queue_events` bounds what is read ahead.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        cursor: Cursor | None = None,
+        reconnect: bool = True,
+        queue_events: int | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._arguments = (address, cursor or Cursor(), reconnect, queue_events, credentials)
+        self._monitor: Monitor | None = None
+
+    async def open(self) -> Monitor:
+        """The Monitor; the caller closes it. Raises BrokerUnreachableError, UsageError."""
+        address, cursor, reconnect, queue_events, credentials = self._arguments
+        channel = Channel(address, credentials)
+        if not await channel.ready(CONNECT_TIMEOUT_S):
+            await channel.close()
+            raise errors.unreachable(channel.address)
+        bound = {} if queue_events is None else {"queue_events": queue_events}
+        return Monitor(channel, Stream(channel, cursor, reconnect=reconnect, **bound), cursor.copy())
+
+    async def __aenter__(self) -> Monitor:
+        self._monitor = await self.open()
+        return self._monitor
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._monitor is not None:
+            await self._monitor.close()

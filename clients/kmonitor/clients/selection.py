@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller asks for, as keyword arguments, made into a kmonitor.v1.Registration. Checked here as in the broker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypedDict
+
+from kmonitor.v1 import monitor_pb2
+from kmonitor.wire import masks, selectors
+from kmonitor.wire.errors import BadSelectorError
+
+
+class Selection(TypedDict, total=False):
+    """The arguments of `register` and `deregister`. All may be left out.
+
+    node, nodes: names or globs; none is every node, also those that join later. labels: a node must have them all.
+    pid (with start_time, in boot-time nanoseconds), cgroup, or unit: at most one; none is every process.
+    events: "exit,abort", 0x50, or an EventType; left out it is every process event (for `deregister`, all bits).
+    follow: also what the target forks. comms: globs; uids; failures_only: of exits and aborts only those that failed.
+    """
+
+    node: str
+    nodes: Iterable[str]
+    labels: Mapping[str, str]
+    pid: int
+    start_time: int
+    cgroup: str
+    unit: str
+    events: str | int
+    follow: bool
+    comms: Iterable[str]
+    uids: Iterable[int]
+    failures_only: bool
+
+
+def registration(selection: Selection, default_events: int = masks.DEFAULT_EVENTS) -> monitor_pb2.Registration:
+    """Raises BadMaskError or BadSelectorError."""
+    events = selection.get("events", default_events)
+    wanted = monitor_pb2.Registration(
+        event_mask=masks.parse_mask(events) if isinstance(events, str) else masks.check_mask(int(events)),
+        follow=selection.get("follow", False),
+    )
+    names = [selection["node"]] if "node" in selection else []
+    names += selection.get("nodes", ())
+    labels = dict(selection.get("labels", {}))
+    selectors.check_node_selector(names, labels)
+    wanted.nodes.names.extend(names)
+    wanted.nodes.labels.update(labels)
+    _target(selection, wanted.target)
+    comms = [selectors.check_glob(glob, "comm") for glob in selection.get("comms", ())]
+    uids = list(selection.get("uids", ()))
+    if any(not 0 <= uid < 1 << 32 for uid in uids):
+        raise BadSelectorError("a user id is a number from 0 to 4294967295")
+    if comms or uids or selection.get("failures_only"):
+        wanted.filter.CopyFrom(monitor_pb2.EventFilter(comms=comms, uids=uids, failures_only=selection.get("failures_only", False)))
+    return wanted
+
+
+def _target(selection: Selection, target: monitor_pb2.Target) -> None:
+    named = [key for key in ("pid", "cgroup", "unit") if key in selection]
+    if len(named) > 1:
+        raise BadSelectorError(f"{' and '.join(named)} exclude each other: make a registration for each")
+    if "start_time" in selection and "pid" not in selection:
+        raise BadSelectorError("a start time belongs to a pid: give both")
+    if "pid" in selection:
+        target.process.pid = selectors.check_pid(selection["pid"])
+        start_time = selection.get("start_time", 0)
+        if not 0 <= start_time < 1 << 64:
+            raise BadSelectorError(f"start time {start_time}: give nanoseconds of the node's boot-time clock")
+        target.process.start_time = start_time
+    elif "cgroup" in selection:
+        target.cgroup = selectors.check_cgroup_path(selection["cgroup"])
+    elif "unit" in selection:
+        target.unit = selectors.check_unit_name(selection["unit"])
+    else:
+        target.everything.SetInParent()
+
+
+def key(wanted: monitor_pb2.Registration) -> bytes:
+    """Equal for registrations that the broker takes for the same one: the same nodes, target and filter."""
+    same = monitor_pb2.Registration(nodes=wanted.nodes, target=wanted.target, filter=wanted.filter)
+    return same.SerializeToString(deterministic=True)
+
+
+def names_one_node(wanted: monitor_pb2.Registration) -> bool:
+    """Whether it can only ever match one node."""
+    names = wanted.nodes.names
+    return len(names) == 1 and not selectors.is_glob(names[0])

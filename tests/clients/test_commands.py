@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmon wait`, `nodes`, `ps`, `doctor`, `up` as a user runs them, and how fast `--help` is there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, create_subprocess_exec
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import Kmon
+from tests.clients.fake_broker import EXIT, FakeBroker, batch, event, gap
+from tests.clients.test_watch import ended
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "line"),
+    [
+        ({"exit_code": 0}, 0, "web1: sleep (4711) ended: code 0\n"),
+        ({"exit_code": 7}, 7, "web1: sleep (4711) ended: code 7\n"),
+        (
+            {"exit_signal": 15, "killed_by": {"pid": 3, "comm": "kill", "uid": 0}},
+            143,
+            "web1: sleep (4711) ended: SIGTERM by kill(3) uid 0\n",
+        ),
+        ({"inferred": True}, 2, "web1: sleep (4711) ended: gone: found ended, status not known\n"),
+    ],
+)
+async def test_wait_ends_as_the_process_did(broker: FakeBroker, kmon: Kmon, fields: dict[str, object], status: int, line: str) -> None:
+    broker.processes = {("web1", 4711): 99}
+    waiting = await kmon("wait", "--node", "web1", "--pid", "4711")
+    session = await broker.session()
+    await session.asked(1)
+    session.send(gap(), batch("web1", event(128, EXIT, 4711, **fields)))
+    assert await ended(waiting) == (
+        status,
+        line,
+        "kmon: web1: GAP, events are missing (its kernel's ring was full): 3 PROCESS_EXIT\n",
+    )
+
+
+async def test_wait_for_what_is_not_there(broker: FakeBroker, kmon: Kmon) -> None:
+    broker.processes = {("web1", 1): None, ("web1", 3): 30}
+    assert await ended(await kmon("wait", "--node", "web1", "--pid", "1")) == (2, "", "kmon: process 1 on web1 has already ended\n")
+    assert await ended(await kmon("wait", "--node", "web1", "--pid", "2")) == (2, "", "kmon: there is no process 2 on web1\n")
+    assert await ended(await kmon("wait", "--node", "web1", "--pid", "3", "--timeout", "50ms")) == (
+        124,
+        "",
+        "kmon: pid 3 on web1 still runs after 0.05 s\n",
+    )
+    waiting = await kmon("wait", "--node", "web1", "--pid", "3")
+    await (await broker.session(3)).asked(1)
+    waiting.send_signal(signal.SIGINT)
+    assert await ended(waiting) == (130, "", "")
+
+
+async def test_nodes_and_ps(broker: FakeBroker, kmon: Kmon) -> None:
+    broker.nodes = ["web1", "web2"]
+    broker.unreachable = {"web2"}
+    broker.processes = {("web1", 9): 90}
+    status, out, _ = await ended(await kmon("nodes"))
+    assert status == 0
+    assert [line.split()[:2] for line in out.splitlines() if "web" in line] == [["web1", "UP"], ["web2", "UNREACHABLE"]]
+    status, out, _ = await ended(await kmon("nodes", "--json"))
+    assert [(node["name"], node["state"], node["labels"]) for node in map(json.loads, out.splitlines())] == [
+        ("web1", "UP", {"role": "web"}),
+        ("web2", "UNREACHABLE", {"role": "web"}),
+    ]
+    status, out, _ = await ended(await kmon("ps", "--node", "web1"))
+    assert [line.split() for line in out.splitlines() if "sleep" in line] == [["9", "1", "1000", "1", "90", "sleep"]]
+    status, out, _ = await ended(await kmon("ps", "--node", "web1", "--json"))
+    assert json.loads(out)["start_time"] == 90
+    assert await ended(await kmon("ps", "--node", "db1")) == (2, "", "kmon: there is no node db1\n")
+
+
+async def test_doctor(broker: FakeBroker, kmon: Kmon) -> None:
+    status, out, _ = await ended(await kmon("doctor", "--json"))
+    checks = {check["name"]: check for check in map(json.loads, out.splitlines())}
+    assert {"kernel", "BTF", "CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_NET_ADMIN", "bpffs", "lockdown", "libbpf"} <= set(checks)
+    assert {"unprivileged BPF", "pid namespace", "cgroup v2", "broker"} <= set(checks)
+    assert checks["broker"]["status"] == "ok"
+    assert all(check["advice"] for check in checks.values() if check["status"] != "ok")
+    assert status == (2 if any(check["status"] == "fail" for check in checks.values()) else 0)
+    assert (await ended(await kmon("doctor")))[0] == status
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A folder to put stand-ins for the two programs in; `kmon` itself stands there too, and looks beside itself."""
+    kmon = tmp_path / "kmon"
+    kmon.write_text(f"#!{sys.executable}\nfrom kmonitor.clients.cli import main\nmain()\n")
+    kmon.chmod(0o755)
+    return tmp_path
+
+
+def stand_in(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+async def test_up_shows_the_line_of_a_part_that_fails(parts: Path) -> None:
+    stand_in(parts / "kmonitor-broker", f"echo $$ >{parts}/pid; echo kmonitor-broker: listening on 127.0.0.1:1; exec sleep 1000")
+    stand_in(parts / "kmonitor-agent", "echo a warning >&2; echo kmonitor-agent: needs CAP_BPF: run it as root >&2; exit 4")
+    process = await create_subprocess_exec(parts / "kmon", "up", stdout=PIPE, stderr=PIPE)
+    assert await ended(process) == (4, "", "kmon: kmonitor-agent: needs CAP_BPF: run it as root\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((parts / "pid").read_text()), 0)
+
+
+async def test_up_takes_its_parts_along(broker: FakeBroker, parts: Path) -> None:
+    stand_in(parts / "kmonitor-broker", f"echo $$ >{parts}/pid1; echo kmonitor-broker: listening on {broker.address}; exec sleep 1000")
+    agent = 'echo "kmonitor-agent: $4 is connected to $2 (source core, scope host)"'
+    stand_in(parts / "kmonitor-agent", f"echo $$ >{parts}/pid2; {agent}; exec sleep 1000")
+    for number, (how, status) in enumerate(((signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9))):
+        process = await create_subprocess_exec(parts / "kmon", "up", "--json", stdout=PIPE, stderr=PIPE)
+        assert process.stdout is not None
+        session = await broker.session(number)
+        await session.asked(1)
+        session.send(batch("web1", event(128, EXIT, 5)))
+        assert json.loads(await process.stdout.readline())["kind"] == "registered"
+        assert json.loads(await process.stdout.readline())["pid"] == 5
+        handles = [os.pidfd_open(int((parts / name).read_text())) for name in ("pid1", "pid2")]
+        process.send_signal(how)
+        assert (await ended(process))[0] == status
+        for handle in handles:
+            with os.fdopen(handle):
+                await wait_readable(handle)
+
+
+async def wait_readable(descriptor: int) -> None:
+    """A pidfd is readable when its process has ended."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    loop.add_reader(descriptor, done.set)
+    try:
+        await done.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+async def test_help_does_not_wait_for_grpc() -> None:
+    script = "import sys, kmonitor.clients.cli as cli\nsys.argv = ['kmon', '--help']\ntry: cli.main()\nexcept SystemExit: pass\n"
+    script += "print([name for name in ('grpc', 'numpy', 'google.protobuf') if name in sys.modules])"
+    process = await create_subprocess_exec(sys.executable, "-c", script, stdout=PIPE, stderr=PIPE)
+    status, out, _ = await ended(process)
+    assert status == 0
+    assert out.splitlines()[-1] == "[]"

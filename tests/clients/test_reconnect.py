@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A broker that goes and comes back: nothing twice, nothing forgotten, and the monitor is told."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from kmonitor.clients import (
+    BrokerUnreachableError,
+    Cursor,
+    Disconnected,
+    Event,
+    Notification,
+    ProcessExitedError,
+    Reconnected,
+    Registered,
+    RegistrationState,
+    UsageError,
+    connect,
+)
+from tests.clients.fake_broker import EXIT, FakeBroker, batch, event, progress
+
+
+def kinds(items: list[Notification]) -> list[type]:
+    return [type(item) for item in items]
+
+
+async def test_registrations_and_cursor_are_brought_again(broker: FakeBroker) -> None:
+    broker.processes = {("web1", 4711): 99}
+    async with connect(broker.address) as monitor:
+        await monitor.register(node="web1", pid=4711, events="exit")
+        await monitor.register(node="web1", pid=4711, events="abort")  # OR
+        await monitor.register(node="web1", events="fork")
+        first = await broker.session()
+        first.send(batch("web1", event(128, EXIT, 1), event(256, EXIT, 2)))
+        first.end(grpc.StatusCode.UNAVAILABLE)
+
+        second = await broker.session(1)
+        requests = await second.asked(2)
+        assert [request.register.registration.event_mask for request in requests] == [0x50, 0x08]
+        assert [request.request_id for request in requests] == [1, 3]
+        assert requests[0].register.registration.target.process.start_time == 99  # not another process that got the pid
+        assert second.cursor == {"web1": (7, 256)}
+        assert not requests[1].HasField("cursor")
+        second.send(batch("web1", event(128, EXIT, 1), event(256, EXIT, 2), event(384, EXIT, 3)), batch("web1", event(512, EXIT, 4)))
+
+        got = [await anext(monitor) for _ in range(11)]
+    assert kinds(got) == [Registered] * 3 + [Event] * 2 + [Disconnected, Reconnected, Registered, Registered, Event, Event]
+    assert [item.position for item in got if isinstance(item, Event)] == [128, 256, 384, 512]
+
+
+async def test_an_inferred_exit_is_never_dropped(broker: FakeBroker) -> None:
+    async with connect(broker.address, cursor=Cursor({"web1": (7, 1000)})) as monitor:
+        await monitor.register(events="exit")
+        session = await broker.session()
+        assert session.cursor == {"web1": (7, 1000)}
+        session.send(batch("web1", event(0, EXIT, 5, inferred=True), event(900, EXIT, 6)), batch("web1", event(1128, EXIT, 7)))
+        got = [await anext(monitor) for _ in range(3)]
+        assert [item.pid for item in got if isinstance(item, Event)] == [5, 7]
+        assert monitor.cursor.positions() == {"web1": (7, 1128)}
+
+
+async def test_another_epoch_is_another_count(broker: FakeBroker) -> None:
+    async with connect(broker.address, cursor=Cursor({"web1": (7, 1000)})) as monitor:
+        await monitor.register(events="exit")
+        (await broker.session()).send(batch("web1", event(128, EXIT, 5), epoch=8))
+        await anext(monitor)
+        item = await anext(monitor)
+        assert isinstance(item, Event)
+        assert item.position == 128
+
+
+async def test_a_register_survives_the_loss_of_the_connection(broker: FakeBroker) -> None:
+    broker.answers = False
+    async with connect(broker.address) as monitor:
+        asking = asyncio.create_task(monitor.register(node="web1", events="exit"))
+        await (await broker.session()).asked(1)
+        await broker.stop()
+        broker.answers = True
+        await broker.start()
+        registration = await asking
+        assert registration.states == {"web1": RegistrationState.ARMED}
+
+
+async def test_a_pid_that_was_given_to_another_process_is_told_as_exited(broker: FakeBroker) -> None:
+    broker.nodes = ["web1", "web2"]
+    broker.processes = {("web1", 4711): 99, ("web2", 4711): 98}
+    async with connect(broker.address) as monitor:
+        await monitor.register(pid=4711, events="exit")
+        broker.processes["web2", 4711] = 12345
+        (await broker.session()).end()
+        got = [await anext(monitor) for _ in range(6)]
+        states = {item.node: item.state for item in got[4:] if isinstance(item, Registered)}
+        assert states == {"web1": RegistrationState.RUNNING, "web2": RegistrationState.EXITED}
+
+
+async def test_a_process_that_ended_is_not_brought_again(broker: FakeBroker) -> None:
+    broker.processes = {("web1", 1): 1000, ("web1", 2): 2000}
+    async with connect(broker.address) as monitor:
+        await monitor.register(node="web1", pid=1, events="exit")
+        await monitor.register(node="web1", pid=2, events="exit")
+        first = await broker.session()
+        first.send(batch("web1", event(128, EXIT, 1)))
+        first.end()
+        requests = await (await broker.session(1)).asked(1)
+        assert [request.register.registration.target.process.pid for request in requests] == [2]
+
+
+async def test_without_reconnect_the_loss_is_an_error(broker: FakeBroker) -> None:
+    async with connect(broker.address, reconnect=False) as monitor:
+        await monitor.register(events="exit")
+        (await broker.session()).end(grpc.StatusCode.UNAVAILABLE)
+        assert isinstance(await anext(monitor), Registered)
+        with pytest.raises(BrokerUnreachableError):
+            await anext(monitor)
+
+
+async def test_wait_takes_the_exit_from_the_log_after_a_reconnect(broker: FakeBroker) -> None:
+    broker.processes = {("web1", 4711): 99, ("web1", 4712): 98}
+    async with connect(broker.address) as monitor:
+        for pid, number in ((4711, 0), (4712, 2)):
+            waiting = asyncio.create_task(monitor.wait(node="web1", pid=pid))
+            session = await broker.session(number)
+            await session.asked(1)
+            session.send(progress(200))
+            broker.processes["web1", pid] = None
+            session.end(grpc.StatusCode.UNAVAILABLE)
+            again = await broker.session(number + 1)
+            await again.asked(1)
+            if pid == 4711:
+                again.send(batch("web1", event(384, EXIT, pid, exit_code=5)), progress(512))
+                assert (await waiting).exit_code == 5
+            else:
+                again.send(progress(512))
+                with pytest.raises(ProcessExitedError, match="unseen"):
+                    await waiting
+
+
+def test_a_cursor_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "cursor"
+    assert not Cursor.load(path)
+    cursor = Cursor({"web1": (2**64 - 1, 2**63)})
+    cursor.save(path)
+    assert Cursor.load(path) == cursor
+    assert [file.name for file in tmp_path.iterdir()] == ["cursor"]
+    for damaged in ("", "{}", '{"version": 2, "positions": []}', '{"version": 1, "positions": [{"node": "a"}]}', "[]"):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(UsageError, match="holds no cursor"):
+            Cursor.load(path)

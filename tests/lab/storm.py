@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a storm (tests/workload/storm.c) wrote down."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.lab.workload import Root
+
+
+@dataclass
+class Storm:
+    """Ids and statuses of all that ended, by the worker that started them. Ids may come again: the kernel gives them out anew."""
+
+    root: int
+    count: int
+    seconds: float
+    ends: dict[int, list[tuple[int, int]]]
+
+    @property
+    def rate(self) -> float:
+        """Ends in a second."""
+        return self.count / self.seconds
+
+    def statuses(self) -> Counter[tuple[int, int]]:
+        """(id, exit code) of all ends."""
+        return Counter((number, os.waitstatus_to_exitcode(status)) for ends in self.ends.values() for number, status in ends)
+
+    def started(self) -> Counter[tuple[int, int]]:
+        """(worker's pid, id) of all that were started."""
+        return Counter((worker, number) for worker, ends in self.ends.items() for number, _ in ends)
+
+
+def read(root: Root, folder: Path) -> Storm:
+    """After its end. Its files are removed."""
+    root.wait_closed(120)
+    if root.wait() != 0:
+        raise root.failure("the storm failed")
+    totals = json.loads(root.lines[-1])
+    ends: dict[int, list[tuple[int, int]]] = {}
+    for file in folder.iterdir():
+        pairs = np.fromfile(file, dtype="<i4").reshape(-1, 2)
+        ends[int(file.name)] = [(int(number), int(status)) for number, status in pairs]
+        file.unlink()
+    storm = Storm(root.root_pid, totals["count"], totals["seconds"], ends)
+    assert sum(map(len, ends.values())) == storm.count
+    return storm

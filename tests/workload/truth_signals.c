@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scenes of ends by signal: each that can end a process, by a real fault where there is one, and from whom.
+#define _GNU_SOURCE
+#include "truth.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* Die of the signal as programs do. Returns for one that has no cause but somebody who sends it. */
+static void fall(int number)
+{
+	volatile int *volatile nowhere = NULL;
+	volatile int zero = 0;
+	int ends[2], fd;
+	char name[] = "short XXXXXX";
+
+	switch (number) {
+	case SIGSEGV:
+		*nowhere = 0;
+		break;
+	case SIGFPE:
+		zero = 100 / zero; /* a trap on x86; elsewhere it goes on, and sends it */
+		break;
+	case SIGILL:
+		__builtin_trap();
+	case SIGBUS: /* a page beyond the end of its file */
+		fd = mkstemp(name);
+		unlink(name);
+		*(volatile char *)mmap(NULL, 4096, PROT_WRITE, MAP_SHARED, fd, 0) = 1;
+		break;
+	case SIGABRT:
+		abort();
+	case SIGPIPE:
+		if (pipe(ends) == 0 && close(ends[0]) == 0 && write(ends[1], "", 1) < 0)
+			return;
+		break;
+	case SIGALRM:
+		setitimer(ITIMER_REAL, &(struct itimerval){.it_value.tv_usec = 1000}, NULL);
+		pause();
+		break;
+	case SIGXFSZ:
+		setrlimit(RLIMIT_FSIZE, &(struct rlimit){0, 0});
+		fd = mkstemp(name);
+		unlink(name);
+		if (write(fd, "x", 1) < 0)
+			return;
+		break;
+	default:
+		break;
+	}
+}
+
+static bool ends_a_process(int number)
+{
+	switch (number) {
+	case SIGCHLD:
+	case SIGCONT:
+	case SIGSTOP:
+	case SIGTSTP:
+	case SIGTTIN:
+	case SIGTTOU:
+	case SIGURG:
+	case SIGWINCH:
+		return false;
+	default:
+		return number < 32 || number >= SIGRTMIN; /* 32 and 33 are glibc's own */
+	}
+}
+
+/* signals CORE_LIMIT: a child for each signal that ends processes. */
+static int play_signals(int argc, char **argv)
+{
+	rlim_t limit = argc ? (rlim_t)atol(argv[0]) : 0;
+
+	for (int number = 1; number <= SIGRTMAX; number++) {
+		struct sigaction was;
+		pid_t child;
+
+		if (!ends_a_process(number))
+			continue;
+		child = told_fork();
+		if (child == 0) {
+			setrlimit(RLIMIT_CORE, &(struct rlimit){limit, limit});
+			if (number != SIGKILL && (sigaction(number, NULL, &was) || was.sa_handler != SIG_DFL))
+				signal(number, SIG_DFL);
+			fall(number);
+			kill(getpid(), number);
+			die("still there");
+		}
+		reap(child);
+		unlink("core"); /* if it is called so */
+	}
+	return 0;
+}
+
+static void reap_killed(pid_t child)
+{
+	char more[160];
+	int status;
+
+	if (waitpid(child, &status, 0) != child)
+		die("waitpid");
+	snprintf(more, sizeof(more), ",\"ppid\":%d,\"killed_by\":{\"pid\":%d,\"comm\":\"truth\",\"uid\":%d}", getpid(), getpid(), getuid());
+	tell_end(child, child, status, more);
+}
+
+/* The root sends it, in every way there is. */
+static int play_killers(int argc, char **argv)
+{
+	(void)argc, (void)argv;
+	for (int way = 0; way < 6; way++) {
+		pid_t child = told_fork();
+		int fd;
+
+		if (child == 0)
+			for (;;)
+				pause();
+		switch (way) {
+		case 0:
+			kill(child, SIGTERM);
+			break;
+		case 1:
+			syscall(SYS_tgkill, child, child, SIGUSR1);
+			break;
+		case 2:
+			sigqueue(child, SIGRTMIN + 3, (union sigval){.sival_int = 5});
+			break;
+		case 3:
+			fd = (int)syscall(SYS_pidfd_open, child, 0);
+			syscall(SYS_pidfd_send_signal, fd, SIGKILL, NULL, 0);
+			close(fd);
+			break;
+		case 4:
+			kill(child, SIGRTMAX);
+			break;
+		default: /* stopped when it comes */
+			kill(child, SIGSTOP);
+			waitpid(child, &fd, WUNTRACED);
+			kill(child, SIGKILL);
+		}
+		reap_killed(child);
+	}
+	return 0;
+}
+
+/* A signal that is caught, and one that is ignored, are no causes of an end by exit. */
+static volatile sig_atomic_t caught;
+
+static void catch(int number)
+{
+	caught = number;
+}
+
+static int play_caught(int argc, char **argv)
+{
+	int gate[2];
+	pid_t child;
+
+	(void)argc, (void)argv;
+	if (pipe(gate))
+		die("pipe");
+	child = told_fork();
+	if (child == 0) {
+		close(gate[0]);
+		signal(SIGTERM, catch);
+		signal(SIGUSR1, SIG_IGN);
+		close(gate[1]);
+		while (!caught)
+			nap_ms(1);
+		_exit(18);
+	}
+	close(gate[1]);
+	ended(gate[0]);
+	kill(child, SIGUSR1);
+	kill(child, SIGTERM);
+	reap(child);
+	return 0;
+}
+
+/* oom CGROUP_PROCS_FILE: a child enters a control group with little memory, and takes much. */
+static int play_oom(int argc, char **argv)
+{
+	char more[64];
+	pid_t child = told_fork();
+	int status;
+
+	if (child == 0) {
+		int fd = argc ? open(argv[0], O_WRONLY) : -1;
+
+		if (fd < 0 || write(fd, "0", 1) != 1)
+			die("control group");
+		for (;;) {
+			char *memory = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+			memset(memory, 1, 1 << 20);
+		}
+	}
+	if (waitpid(child, &status, 0) != child)
+		die("waitpid");
+	snprintf(more, sizeof(more), ",\"ppid\":%d,\"oom_killed\":true", getpid());
+	tell_end(child, child, status, more);
+	return 0;
+}
+
+const struct scene signal_scenes[] = {
+	{"signals", play_signals},
+	{"killers", play_killers},
+	{"caught", play_caught},
+	{"oom", play_oom},
+	{0},
+};
