@@ -18,11 +18,11 @@ from tests.lab.workload import Stage
 WORKERS = 2
 
 
-def run(stage: Stage, kind: str, count: int) -> tuple[Storm, Watch]:
+def run(stage: Stage, kind: str, count: int, *rate: str) -> tuple[Storm, Watch]:
     """A storm under a watch of all that it does. The watch may lag: it gets the time it takes."""
     folder = Path(stage.folder, kind)
     folder.mkdir()
-    root = stage.prepare(stage.programs.storm, kind, str(count), str(WORKERS), str(folder))
+    root = stage.prepare(stage.programs.storm, kind, str(count), str(WORKERS), str(folder), *rate)
     fence = stage.fence()
     watch = stage.watch(root.root_pid, fence.pid, options=["--follow", "--events", "all"])
     root.say("go")
@@ -59,7 +59,8 @@ def test_processes(stage: Stage, kind: str, count: int) -> None:
 
 @pytest.mark.timeout(180)
 def test_threads(stage: Stage) -> None:
-    told, watch = run(stage, "threads", 200_000)
+    """At 45,000 a second, for some seconds: most of what two cores do flat out with nobody to watch them."""
+    told, watch = run(stage, "threads", 180_000, "45000")
     made = Counter((line["pid"], line["child_tid"]) for line in check.of_type(watch.events(), "THREAD_CREATE"))
     assert made == told.started()
     ended = Counter((line["pid"], line["tid"]) for line in check.of_type(watch.events(), "THREAD_EXIT"))

@@ -272,3 +272,16 @@ async def test_a_reconnect_is_told(broker: FakeBroker, kmon: Kmon) -> None:
     (await broker.session()).end(grpc.StatusCode.UNAVAILABLE)
     kinds = [(await next_line(watching))["kind"] for _ in range(3)]
     assert kinds == ["disconnected", "reconnected", "registered"]
+
+
+async def test_it_ends_if_the_last_process_ended_while_the_broker_was_away(broker: FakeBroker, kmon: Kmon) -> None:
+    broker.processes = {("web1", 1): 1000}
+    watching = await kmon("watch", "--json", "--pid", "1")
+    assert (await next_line(watching))["state"] == "RUNNING"
+    broker.processes = {}
+    (await broker.session()).end(grpc.StatusCode.UNAVAILABLE)
+    (await broker.session(1)).send(batch("web1", event(256, EXIT, 1)), progress(512))  # its exit, from the log
+    status, out, err = await ended(watching)
+    assert (status, err) == (0, "kmon: everything that was watched has ended\n")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["kind"], line.get("state")) for line in lines[2:]] == [("registered", "EXITED"), ("event", None)]

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tests.lab.process import LabError, Running
 from tests.lab.watch import Watch
@@ -102,6 +103,13 @@ class Lab:
         started.wait_closed()
         self.stop(started)
         return Done(started.process.returncode, b"\n".join(started.lines).decode(), started.stderr_text())
+
+    def json_lines(self, *argv: str) -> list[dict[str, Any]]:
+        """What `kmon ... --json` prints."""
+        done = self.run("kmon", *argv)
+        if done.code != 0:
+            raise LabError(f"kmon {' '.join(argv)}: {done}")
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     def stop(self, *processes: Running) -> None:
         """Stop these now; how they end is the test's to look at."""

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// storm KIND COUNT WORKERS FOLDER: COUNT ends of children (KIND fork, exec) or of threads (KIND threads), shared
-// among WORKERS processes, as fast as they go. Prints {"ready":PID}, waits for a line on standard input, and at the end prints
+// storm KIND COUNT WORKERS FOLDER [RATE]: COUNT ends of children (KIND fork, exec) or of threads (KIND threads), shared among
+// WORKERS processes, as fast as they go, or so many in a second, with the right of way that this takes. Prints {"ready":PID}, waits for a line on standard input, and at the end prints
 // one line of totals. Each worker leaves FOLDER/WORKER_PID: 32-bit integers id, status (as waitpid has it) for each end.
 #define _GNU_SOURCE
 #include <errno.h>
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -26,6 +27,23 @@ static void die(const char *what)
 	_exit(99);
 }
 
+static double now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
+}
+
+/* Not faster than `rate`; what was missed is caught up on. */
+static void keep_pace(int done, double rate, double began)
+{
+	double ahead = began + done / rate - now();
+
+	if (ahead > 0)
+		nanosleep(&(struct timespec){.tv_nsec = (long)(ahead * 1e9)}, NULL);
+}
+
 static int thread(void *nothing)
 {
 	(void)nothing;
@@ -33,13 +51,17 @@ static int thread(void *nothing)
 }
 
 /* clone(2) and not pthread_create, which spends more time on stacks and signal masks than the kernel on threads. */
-static void run_threads(struct end *ends, int count)
+static void run_threads(struct end *ends, int count, double rate)
 {
 	static char stack[16384] __attribute__((aligned(16)));
 	static volatile int32_t alive; /* the kernel clears it, and wakes, when the thread has ended (CLONE_CHILD_CLEARTID) */
 	const int flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID;
 
+	double began = now();
+
 	for (int i = 0; i < count; i++) {
+		if (rate > 0 && i % 64 == 0)
+			keep_pace(i, rate, began);
 		alive = 1;
 		if (clone(thread, stack + sizeof(stack), flags, NULL, &ends[i].id, NULL, &alive) < 0)
 			die("clone");
@@ -89,23 +111,25 @@ static void run_processes(struct end *ends, int count, int with_exec)
 
 int main(int argc, char **argv)
 {
-	struct timespec from, to;
+	double began, rate;
 	int count, workers, status;
 	char word[16];
-	double seconds;
 
 	if (argc == 3 && !strcmp(argv[1], "end"))
 		_exit(atoi(argv[2]));
-	if (argc != 5 || (workers = atoi(argv[3])) < 1) {
-		fprintf(stderr, "usage: storm fork|exec|threads COUNT WORKERS FOLDER\n");
+	if (argc < 5 || argc > 6 || (workers = atoi(argv[3])) < 1) {
+		fprintf(stderr, "usage: storm fork|exec|threads COUNT WORKERS FOLDER [RATE]\n");
 		return 2;
 	}
 	count = atoi(argv[2]) / workers;
+	rate = argc == 6 ? atof(argv[5]) : 0;
+	if (rate > 0 && setpriority(PRIO_PROCESS, 0, -10))
+		die("setpriority");
 	printf("{\"ready\":%d}\n", getpid());
 	fflush(stdout);
 	if (!fgets(word, sizeof(word), stdin))
 		return 97;
-	clock_gettime(CLOCK_MONOTONIC, &from);
+	began = now();
 	for (int i = 0; i < workers; i++) {
 		pid_t worker = fork();
 
@@ -121,7 +145,7 @@ int main(int argc, char **argv)
 				die("calloc");
 			stay_on(i);
 			if (*argv[1] == 't')
-				run_threads(ends, count);
+				run_threads(ends, count, rate / workers);
 			else
 				run_processes(ends, count, *argv[1] == 'e');
 			snprintf(name, sizeof(name), "%s/%d", argv[4], getpid());
@@ -134,8 +158,6 @@ int main(int argc, char **argv)
 	for (int i = 0; i < workers; i++)
 		if (wait(&status) < 0 || status)
 			return 98;
-	clock_gettime(CLOCK_MONOTONIC, &to);
-	seconds = (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9;
-	printf("{\"count\":%d,\"workers\":%d,\"seconds\":%.3f}\n", count * workers, workers, seconds);
+	printf("{\"count\":%d,\"workers\":%d,\"seconds\":%.3f}\n", count * workers, workers, now() - began);
 	return 0;
 }

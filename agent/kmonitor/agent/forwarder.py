@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from kmonitor.wire.record import SLOT_SIZE
 
 BLOCK_BYTES = 256 * 1024
 _NAP_SECONDS = 0.001
-_NAP_RATE = 4000  # slots a second
-_NAP_SLOTS = 4
+_RATE_WINDOW_S = 0.02
+_NAP_SLOTS = 40
+"""So many slots within about the window are a storm. A process that comes, execs and goes makes four."""
 _BUSY_SECONDS = 0.0005
 
 Write = Callable[[agent_pb2.AgentMessage], Awaitable[None]]
@@ -68,17 +70,17 @@ class Forwarder:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._ring.wakeups.fileno(), self._on_wakeup)
         drained_at = loop.time()
-        slots = 0
+        level = 0.0  # slots of late: each counts for less the longer ago it was
         try:
             while True:
                 sent = await self._send_block()
                 if sent:
-                    slots += sent
+                    level += sent
                     continue
                 now = loop.time()
-                busy = slots >= _NAP_SLOTS and slots > _NAP_RATE * (now - drained_at)
-                drained_at, slots = now, 0
-                await self._wait(nap=busy)
+                level *= math.exp((drained_at - now) / _RATE_WINDOW_S)
+                drained_at = now
+                await self._wait(nap=level > _NAP_SLOTS)
         finally:
             loop.remove_reader(self._ring.wakeups.fileno())
             self._ring.awake()

@@ -184,8 +184,9 @@ class Agents:
         positions = (message.from_position, message.to_position)
         for session in self._broker.sessions:
             spans = session.matcher.spans(node.name)
-            own, wide = 0, 0
+            own, wide, follows = 0, 0, False
             for span in spans:
+                follows |= span.follow
                 if span.process is not None:
                     own |= span.mask
                 else:
@@ -193,7 +194,8 @@ class Agents:
             counts: dict[int, int] = {}
             for (kind, watched), count in news.items():
                 # What a process's own entry asked for may be wanted by a wider registration too; not the other way round.
-                if kind & (wide | own if watched else wide):
+                # Type 0: a child that the kernel could not follow, of which every event is missing.
+                if kind & (wide | own if watched else wide) or (kind == 0 and follows):
                     counts[kind] = counts.get(kind, 0) + count
             if counts:
                 session.tell(gap(node.name, monitor_pb2.GAP_REASON_RING, node.epoch, positions=positions, times=times, counts=counts))

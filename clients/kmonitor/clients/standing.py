@@ -97,6 +97,8 @@ class Standing:
         target = kept.wanted.target
         if target.WhichOneof("kind") != "process":
             return answer
+        if answer.state is RegistrationState.NOT_FOUND and answer.node in kept.started and not asked_now:
+            answer = replace(answer, state=RegistrationState.EXITED)  # it was there: a broker that is new cannot know
         one_node = selection.names_one_node(kept.wanted)
         if one_node and answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND):
             self._forget(key)

@@ -57,11 +57,13 @@ class Watched:
         self._plan = plan
         self._unanswered = len(plan.selections)
         self._open: set[tuple[str, int]] = set()  # processes that run, as far as we know
+        self._running: dict[tuple[int, str], int] = {}  # registration and node -> pid, of those that were found
         self._armed: set[tuple[int, str]] = set()  # registrations by node that may yet come to something
         self._early: set[tuple[str, int, int]] = set()  # exits that came before the answer that says RUNNING
         self._delivered = False
         self._found = False
-        # Behind a cursor the exits come from the log, after the answer that says EXITED: not before a progress is all said.
+        # Behind a cursor, and after a reconnect, exits may come from the log after the answer that says EXITED: not before a
+        # progress is all said.
         self._behind = bool(plan.cursor)
 
     def registered(self, notice: Registered) -> None:
@@ -73,8 +75,13 @@ class Watched:
         self._armed.discard(place)
         if notice.state in _FINAL:
             self._found |= notice.state is RegistrationState.EXITED
+            pid = self._running.pop(place, None)
+            if pid is not None and (notice.node, pid) in self._open:
+                self._open.discard((notice.node, pid))
+                self._behind = True
         elif notice.state is RegistrationState.RUNNING and notice.process is not None:
             self._found = True
+            self._running[place] = notice.process.pid
             if (notice.node, notice.process.pid, notice.process.start_time) not in self._early:
                 self._open.add((notice.node, notice.process.pid))
         else:
