@@ -19,6 +19,7 @@
 
 char LICENSE[] SEC("license") = "GPL";
 
+#define KMONITOR_ENDS (KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT | KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT)
 #define SIGNAL_GROUP_EXIT 0x4 /* include/linux/sched/signal.h */
 #define PID_NS_LEVEL_MAX 32   /* MAX_PID_NS_LEVEL, include/linux/pid_namespace.h */
 #define CGROUP_DEPTH_MAX 16   /* levels above a process that are looked up: deeper trees match less far up */
@@ -44,7 +45,8 @@ struct {
 
 struct killer_entry {
 	__u64 start_boottime_ns; /* of the target */
-	__u32 signal;
+	__u16 signal;
+	__u16 flags; /* KMONITOR_F_KILLED_BY, and KMONITOR_F_OOM_KILLED where it is so */
 	struct kmonitor_killer killer;
 };
 
@@ -389,7 +391,7 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 		entry = bpf_map_lookup_elem(&killers, &tgid);
 		if (entry && entry->signal == (status & 0x7f) && entry->start_boottime_ns == subject->start_boottime_ns) {
 			record->killer = entry->killer;
-			record->flags |= KMONITOR_F_KILLED_BY;
+			record->flags |= entry->flags;
 		}
 	}
 	/* What failovers wait for is not left to the reader's nap. Not for whole trees: a storm would wake for each. */
@@ -407,7 +409,7 @@ int kmonitor_exit(unsigned long long *ctx)
 	bool process_ends;
 	__u32 status;
 
-	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT | KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT)))
+	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_ENDS)))
 		return 0;
 	if (!look_up(&subject, task, any))
 		return 0;
@@ -467,6 +469,7 @@ int BPF_PROG(kmonitor_free, struct task_struct *task)
 	return 0;
 }
 
+#define SIGKILL 9
 #define SIGCHLD 17
 #define SIGCONT 18
 #define SIGSTOP 19
@@ -474,6 +477,7 @@ int BPF_PROG(kmonitor_free, struct task_struct *task)
 #define SIGURG 23
 #define SIGWINCH 28
 #define HARMLESS (1ULL << SIGCHLD | 1ULL << SIGCONT | 1ULL << SIGSTOP | 3ULL << 20 | 1ULL << SIGTTOU | 1ULL << SIGURG | 1ULL << SIGWINCH)
+#define SIGNAL_MAX 64
 #define SEND_SIG_NOINFO 0
 #define SEND_SIG_PRIV 1
 
@@ -487,14 +491,15 @@ int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_
 	__u32 tgid;
 	int code;
 
-	if (!(any & (KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT | KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT)))
+	if (!(any & KMONITOR_ENDS))
 		return 0;
-	if (sig <= 0 || sig >= 64 || (HARMLESS & (1ULL << sig)))
+	if (sig <= 0 || sig > SIGNAL_MAX || (sig < SIGNAL_MAX && (HARMLESS & (1ULL << sig))))
 		return 0;
 	if (!look_up(&subject, task, any))
 		return 0;
 	entry.start_boottime_ns = subject.start_boottime_ns;
 	entry.signal = sig;
+	entry.flags = KMONITOR_F_KILLED_BY;
 	code = 0;
 	if ((unsigned long)info == SEND_SIG_PRIV)
 		code = 1;
@@ -508,6 +513,26 @@ int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_
 	}
 	tgid = task->tgid;
 	bpf_map_update_elem(&killers, &tgid, &entry, BPF_ANY);
+	return 0;
+}
+
+/* The out-of-memory killer sends SIGKILL, then names its victim here: the entry is there already. */
+SEC("tp_btf/mark_victim")
+int kmonitor_oom(unsigned long long *ctx)
+{
+	struct killer_entry *entry;
+	__u32 tgid;
+
+	if (!(control.any_mask & KMONITOR_ENDS))
+		return 0;
+	/* A task from 6.8 on, a thread's id before; the victim is a process's leader almost always. */
+	if (config.victim_is_task)
+		tgid = BPF_CORE_READ((struct task_struct *)ctx[0], tgid);
+	else
+		tgid = ctx[0];
+	entry = bpf_map_lookup_elem(&killers, &tgid);
+	if (entry && entry->signal == SIGKILL)
+		entry->flags |= KMONITOR_F_OOM_KILLED;
 	return 0;
 }
 

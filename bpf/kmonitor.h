@@ -112,6 +112,7 @@ struct kmonitor_control {
 struct kmonitor_config {
 	unsigned int pidns_inum;     /* scope pidns: the namespace's inode number; 0 is scope host */
 	unsigned int has_group_dead; /* sched_process_exit has the argument group_dead (6.16 and later) */
+	unsigned int victim_is_task; /* mark_victim gives a task and not a thread's id (6.8 and later) */
 	unsigned int fill_mark;      /* bytes waiting in the ring above which threads and node-wide matches are dropped */
 };
 

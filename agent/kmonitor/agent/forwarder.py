@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -17,11 +18,16 @@ from kmonitor.wire.clocks import boottime_to_unix_ns
 from kmonitor.wire.record import SLOT_SIZE
 
 BLOCK_BYTES = 256 * 1024
-_NAP_SECONDS = 0.001
+_NAP_LEAST_S = 0.001
+_NAP_MOST_S = 0.005
 _RATE_WINDOW_S = 0.02
 _NAP_SLOTS = 40
 """So many slots within about the window are a storm. A process that comes, execs and goes makes four."""
 _BUSY_SECONDS = 0.0005
+
+_IN_FLIGHT_MOST = 4
+"""Blocks that the broker has not acknowledged. A broker that does not keep up gets larger blocks, not more of them: what waits
+in the ring costs nothing, and what waits in gRPC costs both sides for each message."""
 
 Write = Callable[[agent_pb2.AgentMessage], Awaitable[None]]
 LostCounts = tuple[tuple[int, ...], tuple[int, ...]]
@@ -55,6 +61,9 @@ class Forwarder:
         self._told: LostCounts = probe.control.lost()
         self._seen: LostCounts = self._told
         self._loss: _Loss | None = None
+        self._in_flight: deque[int] = deque()
+        """The position behind each block that is not acknowledged."""
+        self._room = asyncio.Event()
         self._checked_position = self._ring.consumer
         self._checked_ns = time.time_ns()
         self.acknowledged = asyncio.Event()
@@ -73,6 +82,9 @@ class Forwarder:
         level = 0.0  # slots of late: each counts for less the longer ago it was
         try:
             while True:
+                while len(self._in_flight) >= _IN_FLIGHT_MOST:
+                    self._room.clear()
+                    await self._room.wait()
                 sent = await self._send_block()
                 if sent:
                     level += sent
@@ -80,20 +92,21 @@ class Forwarder:
                 now = loop.time()
                 level *= math.exp((drained_at - now) / _RATE_WINDOW_S)
                 drained_at = now
-                await self._wait(nap=level > _NAP_SLOTS)
+                # The more there is, the longer the nap: a block costs the broker some 0.2 ms, however little is in it.
+                await self._wait(nap=min(_NAP_LEAST_S * level / _NAP_SLOTS, _NAP_MOST_S) if level > _NAP_SLOTS else 0.0)
         finally:
             loop.remove_reader(self._ring.wakeups.fileno())
             self._ring.awake()
 
-    async def _wait(self, *, nap: bool) -> None:
+    async def _wait(self, *, nap: float) -> None:
         """Until there may be something to read.
 
         A wake-up costs the process that forks more than the event does. So when events come fast the reader naps, as a
         network driver does (NAPI), and asks to be woken only when they come slowly; an urgent event wakes it all the same.
         """
         self._wake.clear()
-        if nap:
-            await self._sleep(_NAP_SECONDS)
+        if nap > 0:
+            await self._sleep(nap)
         elif self._ring.prepare_sleep():
             await self._wake.wait()
         else:
@@ -123,6 +136,7 @@ class Forwarder:
                 await self._tell_losses()
                 return 0
             self.acknowledged.clear()
+            self._in_flight.append(self._ring.position)
             block = agent_pb2.Block(position=position, data=data, boottime_to_unix_ns=self._offset)
             await self._write(agent_pb2.AgentMessage(block=block))
             await self._tell_losses()
@@ -175,6 +189,9 @@ class Forwarder:
     def release(self, position: int) -> None:
         """The broker has everything before `position`."""
         self._ring.release(position)
+        while self._in_flight and self._in_flight[0] <= position:
+            self._in_flight.popleft()
+        self._room.set()
         if self._ring.consumer >= self._ring.position:
             self.acknowledged.set()
 

@@ -323,8 +323,8 @@ class _Descriptor:
         os.close(self._fd)
 
 
-def tracepoint_arguments(name: str) -> int:
-    """How many arguments a BTF-typed tracepoint gives to a program; 0 if the kernel has no such tracepoint.
+def tracepoint_arguments(*names: str) -> list[int]:
+    """How many arguments each BTF-typed tracepoint gives to a program; 0 if the kernel has no such tracepoint.
 
     From the kernel's BTF: typedef btf_trace_NAME -> pointer -> function, whose first argument is not given on.
     """
@@ -332,14 +332,18 @@ def tracepoint_arguments(name: str) -> int:
     if not btf:
         raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF")
     try:
-        number = _library.btf__find_by_name_kind(btf, f"btf_trace_{name}".encode(), _BTF_KIND_TYPEDEF)
-        if number < 0:
-            return 0
-        for _ in range(2):
-            number = _library.btf__type_by_id(btf, number).contents.type
-        return int(_library.btf__type_by_id(btf, number).contents.info & 0xFFFF) - 1
+        return [_arguments(btf, name) for name in names]
     finally:
         _library.btf__free(btf)
+
+
+def _arguments(btf: int, tracepoint: str) -> int:
+    number = _library.btf__find_by_name_kind(btf, f"btf_trace_{tracepoint}".encode(), _BTF_KIND_TYPEDEF)
+    if number < 0:
+        return 0
+    for _ in range(2):
+        number = _library.btf__type_by_id(btf, number).contents.type
+    return int(_library.btf__type_by_id(btf, number).contents.info & 0xFFFF) - 1
 
 
 __all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "open_pinned", "read_iterator", "tracepoint_arguments", "version"]

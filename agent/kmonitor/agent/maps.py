@@ -37,7 +37,7 @@ PROCESS_DTYPE: np.dtype[Any] = np.dtype(
     }
 )
 _WATCHED = struct.Struct("<QII")
-_CONFIG = struct.Struct("<III")
+_CONFIG = struct.Struct("<IIII")
 _NAMESPACE = struct.Struct("<II")
 _KEY = struct.Struct("<I")
 _CGROUP_KEY = struct.Struct("<Q")
@@ -64,9 +64,9 @@ class Watched:
         return cls(*_WATCHED.unpack(value))
 
 
-def pack_config(*, pidns_inum: int, has_group_dead: bool, fill_mark: int) -> bytes:
+def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int) -> bytes:
     """struct kmonitor_config."""
-    return _CONFIG.pack(pidns_inum, has_group_dead, fill_mark)
+    return _CONFIG.pack(pidns_inum, has_group_dead, victim_is_task, fill_mark)
 
 
 def unpack_namespace(printed: bytes) -> tuple[int, int]:

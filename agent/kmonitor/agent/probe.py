@@ -18,7 +18,7 @@ from kmonitor.agent.ring import Ring
 
 DEFAULT_RING_BYTES = 16 * 1024 * 1024
 DEFAULT_WATCHED_MAX = 32768
-_HOOKS = ("kmonitor_exit", "kmonitor_free", "kmonitor_signal", "kmonitor_exec", "kmonitor_fork")
+_HOOKS = ("kmonitor_exit", "kmonitor_free", "kmonitor_signal", "kmonitor_oom", "kmonitor_exec", "kmonitor_fork")
 """In this order: an end that is seen without its beginning does less harm than a process that is followed and never forgotten."""
 _ITERATORS = ("kmonitor_tasks", "kmonitor_where")
 _MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
@@ -104,7 +104,7 @@ def _adopt(options: ProbeOptions, pins: PinFolder) -> Probe:
 def _load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     if not Path("/sys/kernel/btf/vmlinux").exists():
         raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF (5.8 or later)")
-    arguments = libbpf.tracepoint_arguments("sched_process_exit")
+    exit_arguments, victim_arguments = libbpf.tracepoint_arguments("sched_process_exit", "mark_victim")
     inum = Path("/proc/self/ns/pid").stat().st_ino
     image = _image()
     obj = libbpf.Object(image, "kmonitor")
@@ -115,7 +115,8 @@ def _load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
             ".rodata.config",
             pack_config(
                 pidns_inum=inum if options.scope == "pidns" else 0,
-                has_group_dead=arguments >= 2 and not options.force_claim,
+                has_group_dead=exit_arguments >= 2 and not options.force_claim,
+                victim_is_task=victim_arguments >= 2,
                 fill_mark=options.ring_bytes // 4 * 3,
             ),
         )

@@ -165,6 +165,8 @@ class Arming:
                 _session(arm).pends(-1)
             if not ask.mask & arm.registration.mask:
                 continue  # deregistered meanwhile
+            # Before the answer, and whatever it is: a process that ended in between may be the one that the client waits for.
+            self._tell_of_absence(node, _session(arm), message.position)
             if isinstance(ask.target, Process):
                 self._process_answer(node, message.position, ask, ask.target, processes.get((ask.target.pid, ask.target.start)))
             elif isinstance(ask.target, Group):
@@ -292,7 +294,6 @@ class Arming:
         if not mask:
             return False
         key = registration.key
-        self._tell_of_absence(node, _session(arm), position)
         self._router.add(
             Span(
                 registration.session, arm, node.name, node.epoch, mask, position, process, cgroup_id,

@@ -99,6 +99,8 @@ class Block:
             return {}
         pids = self.column("tgid")[rows]
         starts = self.column("start_boottime_ns")[rows]
+        if len(rows) == 1:  # an isolated event: sorting would take longer than all else
+            return {(pids.item(), starts.item()): rows}
         order = np.lexsort((starts, pids))  # stable: rows stay in order within a process
         rows, pids, starts = rows[order], pids[order], starts[order]
         first = np.flatnonzero(np.concatenate(([True], (pids[1:] != pids[:-1]) | (starts[1:] != starts[:-1]))))

@@ -71,6 +71,9 @@ class Encoder:
             return
         encoded = self._encoded(block, rows)
         if len(encoded.offsets) - 1 == count:  # all that was encoded is wanted
+            if len(encoded.data) <= MAX_MESSAGE:
+                yield encoded.data
+                return
             offsets = encoded.offsets
             first = 0
             while first < count:

@@ -23,13 +23,14 @@ _NAMES = SLOT_DTYPE.names or ()
 def encode_few(block: Block, rows: Sequence[int]) -> Encoded:
     """The same as `encode.encode`, for few rows."""
     elements: list[bytes] = []
+    offsets = [0]
     for row in rows:
         slot = row if block.starts is None else int(block.starts[row])
         raw = event(block, slot).SerializeToString()
-        elements.append(b"\x1a" + varint(len(raw)) + raw)  # EventBatch.events
-    offsets = np.zeros(len(elements) + 1, dtype=np.int64)
-    np.cumsum([len(element) for element in elements], out=offsets[1:])
-    return Encoded(b"".join(elements), offsets)
+        element = b"\x1a" + varint(len(raw)) + raw  # EventBatch.events
+        elements.append(element)
+        offsets.append(offsets[-1] + len(element))
+    return Encoded(b"".join(elements), np.array(offsets, dtype=np.int64))
 
 
 def event(block: Block, slot: int) -> events_pb2.Event:

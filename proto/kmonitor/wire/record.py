@@ -75,6 +75,9 @@ SLOT_DTYPE: np.dtype[Any] = np.dtype(
     }
 )
 
+_FEW = 16
+"""So few slots are looked at one by one: an isolated event must not wait for dozens of array operations."""
+
 Slots = npt.NDArray[np.void]
 """Shape (n,), dtype SLOT_DTYPE."""
 Indices = npt.NDArray[np.intp]
@@ -96,8 +99,8 @@ def record_starts(slots: Slots) -> Indices:
     the end is taken to end there; `check_records` and `committed` tell.
     """
     count = len(slots)
-    if count == 0:
-        return np.empty(0, dtype=np.intp)
+    if count <= _FEW:
+        return np.array(_few_starts(slots["ring_length"].tolist()), dtype=np.intp)
     spans = _spans(slots)
     if bool((spans == 1).all()):
         return np.arange(count, dtype=np.intp)
@@ -115,8 +118,9 @@ def record_starts(slots: Slots) -> Indices:
 
 def committed(slots: Slots) -> int:
     """How many of the slots, from the first, hold committed records: up to the first one that is still being written."""
-    if len(slots) == 0:
-        return 0
+    if len(slots) <= _FEW:
+        lengths = slots["ring_length"].tolist()
+        return next((start for start in _few_starts(lengths) if lengths[start] & RING_BUSY), len(lengths))
     starts = record_starts(slots)
     busy = np.flatnonzero(slots["ring_length"][starts] & RING_BUSY)
     return int(starts[busy[0]]) if len(busy) else len(slots)
@@ -138,31 +142,77 @@ def check_records(slots: Slots) -> Indices:
 
     Raises BadRecordError unless the slots are exactly committed records of this version.
     """
+    if len(slots) <= _FEW:
+        return np.array(_check_few(slots), dtype=np.intp)
     starts = record_starts(slots)
-    if len(starts) == 0:
-        return starts
     lengths = slots["ring_length"][starts]
     if bool((lengths & RING_BUSY).any()):
-        raise BadRecordError("the block holds a record that was not committed: the agent is faulty")
+        raise BadRecordError(_NOT_COMMITTED)
     spans = _spans(slots)[starts]
     ends = starts + spans
     if int(ends[-1]) != len(slots):
-        raise BadRecordError("the block's last record is cut off: agent and broker differ in version, or the block is damaged")
+        raise BadRecordError(_CUT_OFF)
     sizes = (lengths & ~np.uint32(RING_DISCARD)).astype(np.int64) + RING_HEADER_SIZE
     if bool((sizes % SLOT_SIZE).any()):
-        raise BadRecordError(f"a record does not fill its slots of {SLOT_SIZE} bytes: agent and broker differ in version")
+        raise BadRecordError(_NOT_FILLED)
     kept: Indices = starts[(lengths & RING_DISCARD) == 0]
     records = slots[kept]
     wrong = records["version"] != RECORD_VERSION
     if bool(wrong.any()):
         found = int(records["version"][wrong][0])
-        raise BadRecordError(f"record version {found}, expected {RECORD_VERSION}: upgrade the older of agent and broker")
+        raise BadRecordError(_WRONG_VERSION.format(found))
     kinds = records["type"].astype(np.int64)
     if bool(((kinds == 0) | (kinds & (kinds - 1) != 0) | (kinds > 0x40)).any()):
-        raise BadRecordError("a record's type is not one event bit: the block is damaged")
+        raise BadRecordError(_WRONG_TYPE)
     room = (spans[(lengths & RING_DISCARD) == 0] - 1) * SLOT_SIZE
     if bool((records["filename_len"].astype(np.int64) + records["args_len"] > room).any()):
-        raise BadRecordError("an exec record's arguments reach beyond its end: the block is damaged")
+        raise BadRecordError(_WRONG_TAIL)
+    return kept
+
+
+_NOT_COMMITTED = "the block holds a record that was not committed: the agent is faulty"
+_CUT_OFF = "the block's last record is cut off: agent and broker differ in version, or the block is damaged"
+_NOT_FILLED = f"a record does not fill its slots of {SLOT_SIZE} bytes: agent and broker differ in version"
+_WRONG_VERSION = f"record version {{}}, expected {RECORD_VERSION}: upgrade the older of agent and broker"
+_WRONG_TYPE = "a record's type is not one event bit: the block is damaged"
+_WRONG_TAIL = "an exec record's arguments reach beyond its end: the block is damaged"
+_TYPES = frozenset((0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40))
+
+
+def _span(length: int) -> int:
+    """Slots that a record of this ring length takes."""
+    return max(((length & 0x3FFFFFFF) + RING_HEADER_SIZE + SLOT_SIZE - 1) // SLOT_SIZE, 1)
+
+
+def _few_starts(lengths: list[int]) -> list[int]:
+    starts = []
+    at = 0
+    while at < len(lengths):
+        starts.append(at)
+        at += _span(lengths[at])
+    return starts
+
+
+def _check_few(slots: Slots) -> list[int]:
+    """`check_records`, record by record, with its errors in its order."""
+    lengths: list[int] = slots["ring_length"].tolist()
+    starts = _few_starts(lengths)
+    if any(lengths[start] & RING_BUSY for start in starts):
+        raise BadRecordError(_NOT_COMMITTED)
+    if starts and starts[-1] + _span(lengths[starts[-1]]) != len(lengths):
+        raise BadRecordError(_CUT_OFF)
+    if any(((lengths[start] & ~RING_DISCARD) + RING_HEADER_SIZE) % SLOT_SIZE for start in starts):
+        raise BadRecordError(_NOT_FILLED)
+    kept = [start for start in starts if not lengths[start] & RING_DISCARD]
+    versions = slots["version"].tolist()
+    if wrong := [versions[start] for start in kept if versions[start] != RECORD_VERSION]:
+        raise BadRecordError(_WRONG_VERSION.format(wrong[0]))
+    kinds = slots["type"].tolist()
+    if any(kinds[start] not in _TYPES for start in kept):
+        raise BadRecordError(_WRONG_TYPE)
+    filenames, arguments = slots["filename_len"].tolist(), slots["args_len"].tolist()
+    if any(filenames[start] + arguments[start] > (_span(lengths[start]) - 1) * SLOT_SIZE for start in kept):
+        raise BadRecordError(_WRONG_TAIL)
     return kept
 
 
