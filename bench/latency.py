@@ -4,7 +4,8 @@
     .venv/bin/python -m bench.latency [EVENTS] [--node-wide] [--quiet-ms 20]
 
 Each event is a process that was registered for its exit, or any process with --node-wide; a quiet time lies before each. It
-matters: in a virtual machine that slept, the same Python code takes three times as long. The event's own time is the kernel's; the other end is time.time_ns() in the loop over the notifications.
+matters: in a virtual machine that slept, the same Python code takes three times as long. The event's own time is the kernel's; the
+other end is time.time_ns() in the loop over the notifications.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads and processes as fast as the machine makes them, all of them captured and routed: how many a second, at what cost, with what loss?
+"""Threads and processes as fast as the machine makes them, all captured and routed: how many, at what cost, with what loss?
 
     .venv/bin/python -m bench.storm [COUNT]
 
-The workload is tests/workload/storm.c with a worker for each core; the agent has its default ring; a monitor registered for everything reads
-along in a process of its own and counts. CPU times are of the storm and the catching up behind it.
+The workload is tests/workload/storm.c with a worker for each core; the agent has its default ring; a monitor registered for
+everything counts along. CPU times are of the storm and the catching up behind it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ async def _count(address: str, storm: subprocess.Popen[str]) -> tuple[int, int, 
 def _run(program: Path, kind: str, count: int) -> None:
     workers = os.cpu_count() or 1
     with stack() as (address, broker, agent), tempfile.TemporaryDirectory() as folder:
-        argv = [program, kind, str(count), str(workers), folder]
+        argv = [str(program), kind, str(count), str(workers), folder]
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as storm:
             assert storm.stdout is not None
             storm.stdout.readline()
@@ -59,8 +59,8 @@ def _run(program: Path, kind: str, count: int) -> None:
     rate = told["count"] / told["seconds"]
     each = [1e6 * cpu / events for cpu in spent]
     print(
-        f"{kind:8} {told['count']} in {told['seconds']:.2f} s: {rate:,.0f} a second; {events} events, {lost} lost, all here after {seconds:.2f} s; "
-        f"CPU an event: agent {each[0]:.2f} us, broker {each[1]:.2f} us",
+        f"{kind:8} {told['count']} in {told['seconds']:.2f} s: {rate:,.0f} a second; "
+        f"{events} events, {lost} lost, all here after {seconds:.2f} s; CPU an event: agent {each[0]:.2f} us, broker {each[1]:.2f} us",
         flush=True,
     )
 

@@ -55,20 +55,23 @@ def arm(probe: Probe) -> Callable[..., agent_pb2.InterestApplied]:
 
 
 class Child:
-    """A child that lives until it is told to end."""
+    """A child that lives until it is told to end. Not os.fork: gRPC, if it is loaded, starts threads in forked children."""
 
     def __init__(self, code: int = 0) -> None:
-        self._read, self._write = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._write)
-            os.read(self._read, 1)
-            os._exit(code)
-        os.close(self._read)
+        self._process = subprocess.Popen(["/bin/sh", "-c", f"read line; exit {code}"], stdin=subprocess.PIPE)
+        self.pid = self._process.pid
+
+    def let_go(self) -> None:
+        """Tell it to end, and leave it unwaited for."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def end(self) -> int:
-        os.close(self._write)
-        return os.waitpid(self.pid, 0)[1]
+        """Its wait status."""
+        self.let_go()
+        _, status = os.waitpid(self.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        return status
 
 
 def records(probe: Probe) -> Slots:
@@ -118,11 +121,11 @@ def test_states(probe: Probe, arm: Callable[..., Any]) -> None:
     running = arm(Want(pid=child.pid, event_mask=EXIT, look_up=True)).processes[0]
     stranger = arm(Want(pid=child.pid, start_time=running.process.start_time - 1, event_mask=EXIT, look_up=True)).processes[0]
     assert stranger.state == monitor_pb2.REGISTRATION_STATE_EXITED
-    os.close(child._write)
+    child.let_go()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     zombie = arm(Want(pid=child.pid, event_mask=EXIT, look_up=True)).processes[0]
     assert zombie.state == monitor_pb2.REGISTRATION_STATE_EXITED
-    os.waitpid(child.pid, 0)
+    child.end()
     gone = arm(Want(pid=child.pid, event_mask=EXIT, look_up=True)).processes[0]
     assert gone.state == monitor_pb2.REGISTRATION_STATE_NOT_FOUND
     assert probe.watched.lookup(maps.pid_key(child.pid), maps.WATCHED_SIZE) is None
