@@ -506,3 +506,29 @@ async def test_a_cursor_is_answered_with_a_gap(here: World) -> None:
     await agent.apply(await agent.next_interest())
     gap = await next_of(call, "gap")
     assert (gap.reason, gap.from_position, gap.to_position) == (monitor_pb2.GAP_REASON_LOG, 9 * SLOT_SIZE + 1, 40 * SLOT_SIZE)
+
+
+async def test_who_comes_back_for_a_process_that_is_gone_hears_of_the_gap(here: World) -> None:
+    agent = Agent(here.channel, position=20 * SLOT_SIZE)
+    await agent.connect()
+    await agent.next_interest()
+    cursor = monitor_pb2.Cursor(positions=[monitor_pb2.Cursor.Position(node="a", epoch=7, position=9 * SLOT_SIZE)])
+    call = here.monitor.Subscribe(monitor_pb2.SubscribeRequest(registrations=[registration(0x40, pid=5)], cursor=cursor))
+    await agent.apply(await agent.next_interest(), gone=(5,))
+    first, second = await call.read(), await call.read()
+    assert first.gap.reason == monitor_pb2.GAP_REASON_LOG
+    assert (first.gap.from_position, first.gap.to_position) == (9 * SLOT_SIZE + 1, 20 * SLOT_SIZE)
+    assert second.registered.state == EXITED
+
+
+async def test_a_child_that_could_not_be_followed_is_a_gap(here: World) -> None:
+    agent = Agent(here.channel)
+    await agent.connect()
+    await agent.next_interest()
+    follower = subscribe(here, registration(0x40, pid=5, follow=True))
+    await agent.apply(await agent.next_interest())
+    assert (await follower.read()).registered.state == RUNNING
+    lost = agent_pb2.Lost(counts=[agent_pb2.Lost.Count(type=events_pb2.EVENT_TYPE_UNSPECIFIED, watched=True, total=3)])
+    await agent.call.write(agent_pb2.AgentMessage(lost=lost))
+    told = (await follower.read()).gap
+    assert [(count.type, count.count) for count in told.lost] == [(0, 3)]
