@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -14,10 +15,18 @@ from tests.bad_input.refusal import GRPC_LIMIT
 from tests.lab.services import Lab
 
 
-@pytest.fixture(scope="module")
-def settled(service: tuple[str, str]) -> tuple[str, str]:
+@pytest.fixture(scope="package")
+def settled(pins: Path) -> Iterator[tuple[str, str]]:
     """Address and node. For one lease after its start a broker takes a node that it does not know for one that is still to come."""
-    address, node = service
+    lab = Lab(pins)
+    broker = lab.broker()
+    agent = lab.agent("alpha", broker.address)
+    _wait_for_end_of_grace(broker.address)
+    yield broker.address, agent.node
+    lab.close()
+
+
+def _wait_for_end_of_grace(address: str) -> None:
     nobody = monitor_pb2.Registration(nodes=monitor_pb2.NodeSelector(names=["nobody"]), event_mask=0x40)
     until = time.monotonic() + GRPC_LIMIT
     with grpc.insecure_channel(address) as channel:
@@ -27,13 +36,13 @@ def settled(service: tuple[str, str]) -> tuple[str, str]:
             try:
                 next(iter(call))
             except grpc.RpcError:
-                return address, node
+                return
             call.cancel()
             time.sleep(0.05)
     raise AssertionError("the broker's grace does not end")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def channel(settled: tuple[str, str]) -> Iterator[grpc.Channel]:
     """To the broker."""
     with grpc.insecure_channel(settled[0]) as channel:

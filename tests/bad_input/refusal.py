@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from tests.lab.services import Done
+from tests.lab.services import Done, Lab
 
 GRPC_LIMIT = 20.0
 
@@ -33,12 +35,16 @@ def refused_by_usage(done: Done, *words: str) -> None:
         assert word in done.stderr, done
 
 
+def run_all(lab: Lab, commands: Iterable[Sequence[str | Path]]) -> list[Done]:
+    """Run commands to their ends, a few at a time: most of each is the start of an interpreter."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda words: lab.run(*words), commands))
+
+
 def status_of(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
     """How a gRPC call ends that is to fail. A stream is read to its end."""
     with pytest.raises(grpc.RpcError) as caught:
-        answer = call()
-        for _ in answer:
-            pass
+        list(call())
     error = caught.value
     assert isinstance(error, grpc.Call)
     code, details = error.code(), error.details() or ""

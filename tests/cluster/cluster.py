@@ -31,11 +31,11 @@ class Cluster:
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, InsideAgent] = {}
 
-    def node(self, name: str, *options: str, pin: bool = False) -> InsideAgent:
-        """The agent of a node, started; its machine is made unless it is there."""
+    def node(self, name: str, *options: str, pin: bool = False, wait: bool = True) -> InsideAgent:
+        """The agent of a node, started, and connected if `wait`; its machine is made unless it is there."""
         if name not in self.machines:
             self.machines[name] = self.net.machine(self.lab, name)
-        agent = self.machines[name].agent(self.lab, self.broker, *options, pin=pin)
+        agent = self.machines[name].agent(self.lab, self.broker, *options, pin=pin, wait=wait)
         self.agents[name] = agent
         return agent
 
@@ -58,7 +58,9 @@ def running(pins: Path, *broker_options: str, zones: dict[str, str]) -> Iterator
             with relay(net.hub, broker.address) as address:
                 cluster = Cluster(lab, net, broker, address)
                 for name, zone in zones.items():
-                    cluster.node(name, "--label", f"zone={zone}")
+                    cluster.node(name, "--label", f"zone={zone}", wait=False)
+                for agent in cluster.agents.values():
+                    agent.wait_connected()
                 yield cluster
         finally:
             lab.close()

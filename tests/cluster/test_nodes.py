@@ -73,6 +73,7 @@ def test_what_is_outside_is_not_seen(cluster: Cluster, lab: Lab) -> None:
     elsewhere.end(0)
     fence.end(0)
     watch.wait_end_of(fence.pid)
+    lab.stop(watch)
     assert [(line["node"], line["type"], line["pid"]) for line in watch.events()] == [("b", "PROCESS_EXIT", fence.pid)]
     assert watch.of_kind("gap") == []
 

@@ -47,6 +47,16 @@ class Heard:
                     return
 
 
+def wait_ends(watch: Watch, ends: set[tuple[str, int]]) -> None:
+    """Until the ends of all of these (node, pid) have come."""
+    for end in ends:
+
+        def wanted(line: Line, end: tuple[str, int] = end) -> bool:
+            return line.get("type") == "PROCESS_EXIT" and (line["node"], line["pid"]) == end
+
+        watch.wait_for(wanted, f"the end of process {end[1]} on {end[0]}")
+
+
 @asynccontextmanager
 async def listening(address: str, states: dict[str, RegistrationState], **what: Unpack[Selection]) -> AsyncIterator[Heard]:
     """A monitor with one registration, answered with `states`."""
@@ -104,9 +114,8 @@ async def test_each_monitor_gets_what_it_registered_for(cluster: Cluster, lab: L
             await monitor.until_ends({(name, fences[name].pid) for name in nodes})
         await only.until_ends({("c", one)})
     for started, nodes, types in watches:
-        for name in nodes:
-            end = (name, fences[name].pid, "PROCESS_EXIT")
-            started.wait_for(lambda line, end=end: (line.get("node"), line.get("pid"), line.get("type")) == end, "the end of a fence")
+        wait_ends(started, {(name, fences[name].pid) for name in nodes})
+        lab.stop(started)
         assert wrong(started.events(), {name: truths[name] for name in nodes}, types) == []
         assert {line["kind"] for line in started.records} == {"registered", "event"}
     for monitor, nodes, types in heard:

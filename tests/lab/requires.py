@@ -25,6 +25,7 @@ class Lack(enum.Enum):
     NODE = "needs node and npm: apt-get install nodejs npm"
     NPM_REGISTRY = "needs the packages of tests/interop/package.json, and npm could not get them"
     SETPRIV = "needs setpriv: apt-get install util-linux"
+    READABLE = "needs a checkout and an interpreter that every user may read"
     MEMORY_CGROUP = "needs a control group hierarchy with the memory controller"
 
 

@@ -55,14 +55,14 @@ async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
         broker = await stack.enter_async_context(_child("kmonitor-broker", "--listen", wanted))
         address = (await broker.line(_BROKER_LINE))[1]
         agent = await stack.enter_async_context(_child("kmonitor-agent", "--broker", address, "--node", _node_name(), "--no-pin"))
-        match = await agent.line(_AGENT_LINE)
-        say(f"broker and agent of {match[1]} run at {address}: other terminals may use kmon watch --broker {address}")
-
-        # Only now: what grpc starts must not be there when children are made with a preexec function.
+        # Not earlier: what grpc starts must not be there when children are made with a preexec function. Not later: the agent
+        # takes as long to start as these do.
         from kmonitor.clients.cli.view import Plan, show  # noqa: PLC0415
         from kmonitor.clients.cli.watch import make_sink  # noqa: PLC0415
         from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
+        match = await agent.line(_AGENT_LINE)
+        say(f"broker and agent of {match[1]} run at {address}: other terminals may use kmon watch --broker {address}")
         plan = Plan([{"events": mask}], seconds=seconds)
         monitor = await stack.enter_async_context(connect(address))
         shown = asyncio.ensure_future(show(monitor, await make_sink(monitor, json=json, progress=False), plan))
