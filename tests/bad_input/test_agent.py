@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmonitor-agent` with what cannot be, and on machines that lack what it takes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.bad_input.refusal import refused, refused_by_usage, run_all
+from tests.lab.requires import Lack, need, tools_lack
+from tests.lab.services import BIN, Done, Lab
+
+NOBODY_THERE = "127.0.0.1:1"
+SOON = 8.0
+"""Seconds: an agent that is to end at once must not try a broker first, which takes it 10."""
+
+CAPABILITIES = "-bpf,-perfmon,-sys_admin"
+AS_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+NEW_MOUNTS = ("unshare", "--mount", "sh", "-c")
+
+
+def agent(lab: Lab, *options: str | Path, prefix: tuple[str, ...] = (), node: str = "bad", pin: bool = False) -> Done:
+    """Run one to its end."""
+    pins = [] if pin else ["--no-pin"]
+    return lab.run(*prefix, BIN / "kmonitor-agent", "--node", node, "--broker", NOBODY_THERE, *pins, *options, limit=SOON)
+
+
+def test_bad_value(lab: Lab) -> None:
+    cases = {
+        ("--scope", "moon"): "scope 'moon': write host or pidns",
+        ("--source", "moon"): "source 'moon'",
+        ("--source", "bcc"): "this version has core",
+        ("--ring-size", "3M"): "ring size '3M': give a power of two",
+        ("--ring-size", "1K"): "from 64K",
+        ("--ring-size", "2G"): "to 1G",
+        ("--ring-size", "much"): "such as 16M",
+        ("--label", "rack"): "label 'rack': write NAME=VALUE",
+        ("--label", "=7"): "label '=7': write NAME=VALUE",
+        ("--broker", "moon"): "broker 'moon': write HOST:PORT",
+        ("--broker", "moon:0"): "HOST:PORT",
+        ("--broker", "moon:65536"): "HOST:PORT",
+        ("--node", "a b"): "'a b' cannot be a node's name",
+        ("--node", "[a"): "'[a' cannot be a node's name",
+    }
+    for words, done in zip(cases.values(), run_all(lab, [["kmonitor-agent", "--no-pin", *options] for options in cases]), strict=True):
+        refused(done, 2, words)
+
+
+@pytest.mark.xfail(reason="agent/cli.py: check_address takes what kmon refuses; label names are not checked", strict=False)
+@pytest.mark.parametrize("options", [["--broker", "::1:7221"], ["--broker", "moon:\u00b2"], ["--label", "a b=7"]], ids=" ".join)
+def test_bad_value_not_found_yet(lab: Lab, options: list[str]) -> None:
+    # With a broker's address that it takes, it would try for ever: the scope ends it before.
+    done = agent(lab, *options, prefix=("unshare", "--pid", "--fork", "--mount-proc"))
+    refused(done, 2, options[1])
+
+
+@pytest.mark.parametrize("options", [["--nosuch"], ["--watched-max", "1"]], ids=" ".join)
+def test_usage(lab: Lab, options: list[str]) -> None:
+    refused_by_usage(agent(lab, *options), options[0])
+
+
+def test_no_broker(lab: Lab) -> None:
+    """It keeps trying, says so, and ends well when it is told to."""
+    words = lab.agent_command("bad", NOBODY_THERE)
+    process = lab.command("sh", "-c", 'exec "$0" "$@" 2>&1', *words)
+    said = f"kmonitor-agent: no broker answers at {NOBODY_THERE}".encode()
+    at = -1
+    for _ in range(2):
+        at = process.wait_line(lambda line: line.startswith(said) and line.endswith(b"trying again"), "no broker", start=at + 1)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 0
+    process.wait_closed()
+    assert all(line.startswith(said) for line in process.lines), process.lines
+
+
+def test_name_in_use_on_this_machine(lab: Lab) -> None:
+    """By an agent with the same pins: the second one ends at once."""
+    broker = lab.broker()
+    first = lab.agent("taken", broker.address, pin=True)
+    began = time.monotonic()
+    done = lab.run(*lab.agent_command("taken", broker.address, pin=True))
+    refused(done, 2, "another agent runs as node taken", "--node")
+    assert time.monotonic() - began < SOON
+    [line] = lab.json_lines("nodes", "--json", "--broker", broker.address)
+    assert (line["name"], line["state"]) == ("taken", "UP")
+    lab.stop(first)
+    assert lab.run(*lab.agent_command("taken", broker.address, "--unpin", pin=True)).code == 0
+    assert not list(lab.pins.glob("taken@*"))
+
+
+@pytest.mark.parametrize("dropped", [CAPABILITIES, "-bpf,-sys_admin", "-perfmon,-sys_admin"])
+def test_missing_capability(lab: Lab, dropped: str) -> None:
+    need(partial(tools_lack, Lack.SETPRIV, "setpriv"))
+    done = agent(lab, prefix=("setpriv", "--bounding-set", dropped))
+    assert done.code in (2, 4), done  # 4 is the documented one; the agent of today says 2
+    refused(done, done.code, "CAP_BPF and CAP_PERFMON", "root")
+
+
+def test_unprivileged_user(lab: Lab) -> None:
+    need(partial(tools_lack, Lack.SETPRIV, "setpriv"), _program_is_hidden)
+    done = agent(lab, prefix=AS_NOBODY)
+    assert done.code in (2, 4), done  # as above
+    refused(done, done.code, "CAP_BPF and CAP_PERFMON", "root")
+
+
+def _program_is_hidden() -> Lack | None:
+    seen = subprocess.run([*AS_NOBODY, BIN / "kmonitor-agent", "--help"], capture_output=True, check=False)
+    return None if seen.returncode == 0 else Lack.READABLE
+
+
+def test_no_btf(lab: Lab) -> None:
+    need(partial(tools_lack, Lack.NAMESPACES, "unshare"))
+    done = agent(lab, prefix=(*NEW_MOUNTS, 'mount -t tmpfs none /sys/kernel/btf && exec "$0" "$@"'))
+    refused(done, 2, "no BTF", "/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF")
+
+
+def test_pin_root_not_in_a_bpffs(lab: Lab, tmp_path: Path) -> None:
+    done = agent(lab, "--pin-root", tmp_path / "pins", pin=True)
+    refused(done, 2, f"{tmp_path / 'pins'} is not in a bpffs", "mount -t bpf", "--pin-root", "--no-pin")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xfail(reason="agent/pins.py: open removes a folder that it has not made", strict=False)
+def test_pin_root_that_was_there_stays(lab: Lab, tmp_path: Path) -> None:
+    root = tmp_path / "pins"
+    root.mkdir()
+    refused(agent(lab, "--pin-root", root, pin=True), 2, "is not in a bpffs")
+    assert root.exists()
+
+
+@pytest.mark.parametrize("how", ["mount -t tmpfs none /sys/fs/bpf", "umount /sys/fs/bpf"])
+def test_no_bpffs(lab: Lab, how: str) -> None:
+    need(partial(tools_lack, Lack.NAMESPACES, "unshare"))
+    done = agent(lab, prefix=(*NEW_MOUNTS, f'{how} && exec "$0" "$@"'), pin=True)
+    refused(done, 2, "mount -t bpf bpf /sys/fs/bpf", "--no-pin")
+
+
+def test_scope_host_in_a_child_namespace(lab: Lab) -> None:
+    need(partial(tools_lack, Lack.NAMESPACES, "unshare"))
+    done = agent(lab, "--scope", "host", prefix=("unshare", "--pid", "--fork", "--mount-proc"))
+    refused(done, 2, "scope host", "--scope pidns")
