@@ -135,7 +135,7 @@ async def test_for_people(broker: FakeBroker, kmon: Kmon) -> None:
         (["--comm", "[a"], 2, "malformed glob '[a'"),
         (["--pid", "0"], 2, "pid 0 names no process"),
         (["--pid", "x"], 2, "--pid"),
-        (["--uid", "-1"], 2, "a user id is a number"),
+        (["--uid", "-1"], 2, "is no user's"),
         (["--cgroup", "system.slice"], 2, "control group"),
         (["--for", "soon"], 2, "'soon' is no duration"),
         (["--count", "0"], 2, "--count"),

@@ -22,7 +22,7 @@ from kmonitor.agent.errors import BpfError
 from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
 from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, open_probe
 from kmonitor.wire.errors import KmonitorError, UsageError
-from kmonitor.wire.selectors import check_node_name
+from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
 log = logging.getLogger("kmonitor-agent")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -41,30 +41,29 @@ def parse_ring_size(text: str) -> int:
     return size
 
 
-def parse_label(text: str) -> tuple[str, str]:
-    """("zone", "a") from "zone=a". Raises UsageError."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise UsageError(f"label {text!r}: write NAME=VALUE")
-    return key, value
-
-
-def check_address(address: str) -> str:
-    """HOST:PORT, or raises UsageError."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"broker {address!r}: write HOST:PORT, such as 127.0.0.1:7221")
-    return address
+def parse_labels(texts: list[str]) -> dict[str, str]:
+    """{"zone": "a"} from ["zone=a"]. Raises UsageError."""
+    labels: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"label {text!r}: write NAME=VALUE")
+        if key in labels:
+            raise UsageError(f"label {key} is given twice")
+        labels[check_label_key(key)] = value
+    return labels
 
 
 @app.command()
 def agent(
-    broker: Annotated[str, typer.Option(envvar="KMONITOR_BROKER", help="HOST:PORT of the broker.")] = "127.0.0.1:7221",
+    broker: Annotated[str, typer.Option(envvar="KMONITOR_BROKER", help="HOST:PORT of the broker.")] = DEFAULT_ADDRESS,
     node: Annotated[str, typer.Option(help="This node's name in the cluster.  [default: the host's name]", show_default=False)] = "",
     source: Annotated[str, typer.Option(help="What captures: auto or core.")] = "auto",
     scope: Annotated[str, typer.Option(help="host: all processes. pidns: those of this pid namespace and below.")] = "host",
     label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for selecting nodes; repeatable.")] = None,
-    pin_root: Annotated[Path, typer.Option(help="Folder in a bpffs that keeps the ring alive while no agent runs.")] = DEFAULT_ROOT,
+    pin_root: Annotated[
+        Path, typer.Option(readable=False, help="Folder in a bpffs that keeps the ring alive while no agent runs.")
+    ] = DEFAULT_ROOT,
     no_pin: Annotated[bool, typer.Option("--no-pin", help="Pin nothing: what happens while no agent runs is not captured.")] = False,
     unpin: Annotated[bool, typer.Option("--unpin", help="Remove this node's pins, which detaches the probe, and end.")] = False,
     ring_size: Annotated[str, typer.Option(help="The kernel's ring: a power of two; 128 bytes an event.")] = f"{DEFAULT_RING_BYTES >> 20}M",
@@ -87,7 +86,7 @@ def agent(
         raise UsageError(f"scope {scope!r}: write host or pidns")
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
-    labels = dict(parse_label(text) for text in label or ())
+    labels = parse_labels(label or [])
     address = check_address(broker)
     with contextlib.ExitStack() as stack:
         if pins is not None:

@@ -40,6 +40,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),  # a proxy for the web in the environment is not for this
     # Each attempt is a channel of its own: its back-off is ours alone.
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -68,6 +69,7 @@ class Connection:
         self._interest = InterestTable(probe, self._processes)
         self._stopping = asyncio.Event()
         self._boot_id = boot_id()
+        self._complaint = ""
 
     def stop(self) -> None:
         """Send what is there, wait a moment for its acknowledgement, and end `run`."""
@@ -82,12 +84,14 @@ class Connection:
             try:
                 await self._one_stream()
                 delay, taken_since = _BACKOFF_FIRST, None
-            except NodeNameTakenError:
-                taken_since = taken_since or loop.time()
+            except NodeNameTakenError as error:
+                if taken_since is None:
+                    taken_since = loop.time()
+                    log.warning("%s; trying for %.0f s more", error, _NAME_TAKEN_TIMEOUT)
                 if loop.time() - taken_since > _NAME_TAKEN_TIMEOUT:
                     raise
             except grpc.aio.AioRpcError as error:
-                log.warning("no broker answers at %s (%s): trying again", self._address, _reason(error))
+                self._complain(f"no broker answers at {self._address} ({_reason(error)}): trying again")
                 taken_since = None
             if self._stopping.is_set():
                 return
@@ -107,12 +111,13 @@ class Connection:
             except grpc.aio.AioRpcError as error:
                 raise self._final(error) or error from None
             except TimeoutError:
-                log.warning("the broker at %s does not answer: trying again", self._address)
+                self._complain(f"the broker at {self._address} does not answer: trying again")
                 return
             finally:
                 if self._stopping.is_set():
                     call.cancel()
             identity = self._identity
+            self._complaint = ""
             print(
                 f"kmonitor-agent: {identity.node} is connected to {self._address} (source {identity.source}, scope {identity.scope})",
                 flush=True,
@@ -200,6 +205,12 @@ class Connection:
 
     def _list(self, asked: agent_pb2.ListProcessesCall) -> agent_pb2.ProcessList:
         return agent_pb2.ProcessList(call_id=asked.call_id, processes=self._processes.select(asked.filter))
+
+    def _complain(self, text: str) -> None:
+        """Once, until something else is to be said: an outage of an hour is not a thousand lines."""
+        if text != self._complaint:
+            log.warning("%s", text)
+            self._complaint = text
 
     def _final(self, error: grpc.aio.AioRpcError) -> KmonitorError | None:
         """What to say of an error that trying again cannot mend; None if it can."""

@@ -31,6 +31,7 @@ class PinFolder:
     def open(self) -> None:
         """Make the folder if need be, and lock it. Raises PinError."""
         root = self.path.parent
+        root_was_there = root.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -40,7 +41,8 @@ class PinFolder:
             self.close()
             with contextlib.suppress(OSError):
                 self.path.rmdir()
-                root.rmdir()
+                if not root_was_there:
+                    root.rmdir()
             raise PinError(f"{root} is not in a bpffs: {_advice(root)}")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,8 +60,9 @@ class PinFolder:
         for entry in sorted(self.path.iterdir(), key=lambda path: not path.name.startswith("link_")):
             entry.unlink()
         self.path.rmdir()
-        with contextlib.suppress(OSError):
-            self.path.parent.rmdir()  # others may be in there
+        if self.path.parent == DEFAULT_ROOT:  # another one is not ours to remove
+            with contextlib.suppress(OSError):
+                DEFAULT_ROOT.rmdir()  # other nodes' pins may be in there
 
     def close(self) -> None:
         """Unlock."""

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from kmonitor.agent import libbpf
-from kmonitor.agent.errors import BpfError, CaptureError
+from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
 from kmonitor.agent.maps import Control, pack_config, unpack_namespace
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.ring import Ring
@@ -124,7 +124,9 @@ def _load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
             obj.load()
         except BpfError as error:
             if error.errno in (1, 13):
-                raise CaptureError("the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor") from error
+                raise MissingCapabilityError(
+                    "the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor"
+                ) from error
             raise
         maps = {name: obj.map(real) for name, real in _MAPS.items()}
         iterators = {name: obj.program_fd(name) for name in _ITERATORS}

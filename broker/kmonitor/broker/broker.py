@@ -20,7 +20,7 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import events_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_node_selector, node_matches
+from kmonitor.wire.selectors import check_glob, check_node_selector, check_pid, node_matches
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
@@ -153,6 +153,13 @@ class Broker:
         """The processes of one node, from its agent. Raises RefusedError."""
         if not name:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
+        try:
+            for glob in wanted.comms:
+                check_glob(glob, "comm")
+            for pid in wanted.pids:
+                check_pid(pid)
+        except UsageError as error:
+            raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         node = self.nodes.get(name)
         if node is None:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")

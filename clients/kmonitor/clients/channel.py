@@ -11,12 +11,12 @@ import grpc
 
 from kmonitor.clients import errors
 from kmonitor.v1.monitor_pb2_grpc import MonitorServiceStub
-from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.errors import KmonitorError
+from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address
 
 if TYPE_CHECKING:
     from kmonitor.v1.monitor_pb2_grpc import MonitorServiceAsyncStub  # of the type stub only
 
-DEFAULT_ADDRESS = "127.0.0.1:7221"
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -26,16 +26,6 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 2000),
 ]
-
-
-def check_address(address: str) -> str:
-    """Return HOST:PORT, or raise UsageError. Square brackets go around an IPv6 host."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"{address!r} is no broker address: write HOST:PORT, such as {DEFAULT_ADDRESS}")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise UsageError(f"{address!r}: write an IPv6 host in brackets, such as [::1]:7221")
-    return address
 
 
 class Channel:

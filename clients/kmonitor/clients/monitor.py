@@ -148,7 +148,9 @@ class Monitor:
         """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it."""
         selectors.check_node_name(node)
         wanted = monitor_pb2.ProcessFilter(
-            pids=[selectors.check_pid(pid) for pid in pids], comms=[selectors.check_glob(glob, "comm") for glob in comms], uids=uids
+            pids=[selectors.check_pid(pid) for pid in pids],
+            comms=[selectors.check_glob(glob, "comm") for glob in comms],
+            uids=[selectors.check_uid(uid) for uid in uids],
         )
         try:
             answer = await self._channel.stub.ListProcesses(

@@ -49,9 +49,7 @@ def registration(selection: Selection, default_events: int = masks.DEFAULT_EVENT
     wanted.nodes.labels.update(labels)
     _target(selection, wanted.target)
     comms = [selectors.check_glob(glob, "comm") for glob in selection.get("comms", ())]
-    uids = list(selection.get("uids", ()))
-    if any(not 0 <= uid < 1 << 32 for uid in uids):
-        raise BadSelectorError("a user id is a number from 0 to 4294967295")
+    uids = [selectors.check_uid(uid) for uid in selection.get("uids", ())]
     if comms or uids or selection.get("failures_only"):
         wanted.filter.CopyFrom(monitor_pb2.EventFilter(comms=comms, uids=uids, failures_only=selection.get("failures_only", False)))
     return wanted

@@ -49,7 +49,9 @@ def check_mask(mask: int) -> int:
     """Return `mask`, or raise BadMaskError if it is zero or has bits that mean nothing."""
     if mask == 0:
         raise BadMaskError("the event mask is empty: name at least one event (0x40 is PROCESS_EXIT, 0x7f is all)")
-    if mask & ~ALL_EVENTS or mask < 0:
+    if mask < 0:
+        raise BadMaskError(f"event mask {mask} is negative: the bits are {ALL_EVENTS:#x}")
+    if mask & ~ALL_EVENTS:
         raise BadMaskError(f"unknown bits {mask & ~ALL_EVENTS:#x} in event mask {mask:#x}: the known ones are {ALL_EVENTS:#x}")
     return mask
 

@@ -7,7 +7,10 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 
-from kmonitor.wire.errors import BadSelectorError
+from kmonitor.wire.errors import BadSelectorError, UsageError
+
+DEFAULT_ADDRESS = "127.0.0.1:7221"
+"""Where the broker listens, and is looked for."""
 
 PID_MAX = 4_194_304  # PID_MAX_LIMIT of include/linux/threads.h on 64-bit machines
 _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
@@ -54,8 +57,31 @@ def check_node_selector(names: Iterable[str], labels: Mapping[str, str]) -> None
         else:
             check_node_name(name)
     for key in labels:
-        if not _LABEL_KEY.fullmatch(key):
-            raise BadSelectorError(f"{key!r} cannot be a label's name")
+        check_label_key(key)
+
+
+def check_label_key(key: str) -> str:
+    """Return `key`, or raise BadSelectorError if no label can be called so."""
+    if not _LABEL_KEY.fullmatch(key):
+        raise BadSelectorError(f"{key!r} cannot be a label's name: use letters, digits, '.', '_', '/' and '-', at most 63")
+    return key
+
+
+def check_uid(uid: int) -> int:
+    """Return `uid`, or raise BadSelectorError if no user can have it."""
+    if not 0 <= uid < 1 << 32:
+        raise BadSelectorError(f"uid {uid} is no user's: give a number from 0 to 4294967295")
+    return uid
+
+
+def check_address(address: str) -> str:
+    """Return HOST:PORT, or raise UsageError. Square brackets go around an IPv6 host."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"{address!r} is no broker address: write HOST:PORT, such as {DEFAULT_ADDRESS}")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise UsageError(f"{address!r}: write an IPv6 host in brackets, such as [::1]:7221")
+    return address
 
 
 def node_matches(name: str, node_labels: Mapping[str, str], names: Iterable[str], labels: Mapping[str, str]) -> bool:

@@ -56,7 +56,7 @@ async def _nodes(broker: str, names: list[str], json: bool) -> int:
             str(node.lost) if not node.lost else f"[bold yellow]{node.lost}[/]",
             _escaped(" ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
         )
-    _print(table, "no node has connected yet: start kmonitor-agent on one")
+    _print(table, "the broker knows no such node" if names else "no node has connected yet: start kmonitor-agent on one")
     return 0
 
 
