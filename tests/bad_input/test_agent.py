@@ -41,7 +41,7 @@ def test_bad_value(lab: Lab) -> None:
         ("--ring-size", "much"): "such as 16M",
         ("--label", "rack"): "label 'rack': write NAME=VALUE",
         ("--label", "=7"): "cannot be a label's name",
-        ("--broker", "moon"): "broker 'moon': write HOST:PORT",
+        ("--broker", "moon"): "'moon' is no broker address: write HOST:PORT",
         ("--broker", "moon:0"): "HOST:PORT",
         ("--broker", "moon:65536"): "HOST:PORT",
         ("--node", "a b"): "'a b' cannot be a node's name",

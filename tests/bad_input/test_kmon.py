@@ -97,7 +97,7 @@ def test_watch_of_what_cannot_be_meant(lab: Lab) -> None:
         ("--node", "a b"): "cannot be a node's name",
         ("--comm", "[a"): "malformed glob '[a' for comm",
         ("--comm", ""): "empty glob for comm",
-        ("--uid", "-1"): "user id",
+        ("--uid", "-1"): "is no user's",
         ("--cgroup", "relative"): "control group 'relative'",
         ("--unit", "a b"): "systemd unit",
         ("--count", "0"): "--count",
