@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(pins: Path) -> Iterator[Cluster]:
-    """Nodes a, b and c, which are up."""
+    """Nodes a, b and c, which are up. The lease is long: an agent that waits for a CPU is not to be taken for one that is gone."""
     need(capture_lack, namespaces_lack)
-    with running(pins, zones=ZONES) as cluster:
+    with running(pins, "--lease", "15s", zones=ZONES) as cluster:
         yield cluster
 
 

@@ -22,7 +22,7 @@ LEASE_NOTICED_NS = 5_000_000_000
 
 @dataclass
 class Second:
-    """An agent with the name of node a in the machine of node c."""
+    """An agent with the name of node a in another machine, which is no node: nobody hears of its end."""
 
     agent: InsideAgent
     since: int
@@ -34,7 +34,7 @@ def second(cluster: Cluster, pins: Path) -> Iterator[Second]:
     """Tries all along while the other tests run, until it gives up: that takes ten seconds and more."""
     lab = Lab(pins)
     since = cluster.nodes(lab)["a"]["since_unix_nano"]
-    agent = cluster.machines["c"].agent(lab, cluster.broker, node="a", wait=False)
+    agent = cluster.net.machine(cluster.lab, "spare").agent(lab, cluster.broker, node="a", wait=False)
     yield Second(agent, since)
     lab.stop(agent)
     lab.close()
@@ -122,8 +122,10 @@ def test_a_link_is_cut_and_mended(brief_cluster: Cluster, lab: Lab) -> None:
     machine.link("down")
     down = wait_change(watch, "b", "UNREACHABLE", start)
     line = watch.records[down]
-    assert line["reason"] == "nothing came from its agent for 0.5 s"
-    assert line["time_unix_nano"] - cut_ns < LEASE_NOTICED_NS
+    if line["reason"] == "nothing came from its agent for 0.5 s":
+        assert line["time_unix_nano"] - cut_ns < LEASE_NOTICED_NS
+    else:  # the broker itself was held up for so long that it did not trust its clock
+        assert line["reason"] == "its agent's stream broke"
     idler.end(5)
     lab.stop(idler)
     assert cluster.nodes(lab)["b"]["state"] == "UNREACHABLE"
@@ -132,10 +134,15 @@ def test_a_link_is_cut_and_mended(brief_cluster: Cluster, lab: Lab) -> None:
     machine.link("up")
     wait_change(watch, "b", "UP", down)
     watch.wait_end_of(idler.pid)
+    # What is asked now is answered behind all that the agent was asked again when it came back.
+    late = lab.watch(cluster.address, "--node", "b", "--pid", str(after.pid), "--events", "exit")
+    late.wait_registered(1, "RUNNING")
     after.end(6)
     lab.stop(after)
     watch.wait_end_of(after.pid)
+    late.wait_end_of(after.pid)
     assert ends(watch) == [("b", idler.pid, 5), ("b", after.pid, 6)]
+    assert ends(late) == [("b", after.pid, 6)]
     assert watch.of_kind("gap") == []
     assert watch.wait() == 0
 

@@ -22,6 +22,7 @@ from kmonitor.agent.errors import BpfError
 from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
 from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, open_probe
 from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
 log = logging.getLogger("kmonitor-agent")
@@ -68,6 +69,7 @@ def agent(
     unpin: Annotated[bool, typer.Option("--unpin", help="Remove this node's pins, which detaches the probe, and end.")] = False,
     ring_size: Annotated[str, typer.Option(help="The kernel's ring: a power of two; 128 bytes an event.")] = f"{DEFAULT_RING_BYTES >> 20}M",
     watched_max: Annotated[int, typer.Option(min=16, max=4_194_304, help="Most processes watched at once.")] = DEFAULT_WATCHED_MAX,
+    nice: Annotated[int, typer.Option(min=-20, max=19, help="Priority for the CPU; a raise needs root or CAP_SYS_NICE.")] = DEFAULT_NICE,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Capture this node's process events and stream them to the broker.
@@ -79,6 +81,7 @@ def agent(
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="kmonitor-agent: %(message)s", stream=sys.stderr)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    raise_priority(nice)
     name = check_node_name(node or socket.gethostname())
     if source not in ("auto", "core"):
         raise UsageError(f"source {source!r}: this version has core, and auto, which takes it")

@@ -17,6 +17,7 @@ import typer
 from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_PROGRESS_INTERVAL, Broker
 from kmonitor.broker.log import DEFAULT_LOG_BYTES, MemoryLog
 from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 
 PROGRAM = "kmonitor-broker"
 STOP_GRACE = 1.0  # seconds
@@ -96,12 +97,14 @@ def run(
     progress_interval: Annotated[
         str, typer.Option(metavar="TIME", help="How often monitors are told how far the stream is complete.")
     ] = f"{DEFAULT_PROGRESS_INTERVAL:g}s",
+    nice: Annotated[int, typer.Option(min=-20, max=19, help="Priority for the CPU; a raise needs root or CAP_SYS_NICE.")] = DEFAULT_NICE,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what happens.")] = False,
 ) -> None:
     """Take process events from agents, and give them to the monitors that registered for them."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format=f"{PROGRAM}: %(levelname)s: %(message)s"
     )
+    raise_priority(nice)
     try:
         if log != "memory":
             if log.startswith(("sqlite:", "nats:")):
