@@ -144,7 +144,7 @@ def test_a_link_is_cut_and_mended(brief_cluster: Cluster, lab: Lab) -> None:
     assert ends(watch) == [("b", idler.pid, 5), ("b", after.pid, 6)]
     assert ends(late) == [("b", after.pid, 6)]
     assert watch.of_kind("gap") == []
-    assert watch.wait() == 0
+    assert watch.wait() == late.wait() == 0
 
 
 async def test_a_node_that_joins_later(cluster: Cluster, lab: Lab) -> None:

@@ -46,6 +46,7 @@ def test_the_same_pid_on_three_nodes(cluster: Cluster, lab: Lab) -> None:
     watch.wait_end_of(SAME_PID)
     fence.end(0)
     watch.wait_end_of(fence.pid)
+    assert watch.wait() == 0
     ends = [(line["node"], line["pid"], line["exit_code"]) for line in watch.events()]
     assert ends == [("b", SAME_PID, 2), ("b", fence.pid, 0)]
     assert watch.of_kind("gap") == []
@@ -58,6 +59,7 @@ def test_the_same_pid_on_three_nodes(cluster: Cluster, lab: Lab) -> None:
         later.wait_registered(1, "RUNNING")
         other.end(0)
         later.wait_end_of(other.pid)
+        assert later.wait() == 0
         sizes[name] = SLOT_SIZE
     assert {name: count - before[name] for name, count in cluster.received(lab).items()} == sizes
 

@@ -72,7 +72,8 @@ class Forwarder:
     def totals(self) -> agent_pb2.Lost:
         """All losses of this epoch so far: for the hello, which makes them known to the broker."""
         self._told = self._seen = self._probe.control.lost()
-        return _lost(self._told, None)
+        # What the broker does not know of them was lost while there was no stream: since it last acknowledged.
+        return _lost(self._told, _Loss(self._ring.consumer, 0, self._ring.producer, time.time_ns()))
 
     async def run(self) -> None:
         """Send what the ring holds, for ever. Nothing here is done once per event."""
