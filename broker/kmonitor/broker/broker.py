@@ -187,7 +187,7 @@ class Broker:
     def tell_concerned(self, node: Node, state: monitor_pb2.NodeState.ValueType, reason: str) -> None:
         """A node came or went: to all sessions with registrations there."""
         for session in self.sessions:
-            ids = session.concerned(node.name)
+            ids = session.concerned(node)
             if ids:
                 session.tell(node_change(node.name, state, node.boot_id, reason, ids))
 

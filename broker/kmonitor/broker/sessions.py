@@ -90,10 +90,14 @@ class Session:
             if len(self.outbox):
                 await asyncio.sleep(0)  # a long stretch of the log must not keep others waiting
 
-    def concerned(self, node: str) -> list[int]:
-        """Ids of the registrations that hold on a node."""
-        arms = ((registration.id, registration.arms.get(node)) for registration in self.registrations.values())
-        return [number for number, arm in arms if arm is not None and arm.state is not ArmState.OVER]
+    def concerned(self, node: Node) -> list[int]:
+        """Ids of the registrations that hold on a node, or will once it is armed."""
+        found = []
+        for registration in self.registrations.values():
+            arm = registration.arms.get(node.name)
+            if registration.key.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
+                found.append(registration.id)
+        return found
 
     def _weigh(self) -> None:
         if self.failure is None and (self.outbox.messages_bytes > REQUESTS_HELD_ABOVE or self.pending > REQUESTS_PENDING):
