@@ -12,6 +12,7 @@ from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.matching import Matcher
+from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import progress
 from kmonitor.broker.outbox import Outbox, OverflowedError
 from kmonitor.broker.registrations import ArmState, Key, Registration
