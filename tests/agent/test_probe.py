@@ -151,6 +151,17 @@ def test_follow_arms_children_in_the_kernel(probe: Probe, arm: Callable[..., Any
     assert of(rows, shell.pid) == [(FORK, 0), (EXIT, 4 << 8)]
 
 
+def test_looking_again_waits_for_what_the_probe_is_about_to_tell(probe: Probe, arm: Callable[..., Any]) -> None:
+    """After a reconnect: the end of a process that was armed all the time lies before `end_position`, or is told as RUNNING."""
+    child = Child()
+    start = arm(Want(pid=child.pid, event_mask=EXIT, look_up=True)).processes[0].process.start_time
+    child.end()
+    again = arm(Want(pid=child.pid, start_time=start, event_mask=EXIT, look_up=True), reset=True)
+    assert again.processes[0].state == monitor_pb2.REGISTRATION_STATE_EXITED
+    assert of(records(probe), child.pid) == [(EXIT, 0)]
+    assert again.end_position >= probe.ring.position
+
+
 def test_deregistering_disarms(probe: Probe, arm: Callable[..., Any]) -> None:
     child = Child()
     arm(Want(pid=child.pid, event_mask=EXIT, look_up=True))

@@ -288,12 +288,13 @@ async def test_reconnect_goes_on_without_a_seam(here: World) -> None:
     interest = await agent.next_interest()
     assert interest.reset
     assert [(item.pid, item.start_time, item.look_up) for item in interest.processes] == [(100, 1000, True)]
-    # It has exited meanwhile, and its exit is in the ring still: that is what is told.
+    # It ended while the agent looked, behind the position from which the answer speaks: what is in the ring is what is told.
     await agent.call.write(
         agent_pb2.AgentMessage(
             applied=agent_pb2.InterestApplied(
                 version=interest.version,
-                position=agent.position + SLOT_SIZE,
+                position=agent.position,
+                end_position=agent.position + SLOT_SIZE,
                 processes=[agent_pb2.InterestApplied.ProcessResult(pid=100, start_time=1000, state=EXITED)],
             )
         )

@@ -63,7 +63,8 @@ class InterestTable:
         self._set_any_mask(armed=bool(wanted) or self._any_watched())
         for process in removed:
             self._remove(process)
-        self._arm(wanted, answer)
+        self._arm(wanted, answer, again=interest.reset)
+        answer.end_position = self._probe.ring.producer
         if not wanted:
             self._set_any_mask(armed=self._any_watched())
         return answer
@@ -120,7 +121,7 @@ class InterestTable:
         if entry is not None and process.start_time in (0, entry.start_boottime_ns):
             self._probe.watched.delete(pid_key(process.pid))
 
-    def _arm(self, wanted: list[agent_pb2.Interest.ProcessInterest], answer: agent_pb2.InterestApplied) -> None:
+    def _arm(self, wanted: list[agent_pb2.Interest.ProcessInterest], answer: agent_pb2.InterestApplied, *, again: bool) -> None:
         asked = [process for process in wanted if process.look_up]
         before = self._processes.look_up([process.pid for process in asked])
         armed: list[tuple[agent_pb2.Interest.ProcessInterest, Found, bool]] = []
@@ -132,6 +133,9 @@ class InterestTable:
             pinned = bool(process.start_time)
             if found is None:
                 _answer(answer, process, _EXITED if pinned else _NOT_FOUND)
+            elif again and not found.live and pinned and self._will_tell(process):
+                # It has given up its last thread, and the probe has yet to be called: the end will be in the ring.
+                _answer(answer, process, _RUNNING, found)
             elif not found.live or (pinned and found.start_boottime_ns != process.start_time):
                 _answer(answer, process, _EXITED, found if found.start_boottime_ns == process.start_time or not pinned else None)
             else:
@@ -146,6 +150,7 @@ class InterestTable:
         for process, found, was_there in armed:
             now = after.get(process.pid)
             lives = now is not None and now.live and now.start_boottime_ns == found.start_boottime_ns
+            lives = lives or (again and was_there and self._will_tell(process))
             _answer(answer, process, _RUNNING if lives or not self._missed(found, was_there) else _EXITED, found)
 
     def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
@@ -160,6 +165,11 @@ class InterestTable:
         # BPF_EXIST: if the probe took the entry away just now, the process has ended, and a new one would stay for ever.
         self._probe.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
         return was_there
+
+    def _will_tell(self, process: agent_pb2.Interest.ProcessInterest) -> bool:
+        """Whether the probe has an entry for the process that it has not used up."""
+        entry = self._entry(process.pid)
+        return entry is not None and entry.start_boottime_ns == process.start_time and not entry.flags & WATCHED_ENDED
 
     def _missed(self, found: Found, was_there: bool) -> bool:
         """The process ended while it was being armed: whether the probe did not see it with the new entry.

@@ -168,7 +168,8 @@ class Arming:
             # Before the answer, and whatever it is: a process that ended in between may be the one that the client waits for.
             self._tell_of_absence(node, _session(arm), message.position)
             if isinstance(ask.target, Process):
-                self._process_answer(node, message.position, ask, ask.target, processes.get((ask.target.pid, ask.target.start)))
+                told = processes.get((ask.target.pid, ask.target.start))
+                self._process_answer(node, (message.position, max(message.position, message.end_position)), ask, ask.target, told)
             elif isinstance(ask.target, Group):
                 self._group_answer(node, message.position, ask, groups.get(ask.target))
             else:
@@ -177,9 +178,11 @@ class Arming:
                     self._tell(arm, ask.request, ARMED, node, position=message.position)
 
     def _process_answer(
-        self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
+        self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
     ) -> None:
+        """`positions`: from where on a process that runs is delivered; before which the end of one that does not was recorded."""
         arm = ask.arm
+        position, end = positions
         if result is None or result.error:
             node.interest.forget_process_claim(arm, target.pid, target.start)
             self._failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
@@ -206,7 +209,7 @@ class Arming:
                     self._over(arm)
             if living:
                 # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
-                node.when_reached(position, partial(self._gone, node, ask, position, living))
+                node.when_reached(end, partial(self._gone, node, ask, end, living))
 
     def _gone(self, node: Node, ask: Ask, position: int, living: list[Span]) -> None:
         """All records up to `position` have come. Processes whose exit was not among them are gone all the same."""

@@ -29,6 +29,8 @@ class Link:
         self.filled = asyncio.Event()
         self.closed = asyncio.Event()
         self._messages: deque[agent_pb2.BrokerMessage] = deque()
+        self.spared = False
+        """Whether the last look at its lease came too late to be held against it."""
         self._ack: int | None = None
         self._calls: dict[int, asyncio.Future[agent_pb2.ProcessList]] = {}
         self._call_ids = itertools.count(1)

@@ -511,9 +511,12 @@ class InterestApplied(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    END_POSITION_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
     """Events from this position on were filtered with this version."""
+    end_position: _builtins.int
+    """The end of a process that is told as EXITED or NOT_FOUND here lies before this position, if it was recorded at all."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterestApplied.ProcessResult]: ...
     @_builtins.property
@@ -525,10 +528,11 @@ class InterestApplied(_message.Message):
         position: _builtins.int = ...,
         processes: _abc.Iterable[Global___InterestApplied.ProcessResult] | None = ...,
         groups: _abc.Iterable[Global___InterestApplied.GroupResult] | None = ...,
+        end_position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "groups", b"groups", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
