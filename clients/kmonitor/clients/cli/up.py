@@ -62,7 +62,7 @@ async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
         from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
         match = await agent.line(_AGENT_LINE)
-        say(f"broker and agent of {match[1]} run at {address}: other terminals may use kmon watch --broker {address}")
+        say(f"broker and agent of {match[1]} run at {address}: what you start in another terminal shows here; kmon --help works there")
         plan = Plan([{"events": mask}], seconds=seconds)
         monitor = await stack.enter_async_context(connect(address))
         shown = asyncio.ensure_future(show(monitor, await make_sink(monitor, json=json, progress=False), plan))
