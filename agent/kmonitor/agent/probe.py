@@ -103,7 +103,7 @@ def _adopt(options: ProbeOptions, pins: PinFolder) -> Probe:
 
 def _load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     if not Path("/sys/kernel/btf/vmlinux").exists():
-        raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF (5.8 or later)")
+        raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF (5.12 or later)")
     exit_arguments, victim_arguments = libbpf.tracepoint_arguments("sched_process_exit", "mark_victim")
     inum = Path("/proc/self/ns/pid").stat().st_ino
     image = _image()

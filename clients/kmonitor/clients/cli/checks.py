@@ -17,7 +17,7 @@ from kmonitor.wire.errors import KmonitorError
 _CAPABILITIES = {"CAP_BPF": 39, "CAP_PERFMON": 38, "CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12}  # include/uapi/linux/capability.h
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
-_MIN_KERNEL = (5, 8)  # the BPF ring buffer, CAP_BPF and CAP_PERFMON came with it
+_MIN_KERNEL = (5, 12)  # atomics in BPF; ring buffer, task iterator and CAP_BPF are older
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def kernel() -> Check:
     match = re.match(r"(\d+)\.(\d+)", release)
     if match is not None and (int(match[1]), int(match[2])) >= _MIN_KERNEL:
         return Check("ok", "kernel", release)
-    return Check("fail", "kernel", release, "5.8 or later has the BPF ring buffer; older ones: kmonitor-agent --source netlink")
+    return Check("fail", "kernel", release, "the probe needs Linux 5.12 or later")
 
 
 def btf() -> Check:
@@ -77,8 +77,6 @@ def capabilities() -> list[Check]:
             found.append(Check("ok", name, "not effective, but CAP_SYS_ADMIN contains it"))
         elif name in ("CAP_BPF", "CAP_PERFMON"):
             found.append(Check("fail", name, "not effective", "run the agent as root, or with CAP_BPF and CAP_PERFMON"))
-        elif name == "CAP_NET_ADMIN":
-            found.append(Check("warn", name, "not effective", "only the netlink source needs it"))
         else:
             found.append(Check("ok", name, "not effective, and not needed"))
     return found
@@ -106,7 +104,7 @@ def lockdown() -> Check:
     match = re.search(r"\[(\w+)\]", text or "")
     mode = match[1] if match else "none"
     if mode == "confidentiality":
-        return Check("fail", "lockdown", mode, "BPF may not read kernel memory: boot with lockdown=integrity, or --source netlink")
+        return Check("fail", "lockdown", mode, "BPF may not read kernel memory: boot with lockdown=integrity")
     return Check("ok", "lockdown", mode if match else "not in this kernel, or securityfs is not mounted")
 
 

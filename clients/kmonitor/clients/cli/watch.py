@@ -55,7 +55,11 @@ def watch(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Go on where the last run with this file stopped; kept there each second.", rich_help_panel=_ACT),
+        typer.Option(
+            metavar="FILE",
+            help="Keep how far this run came, and start from there. In this version what came between is told as a gap.",
+            rich_help_panel=_ACT,
+        ),
     ] = None,
     exec_: Annotated[
         str | None,
