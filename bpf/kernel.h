@@ -1,12 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The kernel's types, as far as the probe reads them. CO-RE: libbpf finds each field by name in the running kernel's BTF when
- * it loads, so order and omissions here mean nothing.
+ * The kernel's types, as far as the probe reads them. Offsets come from the running kernel (see loader.h): order and omissions
+ * here mean nothing.
  */
 #ifndef KMONITOR_KERNEL_H
 #define KMONITOR_KERNEL_H
-
-#define AS_IN_KERNEL __attribute__((preserve_access_index))
 
 typedef _Bool bool;
 #define true 1

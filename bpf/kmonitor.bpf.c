@@ -8,40 +8,17 @@
  * for the first time: whatever the child does comes later in the ring, and a child that is to be followed is armed before
  * it runs. sched_process_exec fires after the last point at which exec can fail.
  */
-#include <linux/types.h>
-#include <linux/bpf.h>
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_tracing.h>
-
-#include "kernel.h"
+#include "loader.h"
 #include "kmonitor.h"
-
-char LICENSE[] SEC("license") = "GPL";
 
 #define KMONITOR_ENDS (KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT | KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT)
 #define SIGNAL_GROUP_EXIT 0x4 /* include/linux/sched/signal.h */
 #define PID_NS_LEVEL_MAX 32   /* MAX_PID_NS_LEVEL, include/linux/pid_namespace.h */
 #define CGROUP_DEPTH_MAX 16   /* levels above a process that are looked up: deeper trees match less far up */
 
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 16 * 1024 * 1024); /* set by the loader */
-} events SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 32768); /* set by the loader */
-	__type(key, __u32);
-	__type(value, struct kmonitor_watched);
-} watched SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1024);
-	__type(key, __u64);
-	__type(value, __u32);
-} watched_cgroups SEC(".maps");
+RING(events);
+HASH(watched, __u32, struct kmonitor_watched, 32768); /* both sizes are set by the loader */
+HASH(watched_cgroups, __u64, __u32, 1024);
 
 struct killer_entry {
 	__u64 start_boottime_ns; /* of the target */
@@ -50,13 +27,8 @@ struct killer_entry {
 	struct kmonitor_killer killer;
 };
 
-/* Who last sent a signal that can kill, by target. LRU: a target that survives is forgotten in time. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
-	__type(key, __u32); /* tgid, of the initial namespace */
-	__type(value, struct killer_entry);
-} killers SEC(".maps");
+/* Who last sent a signal that can kill, by target: its tgid in the initial namespace. LRU: one that survives is forgotten in time. */
+LRU_HASH(killers, __u32, struct killer_entry, 4096);
 
 struct claim_key {
 	__u64 start_boottime_ns;
@@ -64,23 +36,29 @@ struct claim_key {
 };
 
 /* Kernels without group_dead: which process ends were told already. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1024);
-	__type(key, struct claim_key);
-	__type(value, __u8);
-} claims SEC(".maps");
+LRU_HASH(claims, struct claim_key, __u8, 1024);
 
 /* Watched processes that ended with threads that had yet to be released: tgid of the initial namespace -> of the scope. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
-	__type(key, __u32);
-	__type(value, __u32);
-} ended SEC(".maps");
+LRU_HASH(ended, __u32, __u32, 4096);
 
-volatile struct kmonitor_control control SEC(".data.control");
-const volatile struct kmonitor_config config SEC(".rodata.config");
+#define FILENAME_MAX_LEN 1024
+
+struct filename {
+	char bytes[FILENAME_MAX_LEN];
+	/* Unused: for structs that only functions use, this is what brings them into the object's BTF, where a test reads them. */
+	struct kmonitor_process process;
+	struct kmonitor_record record;
+};
+
+PER_CPU_VALUE(filenames, struct filename);
+
+/* What several programs read of a task. The status is that of its process. */
+#define CGROUP_ID(task) FIELD(FIELD(FIELD(FIELD(task, task_struct, cgroups), css_set, dfl_cgrp), cgroup, kn), kernfs_node, id)
+#define REAL_UID(task) FIELD(FIELD(task, task_struct, cred), cred, uid).val
+#define REAL_GID(task) FIELD(FIELD(task, task_struct, cred), cred, gid).val
+#define STATUS(signal, leader)                                                                     \
+	(FIELD(signal, signal_struct, flags) & SIGNAL_GROUP_EXIT ? FIELD(signal, signal_struct, group_exit_code) :  \
+								   FIELD(leader, task_struct, exit_code))
 
 /* What all events say of the process they are about. */
 struct subject {
@@ -104,32 +82,49 @@ static __always_inline __u32 scoped_id(struct task_struct *task)
 	__u32 level = control.pidns_level;
 
 	if (!config.pidns_inum)
-		return task->pid;
-	pid = task->thread_pid;
-	if (!pid || level > PID_NS_LEVEL_MAX || BPF_CORE_READ(pid, level) < level)
+		return FIELD(task, task_struct, pid);
+	pid = FIELD(task, task_struct, thread_pid);
+	if (!pid || level > PID_NS_LEVEL_MAX || READ(pid, pid, level) < level)
 		return 0;
-	bpf_core_read(&upid, sizeof(upid), &pid->numbers[level]);
-	if (BPF_CORE_READ(upid.ns, ns.inum) != config.pidns_inum)
+	bpf_probe_read_kernel(&upid, sizeof(upid), (struct upid *)ADDRESS(pid, pid, numbers) + level);
+	if (READ(ADDRESS(upid.ns, pid_namespace, ns), ns_common, inum) != config.pidns_inum)
 		return 0;
 	return upid.nr;
+}
+
+/* The agent makes a thread to have this run in its own context: no file under /proc tells from inside how deep a namespace is. */
+static __always_inline void learn_level(struct task_struct *agent)
+{
+	struct pid *pid = FIELD(agent, task_struct, thread_pid);
+	struct upid upid = {};
+	__u32 level = READ(pid, pid, level);
+
+	if (level > PID_NS_LEVEL_MAX)
+		return;
+	bpf_probe_read_kernel(&upid, sizeof(upid), (struct upid *)ADDRESS(pid, pid, numbers) + level);
+	/* Whoever else forks this moment: of those in the same namespace one is as good as the other. */
+	if (READ(ADDRESS(upid.ns, pid_namespace, ns), ns_common, inum) != config.pidns_inum)
+		return;
+	control.pidns_level = level;
+	control.pidns_inum = config.pidns_inum;
 }
 
 /* OR of the masks of the process's control group and those above it. */
 static __always_inline __u32 cgroup_mask(struct task_struct *task, __u64 *nearest)
 {
-	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	struct cgroup *cgroup = READ(READ(task, task_struct, cgroups), css_set, dfl_cgrp);
 	__u32 mask = 0;
 
 	for (int level = 0; level < CGROUP_DEPTH_MAX && cgroup; level++) {
-		__u64 id = BPF_CORE_READ(cgroup, kn, id);
-		__u32 *entry = bpf_map_lookup_elem(&watched_cgroups, &id);
+		__u64 id = READ(READ(cgroup, cgroup, kn), kernfs_node, id);
+		__u32 *entry = bpf_map_lookup_elem(MAP(watched_cgroups), &id);
 
 		if (entry) {
 			mask |= *entry;
 			if (!*nearest)
 				*nearest = id;
 		}
-		cgroup = BPF_CORE_READ(cgroup, self.parent, cgroup);
+		cgroup = READ(READ(ADDRESS(cgroup, cgroup, self), cgroup_subsys_state, parent), cgroup_subsys_state, cgroup);
 	}
 	return mask;
 }
@@ -140,18 +135,18 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 	struct kmonitor_watched *entry;
 
 	subject->task = task;
-	subject->leader = task->group_leader;
+	subject->leader = FIELD(task, task_struct, group_leader);
 	subject->tgid = scoped_id(subject->leader);
 	if (!subject->tgid)
 		return false;
 	subject->tid = 0; /* later: few get there */
-	subject->start_boottime_ns = subject->leader->start_boottime;
+	subject->start_boottime_ns = START_BOOTTIME(subject->leader);
 	subject->match_cgroup_id = 0;
 	subject->process_mask = 0;
 	subject->cgroup_mask = 0;
 	subject->follow = 0;
 	if (any & KMONITOR_ANY_WATCHED) {
-		entry = bpf_map_lookup_elem(&watched, &subject->tgid);
+		entry = bpf_map_lookup_elem(MAP(watched), &subject->tgid);
 		/* Another start time: the pid was given out again. Not the process that was meant. */
 		if (entry && (!entry->start_boottime_ns || entry->start_boottime_ns == subject->start_boottime_ns)) {
 			subject->process_mask = entry->mask;
@@ -195,18 +190,18 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 	struct task_struct *named;
 	bool first_to_go = bit < KMONITOR_PROCESS_FORK || !(flags & KMONITOR_F_MATCH_PROCESS);
 
-	if (first_to_go && bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > config.fill_mark) {
+	if (first_to_go && bpf_ringbuf_query(MAP(events), BPF_RB_AVAIL_DATA) > config.fill_mark) {
 		count_lost(flags, bit);
 		return NULL;
 	}
-	record = bpf_ringbuf_reserve(&events, size, 0);
+	record = bpf_ringbuf_reserve(MAP(events), size, 0);
 	if (!record) {
 		count_lost(flags, bit);
 		return NULL;
 	}
 	if (!subject->tid) {
 		subject->tid = scoped_id(subject->task);
-		subject->cgroup_id = subject->task->cgroups->dfl_cgrp->kn->id;
+		subject->cgroup_id = CGROUP_ID(subject->task);
 	}
 	/* A thread's event names the thread; a process's the process, whichever thread did it. */
 	named = bit < KMONITOR_PROCESS_FORK ? subject->task : subject->leader;
@@ -221,11 +216,11 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 	record->match_cgroup_id = subject->match_cgroup_id;
 	record->tgid = subject->tgid;
 	record->tid = subject->tid;
-	record->ppid = scoped_id(subject->leader->real_parent->group_leader);
-	record->uid = subject->task->cred->uid.val;
-	record->gid = subject->task->cred->gid.val;
+	record->ppid = scoped_id(FIELD(FIELD(subject->leader, task_struct, real_parent), task_struct, group_leader));
+	record->uid = REAL_UID(subject->task);
+	record->gid = REAL_GID(subject->task);
 	record->status = 0;
-	bpf_probe_read_kernel(record->comm, sizeof(record->comm), named->comm);
+	bpf_probe_read_kernel(record->comm, sizeof(record->comm), ADDRESS(named, task_struct, comm));
 	__builtin_memset(&record->killer, 0, sizeof(record->killer));
 	record->reserved[0] = 0;
 	record->reserved[1] = 0;
@@ -241,27 +236,30 @@ static __always_inline void commit(struct kmonitor_record *record, bool urgent)
 	bpf_ringbuf_submit(record, control.sleeping || urgent ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
-SEC("tp_btf/sched_process_fork")
-int BPF_PROG(kmonitor_fork, struct task_struct *parent, struct task_struct *child)
+PROBE(kmonitor_fork, sched_process_fork)
 {
+	struct task_struct *parent = (struct task_struct *)ctx->args[0];
+	struct task_struct *child = (struct task_struct *)ctx->args[1];
 	__u32 any = control.any_mask;
-	bool thread = child->tgid == parent->tgid;
+	bool thread = FIELD(child, task_struct, tgid) == FIELD(parent, task_struct, tgid);
 	__u32 bit = thread ? KMONITOR_THREAD_CREATE : KMONITOR_PROCESS_FORK;
 	struct kmonitor_record *record;
 	struct subject subject;
 	__u16 flags;
 
+	if (any & KMONITOR_ANY_LEARN)
+		learn_level(parent);
 	if (!(any & bit) || !look_up(&subject, parent, any))
 		return 0;
 	if (!thread && subject.follow) {
 		struct kmonitor_watched entry = {
-			.start_boottime_ns = child->start_boottime,
+			.start_boottime_ns = START_BOOTTIME(child),
 			.mask = subject.process_mask,
 			.flags = KMONITOR_WATCHED_FOLLOW,
 		};
 		__u32 tgid = scoped_id(child);
 
-		if (tgid && bpf_map_update_elem(&watched, &tgid, &entry, BPF_ANY))
+		if (tgid && bpf_map_update_elem(MAP(watched), &tgid, &entry, BPF_ANY))
 			count_lost(KMONITOR_F_MATCH_PROCESS, 0);
 	}
 	flags = matches(&subject, bit);
@@ -270,29 +268,12 @@ int BPF_PROG(kmonitor_fork, struct task_struct *parent, struct task_struct *chil
 	record = begin(&subject, flags, bit, sizeof(*record));
 	if (!record)
 		return 0;
-	record->child.start_boottime_ns = child->start_boottime;
+	record->child.start_boottime_ns = START_BOOTTIME(child);
 	record->child.tid = scoped_id(child);
 	record->child.tgid = thread ? subject.tgid : record->child.tid;
 	commit(record, false);
 	return 0;
 }
-
-#define FILENAME_MAX_LEN 1024
-
-struct filename {
-	char bytes[FILENAME_MAX_LEN];
-	/* Unused: for structs that only functions use, this is what brings them into the object's BTF, where a test reads them. */
-	struct kmonitor_process process;
-	struct kmonitor_namespace namespace;
-	struct kmonitor_record record;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct filename);
-} filenames SEC(".maps");
 
 /* The record's size must be a constant: it is one of three, by what there is to say. */
 static __always_inline void emit_exec(struct subject *subject, __u16 flags, struct filename *filename, __u32 filename_len,
@@ -329,12 +310,14 @@ static __always_inline void emit_exec(struct subject *subject, __u16 flags, stru
 #define TAIL_MEDIUM (5 * KMONITOR_SLOT_SIZE)
 #define TAIL_LARGE (31 * KMONITOR_SLOT_SIZE)
 
-SEC("tp_btf/sched_process_exec")
-int BPF_PROG(kmonitor_exec, struct task_struct *task, int old_pid, struct linux_binprm *bprm)
+PROBE(kmonitor_exec, sched_process_exec) /* task, its id before, what is executed */
 {
+	struct task_struct *task = (struct task_struct *)ctx->args[0];
+	struct linux_binprm *bprm = (struct linux_binprm *)ctx->args[2];
 	__u32 any = control.any_mask;
 	struct filename *filename;
 	struct subject subject;
+	struct mm_struct *mm;
 	unsigned long args;
 	__u64 args_len;
 	long filename_len;
@@ -344,16 +327,17 @@ int BPF_PROG(kmonitor_exec, struct task_struct *task, int old_pid, struct linux_
 	if (!(any & KMONITOR_PROCESS_EXEC) || !look_up(&subject, task, any))
 		return 0;
 	flags = matches(&subject, KMONITOR_PROCESS_EXEC);
-	filename = bpf_map_lookup_elem(&filenames, &zero);
+	filename = bpf_map_lookup_elem(MAP(filenames), &zero);
 	if (!flags || !filename)
 		return 0;
-	filename_len = bpf_probe_read_kernel_str(filename->bytes, sizeof(filename->bytes), bprm->filename);
+	filename_len = bpf_probe_read_kernel_str(filename->bytes, sizeof(filename->bytes), FIELD(bprm, linux_binprm, filename));
 	if (filename_len < 0)
 		filename_len = 0;
 	if (filename_len == sizeof(filename->bytes))
 		flags |= KMONITOR_F_ARGS_TRUNCATED;
-	args = task->mm->arg_start;
-	args_len = task->mm->arg_end - args;
+	mm = FIELD(task, task_struct, mm);
+	args = FIELD(mm, mm_struct, arg_start);
+	args_len = FIELD(mm, mm_struct, arg_end) - args;
 	if (filename_len <= TAIL_SMALL / 2 && args_len <= TAIL_SMALL / 2)
 		emit_exec(&subject, flags, filename, filename_len, args, args_len, TAIL_SMALL);
 	else if (filename_len <= TAIL_MEDIUM / 2 && args_len <= TAIL_MEDIUM / 2)
@@ -366,11 +350,11 @@ int BPF_PROG(kmonitor_exec, struct task_struct *task, int old_pid, struct linux_
 /* Whether this thread's end is the process's end, for kernels that do not say so. */
 static __always_inline bool claim_end(const struct subject *subject, struct signal_struct *signal)
 {
-	struct claim_key key = {.start_boottime_ns = subject->start_boottime_ns, .tgid = subject->leader->tgid};
+	struct claim_key key = {.start_boottime_ns = subject->start_boottime_ns, .tgid = FIELD(subject->leader, task_struct, tgid)};
 	__u8 one = 1;
 
 	/* Two threads that end at once may both see zero here: the first to claim tells. */
-	return signal->live.counter == 0 && !bpf_map_update_elem(&claims, &key, &one, BPF_NOEXIST);
+	return FIELD(signal, signal_struct, live).counter == 0 && !bpf_map_update_elem(MAP(claims), &key, &one, BPF_NOEXIST);
 }
 
 static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 status)
@@ -386,9 +370,9 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	if (!record)
 		return;
 	record->status = status;
-	tgid = subject->leader->tgid;
+	tgid = FIELD(subject->leader, task_struct, tgid);
 	if (status & 0x7f) {
-		entry = bpf_map_lookup_elem(&killers, &tgid);
+		entry = bpf_map_lookup_elem(MAP(killers), &tgid);
 		if (entry && entry->signal == (status & 0x7f) && entry->start_boottime_ns == subject->start_boottime_ns) {
 			record->killer = entry->killer;
 			record->flags |= entry->flags;
@@ -398,35 +382,36 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	commit(record, bit == KMONITOR_PROCESS_EXIT && subject->process_mask && !subject->follow);
 }
 
-SEC("tp_btf/sched_process_exit")
-int kmonitor_exit(unsigned long long *ctx)
+PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is the last of its process */
 {
 	__u32 any = control.any_mask;
-	struct task_struct *task = (struct task_struct *)ctx[0];
+	struct task_struct *task = (struct task_struct *)ctx->args[0];
 	struct signal_struct *signal;
 	struct subject subject;
 	struct kmonitor_watched *entry;
 	bool process_ends;
 	__u32 status;
+	__u32 tgid;
 
 	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_ENDS)))
 		return 0;
 	if (!look_up(&subject, task, any))
 		return 0;
-	signal = task->signal;
-	if (task->pid != task->tgid) {
-		status = task->exit_code;
+	signal = FIELD(task, task_struct, signal);
+	tgid = FIELD(task, task_struct, tgid);
+	if ((__u32)FIELD(task, task_struct, pid) != tgid) {
+		status = FIELD(task, task_struct, exit_code);
 		if (status & 0x7f)
 			emit_end(&subject, KMONITOR_THREAD_ABORT, status);
 		emit_end(&subject, KMONITOR_THREAD_EXIT, status);
 	}
 	if (config.has_group_dead)
-		process_ends = ctx[1] & 0xff;
+		process_ends = ctx->args[1] & 0xff;
 	else
 		process_ends = claim_end(&subject, signal);
 	if (!process_ends)
 		return 0;
-	status = signal->flags & SIGNAL_GROUP_EXIT ? signal->group_exit_code : subject.leader->exit_code;
+	status = STATUS(signal, subject.leader);
 	if (status & 0x7f)
 		emit_end(&subject, KMONITOR_PROCESS_ABORT, status);
 	emit_end(&subject, KMONITOR_PROCESS_EXIT, status);
@@ -435,37 +420,35 @@ int kmonitor_exit(unsigned long long *ctx)
 		 * Another thread may have given up its count before this one and not have come here yet: then its own end
 		 * comes after the process's. The entry stays, for threads only, until the leader is freed (kmonitor_free).
 		 */
-		entry = bpf_map_lookup_elem(&watched, &subject.tgid);
-		if (entry && signal->nr_threads > 1) {
-			__u32 tgid = task->tgid;
-
+		entry = bpf_map_lookup_elem(MAP(watched), &subject.tgid);
+		if (entry && FIELD(signal, signal_struct, nr_threads) > 1) {
 			entry->mask &= KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT;
 			entry->flags = KMONITOR_WATCHED_ENDED;
-			bpf_map_update_elem(&ended, &tgid, &subject.tgid, BPF_ANY);
+			bpf_map_update_elem(MAP(ended), &tgid, &subject.tgid, BPF_ANY);
 		} else {
-			bpf_map_delete_elem(&watched, &subject.tgid);
+			bpf_map_delete_elem(MAP(watched), &subject.tgid);
 		}
 	}
 	return 0;
 }
 
 /* A leader is freed when it was waited for and no thread of its group is left. Its ids are gone by then: hence the map. */
-SEC("tp_btf/sched_process_free")
-int BPF_PROG(kmonitor_free, struct task_struct *task)
+PROBE(kmonitor_free, sched_process_free)
 {
-	__u32 tgid = task->tgid;
+	struct task_struct *task = (struct task_struct *)ctx->args[0];
+	__u32 tgid = FIELD(task, task_struct, tgid);
 	struct kmonitor_watched *entry;
 	__u32 *scoped;
 
-	if (!(control.any_mask & KMONITOR_ANY_WATCHED) || task->pid != task->tgid)
+	if (!(control.any_mask & KMONITOR_ANY_WATCHED) || (__u32)FIELD(task, task_struct, pid) != tgid)
 		return 0;
-	scoped = bpf_map_lookup_elem(&ended, &tgid);
+	scoped = bpf_map_lookup_elem(MAP(ended), &tgid);
 	if (!scoped)
 		return 0;
-	entry = bpf_map_lookup_elem(&watched, scoped);
-	if (entry && entry->start_boottime_ns == task->start_boottime)
-		bpf_map_delete_elem(&watched, scoped);
-	bpf_map_delete_elem(&ended, &tgid);
+	entry = bpf_map_lookup_elem(MAP(watched), scoped);
+	if (entry && entry->start_boottime_ns == START_BOOTTIME(task))
+		bpf_map_delete_elem(MAP(watched), scoped);
+	bpf_map_delete_elem(MAP(ended), &tgid);
 	return 0;
 }
 
@@ -481,9 +464,11 @@ int BPF_PROG(kmonitor_free, struct task_struct *task)
 #define SEND_SIG_NOINFO 0
 #define SEND_SIG_PRIV 1
 
-SEC("tp_btf/signal_generate")
-int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_struct *task, int group, int result)
+PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to the whole process, what became of it */
 {
+	int sig = ctx->args[0];
+	struct kernel_siginfo *info = (struct kernel_siginfo *)ctx->args[1];
+	struct task_struct *task = (struct task_struct *)ctx->args[2];
 	__u32 any = control.any_mask;
 	struct killer_entry entry = {};
 	struct task_struct *sender;
@@ -504,21 +489,22 @@ int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_
 	if ((unsigned long)info == SEND_SIG_PRIV)
 		code = 1;
 	else if ((unsigned long)info != SEND_SIG_NOINFO)
-		bpf_core_read(&code, sizeof(code), &info->si_code);
+		bpf_probe_read_kernel(&code, sizeof(code), ADDRESS(info, kernel_siginfo, si_code));
 	if (code <= 0) { /* above 0 it is the kernel that sends: a fault, a timer, a terminal (sigaction(2)) */
-		sender = (struct task_struct *)bpf_get_current_task_btf();
-		entry.killer.tgid = scoped_id(sender->group_leader);
-		entry.killer.uid = sender->cred->uid.val;
-		bpf_probe_read_kernel(entry.killer.comm, sizeof(entry.killer.comm), sender->group_leader->comm);
+		sender = CURRENT_TASK();
+		struct task_struct *leader = FIELD(sender, task_struct, group_leader);
+
+		entry.killer.tgid = scoped_id(leader);
+		entry.killer.uid = REAL_UID(sender);
+		bpf_probe_read_kernel(entry.killer.comm, sizeof(entry.killer.comm), ADDRESS(leader, task_struct, comm));
 	}
-	tgid = task->tgid;
-	bpf_map_update_elem(&killers, &tgid, &entry, BPF_ANY);
+	tgid = FIELD(task, task_struct, tgid);
+	bpf_map_update_elem(MAP(killers), &tgid, &entry, BPF_ANY);
 	return 0;
 }
 
 /* The out-of-memory killer sends SIGKILL, then names its victim here: the entry is there already. */
-SEC("tp_btf/mark_victim")
-int kmonitor_oom(unsigned long long *ctx)
+PROBE(kmonitor_oom, mark_victim)
 {
 	struct killer_entry *entry;
 	__u32 tgid;
@@ -527,15 +513,16 @@ int kmonitor_oom(unsigned long long *ctx)
 		return 0;
 	/* A task from 6.8 on, a thread's id before; the victim is a process's leader almost always. */
 	if (config.victim_is_task)
-		tgid = BPF_CORE_READ((struct task_struct *)ctx[0], tgid);
+		tgid = READ((struct task_struct *)ctx->args[0], task_struct, tgid);
 	else
-		tgid = ctx[0];
-	entry = bpf_map_lookup_elem(&killers, &tgid);
+		tgid = ctx->args[0];
+	entry = bpf_map_lookup_elem(MAP(killers), &tgid);
 	if (entry && entry->signal == SIGKILL)
 		entry->flags |= KMONITOR_F_OOM_KILLED;
 	return 0;
 }
 
+#ifdef HAS_ITERATORS
 /* Every process of the agent's namespace, for look-ups: the same start times and ids as in the events. */
 SEC("iter/task")
 int kmonitor_tasks(struct bpf_iter__task *ctx)
@@ -550,38 +537,15 @@ int kmonitor_tasks(struct bpf_iter__task *ctx)
 	if (!process.tgid)
 		return 0;
 	signal = task->signal;
-	process.start_boottime_ns = task->start_boottime;
-	process.cgroup_id = task->cgroups->dfl_cgrp->kn->id;
+	process.start_boottime_ns = START_BOOTTIME(task);
+	process.cgroup_id = CGROUP_ID(task);
 	process.ppid = scoped_id(task->real_parent->group_leader);
-	process.uid = task->cred->uid.val;
-	process.gid = task->cred->gid.val;
+	process.uid = REAL_UID(task);
+	process.gid = REAL_GID(task);
 	process.live = signal->live.counter;
-	process.status = signal->flags & SIGNAL_GROUP_EXIT ? signal->group_exit_code : task->exit_code;
+	process.status = STATUS(signal, task);
 	bpf_probe_read_kernel(process.comm, sizeof(process.comm), task->comm);
 	bpf_seq_write(ctx->meta->seq, &process, sizeof(process));
 	return 0;
 }
-
-/* In which pid namespace the agent is: no file under /proc tells its depth from inside. */
-SEC("iter/task")
-int kmonitor_where(struct bpf_iter__task *ctx)
-{
-	struct task_struct *reader;
-	struct kmonitor_namespace here = {};
-	struct upid upid = {};
-	struct pid *pid;
-	__u32 level;
-
-	if (ctx->meta->seq_num || !ctx->task)
-		return 0;
-	reader = (struct task_struct *)bpf_get_current_task_btf();
-	pid = reader->thread_pid;
-	level = BPF_CORE_READ(pid, level);
-	if (level > PID_NS_LEVEL_MAX)
-		return 0;
-	bpf_core_read(&upid, sizeof(upid), &pid->numbers[level]);
-	here.level = level;
-	here.inum = BPF_CORE_READ(upid.ns, ns.inum);
-	bpf_seq_write(ctx->meta->seq, &here, sizeof(here));
-	return 0;
-}
+#endif

@@ -30,6 +30,8 @@
 #define KMONITOR_ANY_WATCHED 0x100
 /* ... and some cgroup is watched. */
 #define KMONITOR_ANY_CGROUP 0x200
+/* ... and the fork probe is to find out how deep config.pidns_inum is. */
+#define KMONITOR_ANY_LEARN 0x400
 
 /* record.flags */
 #define KMONITOR_F_ARGS_TRUNCATED 0x0001
@@ -104,7 +106,7 @@ struct kmonitor_control {
 	unsigned int pidns_level; /* scope pidns: the namespace's depth below the initial one */
 	unsigned long long epoch; /* set once, when the ring is made */
 	unsigned int object_crc;  /* of the probe's object file that made it */
-	unsigned int pidns_inum;  /* of the agent that made it */
+	unsigned int pidns_inum;  /* of the namespace that pidns_level is of; 0 if none was asked for, or found yet */
 	unsigned long long lost[KMONITOR_LOST_CLASSES][KMONITOR_LOST_TYPES];
 };
 
@@ -114,12 +116,6 @@ struct kmonitor_config {
 	unsigned int has_group_dead; /* sched_process_exit has the argument group_dead (6.16 and later) */
 	unsigned int victim_is_task; /* mark_victim gives a task and not a thread's id (6.8 and later) */
 	unsigned int fill_mark;      /* bytes waiting in the ring above which threads and node-wide matches are dropped */
-};
-
-/* What the iterator "kmonitor_where" prints: the pid namespace of who reads it. */
-struct kmonitor_namespace {
-	unsigned int level; /* 0 is the initial one */
-	unsigned int inum;
 };
 
 /* What the iterator "kmonitor_tasks" prints: one of these for each process. */

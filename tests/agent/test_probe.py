@@ -18,8 +18,8 @@ from kmonitor.agent import maps
 from kmonitor.agent.errors import PinError
 from kmonitor.agent.interest import InterestTable
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.probe import Probe, ProbeOptions, open_probe
-from kmonitor.agent.processes import ProcessTable
+from kmonitor.agent.probe import Probe, ProbeOptions
+from kmonitor.agent.sources import open_source
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import Slots, check_records, slots_of
@@ -46,12 +46,18 @@ def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
 
 @pytest.fixture
 def arm(probe: Probe) -> Callable[..., agent_pb2.InterestApplied]:
-    table = InterestTable(probe, ProcessTable(probe.tasks_fd))
+    table = InterestTable(probe)
 
     def apply(*processes: Want, node_mask: int = 0, reset: bool = False) -> agent_pb2.InterestApplied:
         return table.apply(agent_pb2.Interest(version=1, reset=reset, processes=processes, node_mask=node_mask))
 
     return apply
+
+
+def open_probe(options: ProbeOptions, pins: PinFolder | None) -> Probe:
+    opened = open_source("core", options, pins)
+    assert isinstance(opened, Probe)
+    return opened
 
 
 class Child:
@@ -174,7 +180,7 @@ def test_deregistering_disarms(probe: Probe, arm: Callable[..., Any]) -> None:
 def test_a_full_ring_is_counted_exactly_and_keeps_watched_exits(arm: Callable[..., Any]) -> None:
     small = open_probe(ProbeOptions(ring_bytes=64 << 10), None)  # 512 slots, of which 384 for what may be dropped
     try:
-        table = InterestTable(small, ProcessTable(small.tasks_fd))
+        table = InterestTable(small)
         child = Child()
         table.apply(agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)], node_mask=FORK))
         made = 600
@@ -227,9 +233,7 @@ def test_pins_outlive_the_agent(pins: Path) -> None:
     folder.open()
     probe = open_probe(ProbeOptions(ring_bytes=1 << 20), folder)
     child = Child()
-    InterestTable(probe, ProcessTable(probe.tasks_fd)).apply(
-        agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)])
-    )
+    InterestTable(probe).apply(agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)]))
     epoch = probe.epoch
     second = PinFolder(pins, "a.node", "host")
     with pytest.raises(PinError, match="another agent"):

@@ -20,7 +20,9 @@ import typer
 
 from kmonitor.agent.errors import BpfError
 from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
-from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, open_probe
+from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions
+from kmonitor.agent.source import Source
+from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
@@ -55,11 +57,21 @@ def parse_labels(texts: list[str]) -> dict[str, str]:
     return labels
 
 
+def check_source(text: str) -> SourceName | Literal["auto"]:
+    """Raises UsageError."""
+    if text == "auto":
+        return "auto"
+    for name in SOURCES:
+        if text == name:
+            return name
+    raise UsageError(f"source {text!r}: write auto, {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
+
+
 @app.command()
 def agent(
     broker: Annotated[str, typer.Option(envvar="KMONITOR_BROKER", help="HOST:PORT of the broker.")] = DEFAULT_ADDRESS,
     node: Annotated[str, typer.Option(help="This node's name in the cluster.  [default: the host's name]", show_default=False)] = "",
-    source: Annotated[str, typer.Option(help="What captures: auto or core.")] = "auto",
+    source: Annotated[str, typer.Option(help="What captures: auto, core, bcc or netlink.")] = "auto",
     scope: Annotated[str, typer.Option(help="host: all processes. pidns: those of this pid namespace and below.")] = "host",
     label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for selecting nodes; repeatable.")] = None,
     pin_root: Annotated[
@@ -83,8 +95,7 @@ def agent(
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     raise_priority(nice)
     name = check_node_name(node or socket.gethostname())
-    if source not in ("auto", "core"):
-        raise UsageError(f"source {source!r}: this version has core, and auto, which takes it")
+    choice = check_source(source)
     if scope not in ("host", "pidns"):
         raise UsageError(f"scope {scope!r}: write host or pidns")
     pins = None if no_pin else PinFolder(pin_root, name, scope)
@@ -98,28 +109,30 @@ def agent(
             if unpin:
                 pins.remove()
                 return
-        probe = _open(options, pins)
+        opened = _open(choice, options, pins)
         try:
-            signalled = asyncio.run(_run(address, name, scope, labels, probe))
+            signalled = asyncio.run(_run(address, name, scope, labels, opened))
         finally:
-            probe.close()
-        if pins is not None and signalled == "int":
+            opened.close()
+        if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
 
 
-def _open(options: ProbeOptions, pins: PinFolder | None) -> Probe:
-    probe = open_probe(options, pins)
-    if probe.adopted:
-        log.info("carrying on with the pinned probe, %d bytes waiting", probe.ring.producer - probe.ring.consumer)
-        if not probe.is_current:
+def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: PinFolder | None) -> Source:
+    source = open_source(choice, options, pins)
+    if source.adopted and isinstance(source, Probe):
+        log.info(
+            "carrying on with the pinned probe of source %s, %d bytes waiting", source.name, source.ring.producer - source.ring.consumer
+        )
+        if not source.is_current:
             log.warning("the pinned probe is another version's; it stays until it is removed with --unpin")
-    return probe
+    return source
 
 
-async def _run(address: str, node: str, scope: str, labels: dict[str, str], probe: Probe) -> Literal["term", "int"]:
+async def _run(address: str, node: str, scope: str, labels: dict[str, str], source: Source) -> Literal["term", "int"]:
     from kmonitor.agent.connection import Connection, Identity  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
 
-    connection = Connection(address, Identity(node, "core", scope, labels), probe)
+    connection = Connection(address, Identity(node, scope, labels), source)
     received: list[Literal["term", "int"]] = []
 
     def on_signal(which: Literal["term", "int"]) -> None:

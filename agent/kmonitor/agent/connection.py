@@ -19,8 +19,8 @@ import grpc.aio
 from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.interest import InterestTable
-from kmonitor.agent.probe import Probe
-from kmonitor.agent.processes import ProcessTable
+from kmonitor.agent.processes import select
+from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, agent_pb2_grpc
 from kmonitor.wire.clocks import boot_id
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
@@ -53,7 +53,6 @@ class Identity:
     """How this node presents itself."""
 
     node: str
-    source: str
     scope: str
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,12 +60,11 @@ class Identity:
 class Connection:
     """Keeps the node connected to its broker until cancelled."""
 
-    def __init__(self, address: str, identity: Identity, probe: Probe) -> None:
+    def __init__(self, address: str, identity: Identity, source: Source) -> None:
         self._address = address
         self._identity = identity
-        self._probe = probe
-        self._processes = ProcessTable(probe.tasks_fd)
-        self._interest = InterestTable(probe, self._processes)
+        self._source = source
+        self._interest = InterestTable(source)
         self._stopping = asyncio.Event()
         self._boot_id = boot_id()
         self._complaint = ""
@@ -105,7 +103,7 @@ class Connection:
         """Connect and serve until the stream ends; returns if it had been accepted."""
         async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
             call: _Call = agent_pb2_grpc.AgentServiceStub(channel).Connect()
-            forwarder = Forwarder(self._probe, self._interest, call.write)
+            forwarder = Forwarder(self._source, self._interest, call.write)
             try:
                 lease = await self._handshake(call, forwarder)
             except grpc.aio.AioRpcError as error:
@@ -119,24 +117,24 @@ class Connection:
             identity = self._identity
             self._complaint = ""
             print(
-                f"kmonitor-agent: {identity.node} is connected to {self._address} (source {identity.source}, scope {identity.scope})",
+                f"kmonitor-agent: {identity.node} is connected to {self._address} (source {self._source.name}, scope {identity.scope})",
                 flush=True,
             )
             await self._serve(call, forwarder, lease)
 
     async def _handshake(self, call: _Call, forwarder: Forwarder) -> float:
         """Say hello; the lease in seconds."""
-        ring = self._probe.ring
+        ring = self._source.ring
         ring.rewind()
         hello = agent_pb2.Hello(
             node=self._identity.node,
             boot_id=self._boot_id,
-            epoch=self._probe.epoch,
+            epoch=self._source.epoch,
             position=ring.consumer,
             record_version=RECORD_VERSION,
             record_size=RECORD_SIZE,
             slot_size=SLOT_SIZE,
-            source=self._identity.source,
+            source=self._source.name,
             scope=self._identity.scope,
             kernel_release=os.uname().release,
             agent_version=version("kmonitor"),
@@ -204,7 +202,7 @@ class Connection:
             raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
 
     def _list(self, asked: agent_pb2.ListProcessesCall) -> agent_pb2.ProcessList:
-        return agent_pb2.ProcessList(call_id=asked.call_id, processes=self._processes.select(asked.filter))
+        return agent_pb2.ProcessList(call_id=asked.call_id, processes=select(self._source.processes.all(), asked.filter))
 
     def _complain(self, text: str) -> None:
         """Once, until something else is to be said: an outage of an hour is not a thousand lines."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kmonitor.agent.interest import InterestTable
 from kmonitor.agent.maps import LOST_FOLLOW, LOST_PROCESS, TYPE_BITS
-from kmonitor.agent.probe import Probe
+from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, events_pb2
 from kmonitor.wire.clocks import boottime_to_unix_ns
 from kmonitor.wire.record import SLOT_SIZE
@@ -49,16 +49,16 @@ class Forwarder:
     Owned by the event loop's thread, as are the ring and the maps.
     """
 
-    def __init__(self, probe: Probe, interest: InterestTable, write: Write) -> None:
-        self._probe = probe
-        self._ring = probe.ring
+    def __init__(self, source: Source, interest: InterestTable, write: Write) -> None:
+        self._source = source
+        self._ring = source.ring
         self._interest = interest
         self._write = write
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._offset = boottime_to_unix_ns()
         self._complete_ns = 0
-        self._told: LostCounts = probe.control.lost()
+        self._told: LostCounts = source.control.lost()
         self._seen: LostCounts = self._told
         self._loss: _Loss | None = None
         self._in_flight: deque[int] = deque()
@@ -71,7 +71,7 @@ class Forwarder:
 
     def totals(self) -> agent_pb2.Lost:
         """All losses of this epoch so far: for the hello, which makes them known to the broker."""
-        self._told = self._seen = self._probe.control.lost()
+        self._told = self._seen = self._source.control.lost()
         # What the broker does not know of them was lost while there was no stream: since it last acknowledged.
         return _lost(self._told, _Loss(self._ring.consumer, 0, self._ring.producer, time.time_ns()))
 
@@ -146,7 +146,7 @@ class Forwarder:
     def _look_for_losses(self) -> None:
         """What is lost between two looks lies between the producer's position before the first and after the second."""
         before = self._ring.producer
-        counts = self._probe.control.lost()
+        counts = self._source.control.lost()
         if counts != self._seen:
             now = time.time_ns()
             if self._loss is None:
@@ -169,7 +169,7 @@ class Forwarder:
         while True:
             async with self._lock:
                 now = time.time_ns()
-                self._checked_ns = now if self._loss is None and self._probe.control.lost() == self._seen else self._checked_ns
+                self._checked_ns = now if self._loss is None and self._source.control.lost() == self._seen else self._checked_ns
                 if not self._ring.has_unread():
                     self._complete_ns = now
                 beat = agent_pb2.Heartbeat(position=self._ring.position, time_unix_nano=self._complete_ns)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts what the broker asks for into the probe's maps, and says what became of each process.
+"""Puts what the broker asks for into the source's tables, and says what became of each process.
 
 The promise: a process that is told as RUNNING is armed, and its end will be in the ring; one that is told as EXITED or
 NOT_FOUND will have no event for who asked. Never both, and never neither.
@@ -26,8 +26,8 @@ from kmonitor.agent.maps import (
     pid_key,
     pid_of,
 )
-from kmonitor.agent.probe import Probe
-from kmonitor.agent.processes import Found, ProcessTable
+from kmonitor.agent.processes import Found
+from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
 _RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
@@ -39,9 +39,10 @@ _ARMED = monitor_pb2.REGISTRATION_STATE_ARMED
 class InterestTable:
     """The maps `watched` and `watched_cgroups` and the masks in `control`. All calls are synchronous, and made from one thread."""
 
-    def __init__(self, probe: Probe, processes: ProcessTable) -> None:
-        self._probe = probe
-        self._processes = processes
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._processes = source.processes
+        self._cgroups = source.watched_cgroups
         self._group_ids: dict[str, int] = {}
         self._group_masks: dict[int, int] = {}
         self._masks_seen = 0
@@ -49,7 +50,8 @@ class InterestTable:
 
     def apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
         """Make the kernel let through what `interest` says. The answer has a result for each that was to be looked up."""
-        answer = agent_pb2.InterestApplied(version=interest.version, position=self._probe.ring.producer)
+        self._source.catch_up()
+        answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer)
         if interest.reset:
             self._forget_others(interest)
         removed = [process for process in interest.processes if not process.event_mask]
@@ -58,32 +60,32 @@ class InterestTable:
             self._masks_seen |= process.event_mask
         for group in interest.groups:
             self._apply_group(group, answer)
-        self._probe.control["all_mask"] = interest.node_mask
+        self._source.control["all_mask"] = interest.node_mask
         # Before the entries: one that is there already when its process ends must be seen.
         self._set_any_mask(armed=bool(wanted) or self._any_watched())
         for process in removed:
             self._remove(process)
         self._arm(wanted, answer, again=interest.reset)
-        answer.end_position = self._probe.ring.producer
+        answer.end_position = self._source.ring.producer
         if not wanted:
             self._set_any_mask(armed=self._any_watched())
         return answer
 
     def _any_watched(self) -> bool:
-        return next(self._probe.watched.keys(KEY_SIZE), None) is not None
+        return next(self._source.watched.keys(KEY_SIZE), None) is not None
 
     def _set_any_mask(self, *, armed: bool) -> None:
         if not armed:
             self._masks_seen = 0
-        mask = self._probe.control["all_mask"]
+        mask = self._source.control["all_mask"]
         if armed:
             mask |= ANY_WATCHED | self._masks_seen
         for group_mask in self._group_masks.values():
             mask |= group_mask | ANY_CGROUP
-        self._probe.control["any_mask"] = mask
+        self._source.control["any_mask"] = mask
 
     def _entry(self, pid: int) -> Watched | None:
-        value = self._probe.watched.lookup(pid_key(pid), WATCHED_SIZE)
+        value = self._source.watched.lookup(pid_key(pid), WATCHED_SIZE)
         return None if value is None else Watched.unpack(value)
 
     def _forget_others(self, interest: agent_pb2.Interest) -> None:
@@ -95,7 +97,7 @@ class InterestTable:
         kept = {process.pid for process in interest.processes if process.event_mask}
         following = any(process.follow for process in interest.processes)
         self._masks_seen = 0
-        for key in list(self._probe.watched.keys(KEY_SIZE)):
+        for key in list(self._source.watched.keys(KEY_SIZE)):
             if pid_of(key) in kept:
                 continue
             entry = self._entry(pid_of(key))
@@ -104,22 +106,24 @@ class InterestTable:
             if following and entry.flags & WATCHED_FOLLOW:
                 self._masks_seen |= entry.mask
                 continue
-            self._probe.watched.delete(key)
+            self._source.watched.delete(key)
         self._group_ids.clear()
         self._group_masks.clear()
-        for key in list(self._probe.watched_cgroups.keys(CGROUP_KEY_SIZE)):
+        if self._cgroups is None:
+            return
+        for key in list(self._cgroups.keys(CGROUP_KEY_SIZE)):
             self._group_masks[cgroup_of(key)] = 0  # until _apply_group says otherwise: no moment without
         wanted = [group for group in interest.groups if group.event_mask]
         found = {cgroup_id for group in wanted if (ids := _group_ids(group)[1]) for cgroup_id in ids[:1]}
         for cgroup_id in list(self._group_masks):
             if cgroup_id not in found:
-                self._probe.watched_cgroups.delete(cgroup_key(cgroup_id))
+                self._cgroups.delete(cgroup_key(cgroup_id))
                 del self._group_masks[cgroup_id]
 
     def _remove(self, process: agent_pb2.Interest.ProcessInterest) -> None:
         entry = self._entry(process.pid)
         if entry is not None and process.start_time in (0, entry.start_boottime_ns):
-            self._probe.watched.delete(pid_key(process.pid))
+            self._source.watched.delete(pid_key(process.pid))
 
     def _arm(self, wanted: list[agent_pb2.Interest.ProcessInterest], answer: agent_pb2.InterestApplied, *, again: bool) -> None:
         asked = [process for process in wanted if process.look_up]
@@ -163,7 +167,7 @@ class InterestTable:
             mask, flags = mask | old.mask, flags | old.flags & WATCHED_FOLLOW
         entry = Watched(found.start_boottime_ns, mask, flags)
         # BPF_EXIST: if the probe took the entry away just now, the process has ended, and a new one would stay for ever.
-        self._probe.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
+        self._source.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
         return was_there
 
     def _will_tell(self, process: agent_pb2.Interest.ProcessInterest) -> bool:
@@ -182,7 +186,7 @@ class InterestTable:
         entry = self._entry(found.pid)
         if entry is None or entry.flags & WATCHED_ENDED:
             return False  # the probe used it up: the end is in the ring
-        return self._probe.watched.delete(pid_key(found.pid))
+        return self._source.watched.delete(pid_key(found.pid))
 
     def _change(self, process: agent_pb2.Interest.ProcessInterest) -> None:
         """Another mask for an entry that is there. None is made: without one the process has ended, and was told."""
@@ -191,14 +195,14 @@ class InterestTable:
             return
         flags = WATCHED_FOLLOW if process.follow else 0
         new = Watched(entry.start_boottime_ns, process.event_mask, flags)
-        self._probe.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
+        self._source.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
 
     def _apply_group(self, group: agent_pb2.Interest.GroupInterest, answer: agent_pb2.InterestApplied) -> None:
         name = group.cgroup or group.unit
         if not group.event_mask:
             cgroup_id = self._group_ids.pop(name, None)
-            if cgroup_id is not None and cgroup_id not in self._group_ids.values():
-                self._probe.watched_cgroups.delete(cgroup_key(cgroup_id))
+            if self._cgroups is not None and cgroup_id is not None and cgroup_id not in self._group_ids.values():
+                self._cgroups.delete(cgroup_key(cgroup_id))
                 self._group_masks.pop(cgroup_id, None)
             return
         result = answer.groups.add()
@@ -206,6 +210,9 @@ class InterestTable:
             result.unit = group.unit
         else:
             result.cgroup = group.cgroup
+        if self._cgroups is None:
+            result.error = f"source {self._source.name} does not know in which control group a process is: register single processes"
+            return
         error, ids = _group_ids(group)
         if error:
             result.error = error
@@ -218,7 +225,7 @@ class InterestTable:
         if ids[0] in self._group_masks and list(self._group_ids.values()).count(ids[0]) > 1:
             mask |= self._group_masks[ids[0]]
         try:
-            self._probe.watched_cgroups.update(cgroup_key(ids[0]), pack_mask(mask))
+            self._cgroups.update(cgroup_key(ids[0]), pack_mask(mask))
         except BpfError as failure:
             if failure.errno != errno.E2BIG:
                 raise

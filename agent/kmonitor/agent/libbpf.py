@@ -11,7 +11,7 @@ import ctypes
 import errno as errnos
 import os
 from collections.abc import Iterator
-from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,17 @@ _LOG_LIMIT = 64 * 1024
 
 
 class _OpenOptions(ctypes.Structure):
-    _fields_ = (("sz", c_size_t), ("object_name", c_char_p))
+    """The beginning of struct bpf_object_open_opts."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("object_name", c_char_p),
+        ("relaxed_maps", c_bool),
+        ("pin_root_path", c_char_p),
+        ("reserved", c_uint32),
+        ("kconfig", c_char_p),
+        ("btf_custom_path", c_char_p),
+    )
 
 
 class _IterTask(ctypes.Structure):
@@ -63,13 +73,13 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map__fd": (c_int, (c_void_p,)),
     "bpf_map__set_max_entries": (c_int, (c_void_p, c_uint32)),
     "bpf_map__initial_value": (c_void_p, (c_void_p, POINTER(c_size_t))),
-    "bpf_map__pin": (c_int, (c_void_p, c_char_p)),
     "bpf_program__fd": (c_int, (c_void_p,)),
     "bpf_program__attach": (c_void_p, (c_void_p,)),
-    "bpf_program__pin": (c_int, (c_void_p, c_char_p)),
-    "bpf_link__pin": (c_int, (c_void_p, c_char_p)),
+    "bpf_program__set_autoload": (c_int, (c_void_p, c_bool)),
+    "bpf_link__fd": (c_int, (c_void_p,)),
     "bpf_link__destroy": (c_int, (c_void_p,)),
     "bpf_obj_get": (c_int, (c_char_p,)),
+    "bpf_obj_pin": (c_int, (c_int, c_char_p)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_map_update_elem": (c_int, (c_int, c_void_p, c_void_p, c_uint64)),
     "bpf_map_delete_elem": (c_int, (c_int, c_void_p)),
@@ -199,12 +209,22 @@ def open_pinned(path: Path) -> int:
     return fd
 
 
-class Object:
-    """An object file: opened, configured, loaded, attached, in that order. `close` gives everything back that is not pinned."""
+def pin(fd: int, path: Path) -> None:
+    """Keep the map, program or link alive under `path`."""
+    result = _library.bpf_obj_pin(fd, os.fsencode(path))
+    if result:
+        raise _fail(f"cannot pin {path}", result)
 
-    def __init__(self, image: bytes, name: str) -> None:
+
+class Object:
+    """An object file: opened, configured, loaded, attached, in that order. `close` gives it back; what it made lives on by the
+    descriptors that were given out."""
+
+    def __init__(self, image: bytes, name: str, *, own_btf: Path | None = None) -> None:
+        """With `own_btf`, any file with BTF, the running kernel's is not asked for: enough to make maps, not to load programs."""
         options = _OpenOptions(ctypes.sizeof(_OpenOptions), name.encode())
-        self._links: dict[str, int] = {}
+        if own_btf is not None:
+            options.btf_custom_path = os.fsencode(own_btf)
         self._handle = _library.bpf_object__open_mem(image, len(image), ctypes.byref(options))
         if not self._handle:
             raise _fail("cannot read the BPF object")
@@ -242,12 +262,18 @@ class Object:
         if result:
             raise _fail("cannot load the probe", result)
 
-    def attach(self, program: str) -> None:
-        """To the hook that the program's section names."""
+    def skip_program(self, program: str) -> None:
+        """Before `load`: leave it out."""
+        _library.bpf_program__set_autoload(self._program(program), False)
+
+    def attach(self, program: str) -> int:
+        """To the hook that the program's section names. A descriptor of the link, which the caller owns; closing it detaches."""
         link = _library.bpf_program__attach(self._program(program))
         if not link:
             raise _fail(f"cannot attach {program}")
-        self._links[program] = link
+        fd = os.dup(_library.bpf_link__fd(link))
+        _library.bpf_link__destroy(link)
+        return fd
 
     def map(self, name: str) -> Map:
         """A map of the loaded object, with a descriptor of its own."""
@@ -257,28 +283,8 @@ class Object:
         """A descriptor of a loaded program; the caller owns it."""
         return os.dup(_library.bpf_program__fd(self._program(name)))
 
-    def pin_map(self, name: str, path: Path) -> None:
-        """Keep the map alive under `path`."""
-        self._pin(f"map {name}", _library.bpf_map__pin(self._map(name), os.fsencode(path)), path)
-
-    def pin_program(self, name: str, path: Path) -> None:
-        """Keep the program alive under `path`."""
-        self._pin(f"program {name}", _library.bpf_program__pin(self._program(name), os.fsencode(path)), path)
-
-    def pin_link(self, program: str, path: Path) -> None:
-        """Keep the program attached as long as `path` is there."""
-        self._pin(f"link of {program}", _library.bpf_link__pin(self._links[program], os.fsencode(path)), path)
-
-    @staticmethod
-    def _pin(what: str, result: int, path: Path) -> None:
-        if result:
-            raise _fail(f"cannot pin {what} as {path}", result)
-
     def close(self) -> None:
-        """Detach what is not pinned, and free the object."""
-        for link in self._links.values():
-            _library.bpf_link__destroy(link)
-        self._links.clear()
+        """Free the object."""
         if self._handle:
             _library.bpf_object__close(self._handle)
             self._handle = None
@@ -346,4 +352,4 @@ def _arguments(btf: int, tracepoint: str) -> int:
     return int(_library.btf__type_by_id(btf, number).contents.info & 0xFFFF) - 1
 
 
-__all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "open_pinned", "read_iterator", "tracepoint_arguments", "version"]
+__all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "open_pinned", "pin", "read_iterator", "tracepoint_arguments", "version"]

@@ -14,6 +14,7 @@ from kmonitor.wire.masks import TYPE_NAMES
 
 ANY_WATCHED = 0x100
 ANY_CGROUP = 0x200
+ANY_LEARN = 0x400
 WATCHED_FOLLOW = 0x1
 WATCHED_ENDED = 0x2
 LOST_NODE = 0
@@ -38,7 +39,6 @@ PROCESS_DTYPE: np.dtype[Any] = np.dtype(
 )
 _WATCHED = struct.Struct("<QII")
 _CONFIG = struct.Struct("<IIII")
-_NAMESPACE = struct.Struct("<II")
 _KEY = struct.Struct("<I")
 _CGROUP_KEY = struct.Struct("<Q")
 WATCHED_SIZE = _WATCHED.size
@@ -67,12 +67,6 @@ class Watched:
 def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int) -> bytes:
     """struct kmonitor_config."""
     return _CONFIG.pack(pidns_inum, has_group_dead, victim_is_task, fill_mark)
-
-
-def unpack_namespace(printed: bytes) -> tuple[int, int]:
-    """(level, inode number) of struct kmonitor_namespace."""
-    level, inum = _NAMESPACE.unpack(printed)
-    return level, inum
 
 
 def pid_key(pid: int) -> bytes:

@@ -1,27 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The probe in the kernel: loaded and attached, or found pinned and taken over."""
+"""The probe in the kernel, whoever loaded it: its maps, its ring, its links; made to run, or found pinned and taken over."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from kmonitor.agent import libbpf
-from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
-from kmonitor.agent.maps import Control, pack_config, unpack_namespace
+from kmonitor.agent.errors import BpfError, CaptureError
+from kmonitor.agent.maps import ANY_LEARN, Control, pack_config
 from kmonitor.agent.pins import PinFolder
+from kmonitor.agent.processes import ProcessTable
+from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.ring import Ring
 
 DEFAULT_RING_BYTES = 16 * 1024 * 1024
 DEFAULT_WATCHED_MAX = 32768
-_HOOKS = ("kmonitor_exit", "kmonitor_free", "kmonitor_signal", "kmonitor_oom", "kmonitor_exec", "kmonitor_fork")
-"""In this order: an end that is seen without its beginning does less harm than a process that is followed and never forgotten."""
-_ITERATORS = ("kmonitor_tasks", "kmonitor_where")
+HOOKS = {
+    "kmonitor_exit": "sched_process_exit",
+    "kmonitor_free": "sched_process_free",
+    "kmonitor_signal": "signal_generate",
+    "kmonitor_oom": "mark_victim",
+    "kmonitor_exec": "sched_process_exec",
+    "kmonitor_fork": "sched_process_fork",
+}
+"""Program and tracepoint, in the order of attaching: an end that is seen without its beginning does less harm than a process that is
+followed and never forgotten."""
+ITERATOR = "kmonitor_tasks"
 _MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+_FILL_MARK = 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +50,53 @@ class ProbeOptions:
     """Do as on a kernel that does not tell which thread's end is the process's; for tests."""
 
 
+@dataclass(frozen=True, slots=True)
+class Config:
+    """struct kmonitor_config."""
+
+    pidns_inum: int
+    has_group_dead: bool
+    victim_is_task: bool
+    fill_mark: int
+
+    @classmethod
+    def of(cls, options: ProbeOptions, *, has_group_dead: bool, victim_is_task: bool) -> Config:
+        """For this process. Raises CaptureError if the scope is not possible where it runs."""
+        inum = _own_namespace()
+        if options.scope == "host" and inum != _INITIAL_PID_NAMESPACE:
+            raise CaptureError("scope host needs the initial pid namespace, and this agent runs in another: use --scope pidns")
+        most, of = _FILL_MARK
+        return cls(
+            inum if options.scope == "pidns" else 0,
+            has_group_dead and not options.force_claim,
+            victim_is_task,
+            options.ring_bytes // of * most,
+        )
+
+    def pack(self) -> bytes:
+        """As in the object's section .rodata.config."""
+        return pack_config(
+            pidns_inum=self.pidns_inum,
+            has_group_dead=self.has_group_dead,
+            victim_is_task=self.victim_is_task,
+            fill_mark=self.fill_mark,
+        )
+
+
 class Probe:
     """Ring, control and maps of a running probe. `close` detaches it, unless it is pinned."""
 
-    def __init__(self, maps: dict[str, libbpf.Map], iterators: dict[str, int], obj: libbpf.Object | None, *, adopted: bool) -> None:
+    def __init__(self, name: str, maps: dict[str, libbpf.Map], iterator: int | None, links: list[int], *, adopted: bool) -> None:
+        """Owns all that it is given. `iterator` is the program kmonitor_tasks; without one processes are looked up in /proc."""
+        self.name = name
         self._maps = maps
-        self._iterators = iterators
-        self._object = obj
+        self._iterator = iterator
+        self._links = links
         self.adopted = adopted
         """Whether it was running already: an agent before this one made it."""
         self.watched = maps["watched"]
         self.watched_cgroups = maps["watched_cgroups"]
-        self.tasks_fd = iterators["kmonitor_tasks"]
+        self.processes = ProcTable() if iterator is None else ProcessTable(iterator)
         self.control = Control(maps["control"].fd)
         self.ring = Ring(maps["events"].fd, _ring_size(maps["events"].fd), self.control)
 
@@ -59,7 +108,10 @@ class Probe:
     @property
     def is_current(self) -> bool:
         """Whether this version's object made it."""
-        return self.control["object_crc"] == zlib.crc32(_image())
+        return self.control["object_crc"] == zlib.crc32(image())
+
+    def catch_up(self) -> None:
+        """The kernel matches each event when it happens: nothing is ever behind."""
 
     def close(self) -> None:
         """Give back what this process holds."""
@@ -67,106 +119,96 @@ class Probe:
         self.control.close()
         for each in self._maps.values():
             each.close()
-        for fd in self._iterators.values():
+        for fd in self._links if self._iterator is None else [*self._links, self._iterator]:
             os.close(fd)
-        if self._object is not None:
-            self._object.close()
 
 
-def open_probe(options: ProbeOptions, pins: PinFolder | None) -> Probe:
-    """Take over the probe that is pinned, or load one, and pin it if `pins` is given (it must be open).
-
-    Raises CaptureError, MissingCapabilityError, PinError, BpfError.
-    """
-    if pins is not None:
-        expected = {f"map_{name}" for name in _MAPS} | {f"prog_{name}" for name in _ITERATORS} | {f"link_{name}" for name in _HOOKS}
-        found = pins.names()
-        if found >= expected:
-            return _adopt(options, pins)
-        for name in found:  # an agent was killed while it pinned: what there is captures nothing whole
-            (pins.path / name).unlink()
-    return _load(options, pins)
-
-
-def _adopt(options: ProbeOptions, pins: PinFolder) -> Probe:
-    maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in _MAPS}
-    iterators = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in _ITERATORS}
-    probe = Probe(maps, iterators, None, adopted=True)
-    if options.scope == "pidns":
-        _, inum = _where(iterators)
-        if inum != probe.control["pidns_inum"]:
-            raise CaptureError(
-                f"the pins in {pins.path} belong to another pid namespace: give this agent another --node, or remove them with --unpin"
-            )
-    return probe
-
-
-def _load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
-    if not Path("/sys/kernel/btf/vmlinux").exists():
-        raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF (5.12 or later)")
-    exit_arguments, victim_arguments = libbpf.tracepoint_arguments("sched_process_exit", "mark_victim")
-    inum = Path("/proc/self/ns/pid").stat().st_ino
-    image = _image()
-    obj = libbpf.Object(image, "kmonitor")
+def open_object(options: ProbeOptions, config: Config) -> libbpf.Object:
+    """The object file, with its maps sized and its constants set; not loaded. Raises BpfError, CaptureError."""
+    obj = libbpf.Object(image(), "kmonitor")
     try:
         obj.set_max_entries("events", options.ring_bytes)
         obj.set_max_entries("watched", options.watched_max)
-        obj.set_initial(
-            ".rodata.config",
-            pack_config(
-                pidns_inum=inum if options.scope == "pidns" else 0,
-                has_group_dead=exit_arguments >= 2 and not options.force_claim,
-                victim_is_task=victim_arguments >= 2,
-                fill_mark=options.ring_bytes // 4 * 3,
-            ),
-        )
-        try:
-            obj.load()
-        except BpfError as error:
-            if error.errno in (1, 13):
-                raise MissingCapabilityError(
-                    "the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor"
-                ) from error
-            raise
-        maps = {name: obj.map(real) for name, real in _MAPS.items()}
-        iterators = {name: obj.program_fd(name) for name in _ITERATORS}
-        level, _ = _where(iterators)
-        _check_scope(options.scope, level)
-        probe = Probe(maps, iterators, obj, adopted=False)
-        probe.control["pidns_level"] = level
-        probe.control["pidns_inum"] = inum
-        probe.control["epoch"] = time.time_ns()
-        probe.control["object_crc"] = zlib.crc32(image)
-        for name in _HOOKS:
-            obj.attach(name)
-        if pins is not None:
-            _pin(obj, pins)
+        obj.set_initial(".rodata.config", config.pack())
     except BaseException:
         obj.close()
         raise
+    return obj
+
+
+def run(name: str, obj: libbpf.Object, config: Config, pins: PinFolder | None, attach: Callable[[str], int], iterator: int | None) -> Probe:
+    """Make a probe of a loaded object: attach its programs, and pin all if `pins` is given (it must be open).
+
+    `attach` gives the descriptor of a program's link. Raises MissingCapabilityError, PinError, BpfError.
+    """
+    maps = {mine: obj.map(real) for mine, real in _MAPS.items()}
+    links: dict[str, int] = {}
+    control = Control(maps["control"].fd)
+    try:
+        control["epoch"] = time.time_ns()
+        control["object_crc"] = zlib.crc32(image())
+        for program in HOOKS:
+            links[program] = attach(program)
+        if config.pidns_inum:
+            _learn_level(control, config.pidns_inum)
+        if pins is not None:
+            for mine, each in maps.items():
+                libbpf.pin(each.fd, pins.path / f"map_{mine}")
+            if iterator is not None:
+                libbpf.pin(iterator, pins.path / f"prog_{ITERATOR}")
+            for program, fd in links.items():
+                libbpf.pin(fd, pins.path / f"link_{program}")
+        return Probe(name, maps, iterator, list(links.values()), adopted=False)
+    except BaseException:
+        for each in maps.values():
+            each.close()
+        for fd in links.values():
+            os.close(fd)
+        raise
+    finally:
+        control.close()
+
+
+def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
+    """Take over the probe that is pinned; None if there is none. What is left of one that is not whole is removed.
+
+    Raises CaptureError if it is another namespace's, BpfError, MissingCapabilityError.
+    """
+    whole = {f"map_{name}" for name in _MAPS} | {f"link_{program}" for program in HOOKS}
+    found = pins.names()
+    if not found >= whole:
+        for name in found:  # an agent was killed while it pinned: what there is captures nothing whole
+            (pins.path / name).unlink()
+        return None
+    # Programs are pinned before links: with all links there, an iterator that is missing was never there.
+    iterator = libbpf.open_pinned(pins.path / f"prog_{ITERATOR}") if f"prog_{ITERATOR}" in found else None
+    maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in _MAPS}
+    probe = Probe("bcc" if iterator is None else "core", maps, iterator, [], adopted=True)
+    if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
+        probe.close()
+        raise CaptureError(
+            f"the pins in {pins.path} belong to another pid namespace: give this agent another --node, or remove them with --unpin"
+        )
     return probe
 
 
-def _pin(obj: libbpf.Object, pins: PinFolder) -> None:
-    for name, real in _MAPS.items():
-        obj.pin_map(real, pins.path / f"map_{name}")
-    for name in _ITERATORS:
-        obj.pin_program(name, pins.path / f"prog_{name}")
-    for name in _HOOKS:
-        obj.pin_link(name, pins.path / f"link_{name}")
+def _own_namespace() -> int:
+    return Path("/proc/self/ns/pid").stat().st_ino
 
 
-def _check_scope(scope: str, level: int) -> None:
-    if scope == "host" and level != 0:
-        raise CaptureError("scope host needs the initial pid namespace, and this agent runs in another: use --scope pidns")
+def _learn_level(control: Control, inum: int) -> None:
+    """Have the fork probe see this process make a thread: so it learns how deep the namespace lies."""
+    control["any_mask"] = ANY_LEARN
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    control["any_mask"] = 0
+    if control["pidns_inum"] != inum:
+        raise CaptureError("scope pidns: the probe did not find this agent's pid namespace; please report it, with the kernel's version")
 
 
-def _where(iterators: dict[str, int]) -> tuple[int, int]:
-    """(level, inode number) of this process's pid namespace."""
-    return unpack_namespace(libbpf.read_iterator(iterators["kmonitor_where"]))
-
-
-def _image() -> bytes:
+def image() -> bytes:
+    """The object file. Raises CaptureError if it was not built."""
     try:
         return resources.files("kmonitor.agent").joinpath("kmonitor.bpf.o").read_bytes()
     except FileNotFoundError:

@@ -69,16 +69,17 @@ class ProcessTable:
                     result[pid] = found
         return result
 
-    def select(self, wanted: monitor_pb2.ProcessFilter) -> list[events_pb2.Process]:
-        """What ListProcesses answers: running processes by pid, name and user."""
-        pids, uids = set(wanted.pids), set(wanted.uids)
-        return [
-            found.to_proto()
-            for found in self.all()
-            if (not pids or found.pid in pids)
-            and (not uids or found.uid in uids)
-            and (not wanted.comms or any(fnmatch.fnmatchcase(found.comm, glob) for glob in wanted.comms))
-        ]
+
+def select(processes: list[Found], wanted: monitor_pb2.ProcessFilter) -> list[events_pb2.Process]:
+    """What ListProcesses answers: running processes by pid, name and user."""
+    pids, uids = set(wanted.pids), set(wanted.uids)
+    return [
+        found.to_proto()
+        for found in processes
+        if (not pids or found.pid in pids)
+        and (not uids or found.uid in uids)
+        and (not wanted.comms or any(fnmatch.fnmatchcase(found.comm, glob) for glob in wanted.comms))
+    ]
 
 
 def _decode(printed: bytes) -> list[Found]:

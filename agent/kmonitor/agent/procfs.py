@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs on this node, as /proc tells it (proc(5)): for sources that have no iterator in the kernel.
+
+Start times are in clock ticks there: here they are nanoseconds of boot time, in steps of TICK_NS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from kmonitor.agent.cgroups import hierarchy_root
+from kmonitor.agent.errors import CaptureError
+from kmonitor.agent.processes import Found
+
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+_PF_EXITING = 0x4  # include/linux/sched.h; set before the kernel tells anybody of the end of a thread
+
+
+class Stat(NamedTuple):
+    """Of /proc/PID/stat what is used here."""
+
+    comm: str
+    ppid: int
+    exiting: bool
+    """The thread that was asked for has begun to end, or has ended."""
+    threads: int
+    """Not yet released; the first one stays until the process was waited for."""
+    start_boottime_ns: int
+
+
+class ProcTable:
+    """Looks processes up in /proc."""
+
+    def __init__(self) -> None:
+        """Raises CaptureError if /proc is another pid namespace's."""
+        try:
+            own = os.readlink("/proc/self")  # noqa: PTH115 - the link's text is what is asked for
+        except OSError:
+            own = ""
+        if own != str(os.getpid()):
+            raise CaptureError("/proc is not that of this agent's pid namespace: mount -t proc proc /proc")
+        try:
+            self._cgroup_root: Path | None = hierarchy_root()
+        except CaptureError:
+            self._cgroup_root = None
+
+    def all(self) -> list[Found]:
+        """Every process, zombies too."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208 - strings are wanted
+        return [found for pid in pids if (found := self._find(pid)) is not None]
+
+    def look_up(self, pids: list[int]) -> Mapping[int, Found]:
+        """Those of `pids` that are there."""
+        return {pid: found for pid in pids if (found := self._find(pid)) is not None}
+
+    def _find(self, pid: int) -> Found | None:
+        first = read_stat(f"/proc/{pid}/stat")
+        if first is None:
+            return None
+        live = first.threads if not first.exiting else _live_threads(pid)
+        status = _read(f"/proc/{pid}/status") or b""
+        again = read_stat(f"/proc/{pid}/stat")
+        if again is None or again.start_boottime_ns != first.start_boottime_ns or b"\nTgid:\t%d\n" % pid not in status:
+            return None  # gone meanwhile, or the id of a thread that is not the first
+        uid, gid = _real(status, b"\nUid:\t"), _real(status, b"\nGid:\t")
+        return Found(pid, first.ppid, uid, gid, first.comm, first.start_boottime_ns, self._cgroup_id(pid), live)
+
+    def _cgroup_id(self, pid: int) -> int:
+        """0 if it is not known: there is no version 2, or the group is outside of what is mounted here."""
+        if self._cgroup_root is None:
+            return 0
+        for line in (_read(f"/proc/{pid}/cgroup") or b"").splitlines():
+            if line.startswith(b"0::/"):
+                try:
+                    return Path(os.fsdecode(os.fsencode(self._cgroup_root) + line[3:])).stat().st_ino
+                except OSError:
+                    return 0
+        return 0
+
+
+def read_stat(path: str) -> Stat | None:
+    """Of a process or thread; None if it is gone."""
+    text = _read(path)
+    if text is None:
+        return None
+    opening, closing = text.index(b"("), text.rindex(b")")  # a name may have any of ") ("
+    fields = text[closing + 2 :].split()
+    exiting = bool(int(fields[6]) & _PF_EXITING) or fields[0] in (b"Z", b"X")
+    comm = text[opening + 1 : closing].decode(errors="replace")
+    return Stat(comm, int(fields[1]), exiting, int(fields[17]), int(fields[19]) * TICK_NS)
+
+
+def thread_ids(pid: int) -> list[int]:
+    """Of a process's threads, ended ones too that are not released; none if it is gone."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]  # noqa: PTH208 - strings are wanted
+    except OSError:
+        return []
+
+
+def _live_threads(pid: int) -> int:
+    found = [read_stat(f"/proc/{pid}/task/{tid}/stat") for tid in thread_ids(pid)]
+    return sum(1 for stat in found if stat is not None and not stat.exiting)
+
+
+def _real(status: bytes, label: bytes) -> int:
+    """The first number behind the label: the real id."""
+    return int(status[status.index(label) + len(label) :].split(None, 1)[0])
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:  # ESRCH: gone since it was opened
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a source of events gives to the rest of the agent, however it captures. Positions, blocks and masks mean the same in all."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from kmonitor.agent.processes import Found
+
+
+class Ring(Protocol):
+    """Records in the order of their positions, kept until they are released. See ring.Ring."""
+
+    @property
+    def position(self) -> int:
+        """Where the next read begins."""
+
+    @property
+    def wakeups(self) -> select.epoll:
+        """Readable when there is something to read and `prepare_sleep` was the last word."""
+
+    @property
+    def consumer(self) -> int:
+        """All before it was released."""
+
+    @property
+    def producer(self) -> int:
+        """Where the next record will lie."""
+
+    def has_unread(self) -> bool:
+        """Whether anything, committed or not, lies behind `position`."""
+
+    def committed_ahead(self) -> bool:
+        """Whether the record at `position` is one that can be read: something must lie there."""
+
+    def read(self, limit: int) -> bytes | None:
+        """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
+
+    def release(self, position: int) -> None:
+        """Everything before `position` is not needed any more."""
+
+    def rewind(self) -> None:
+        """Read again what was not released."""
+
+    def prepare_sleep(self) -> bool:
+        """Ask to be woken. False if there is something to read already."""
+
+    def awake(self) -> None:
+        """No more wake-ups; forget those that came."""
+
+
+class Control(Protocol):
+    """The masks, and the counts of what was lost."""
+
+    def __getitem__(self, name: str) -> int: ...
+
+    def __setitem__(self, name: str, number: int) -> None: ...
+
+    def lost(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Records that were not made since the ring was: by type (and LOST_FOLLOW), node-wide ones and watched ones."""
+
+
+class Table(Protocol):
+    """A map of what is watched: keys and values as bytes, laid out as in bpf/kmonitor.h. See libbpf.Map."""
+
+    def lookup(self, key: bytes, value_size: int) -> bytes | None:
+        """The value, or None."""
+
+    def update(self, key: bytes, value: bytes, flags: int = 0) -> bool:
+        """False if BPF_EXIST or BPF_NOEXIST stood against it. Raises BpfError: E2BIG is a full map."""
+
+    def delete(self, key: bytes) -> bool:
+        """False if there was no such entry."""
+
+    def keys(self, key_size: int) -> Iterator[bytes]:
+        """All keys."""
+
+
+class Processes(Protocol):
+    """What runs on this node, with start times in the grain that the source's records have."""
+
+    def all(self) -> list[Found]:
+        """Every process in scope, zombies too."""
+
+    def look_up(self, pids: list[int]) -> Mapping[int, Found]:
+        """Those of `pids` that are there."""
+
+
+class Source(Protocol):
+    """A running source. `close` ends it, unless it is pinned."""
+
+    @property
+    def name(self) -> str:
+        """ "core", "bcc" or "netlink"."""
+
+    @property
+    def adopted(self) -> bool:
+        """Whether it was running already: an agent before this one made it."""
+
+    @property
+    def epoch(self) -> int:
+        """Names the ring: when it was made, in Unix nanoseconds."""
+
+    @property
+    def ring(self) -> Ring: ...
+
+    @property
+    def control(self) -> Control: ...
+
+    @property
+    def watched(self) -> Table: ...
+
+    @property
+    def watched_cgroups(self) -> Table | None:
+        """None if this source cannot tell in which control group a process is."""
+
+    @property
+    def processes(self) -> Processes: ...
+
+    def catch_up(self) -> None:
+        """Until all that has happened so far was matched against the tables as they are: what is armed next has no part in it."""
+
+    def close(self) -> None:
+        """Give back what this process holds."""

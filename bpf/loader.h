@@ -1,0 +1,108 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What differs between the ways to load the probe, so that kmonitor.bpf.c has none of it.
+ *
+ * libbpf (source "core"): the object file is compiled once. Tracepoints are BTF-typed, their pointers are read directly, and
+ * libbpf puts in the offsets of the running kernel (CO-RE).
+ *
+ * bcc (source "bcc"; KMONITOR_BCC is defined): compiled on the node. Raw tracepoints, pointers read by a helper, with the offsets of the kernel's
+ * headers (KMONITOR_KERNEL_HEADERS), or with those that the agent found in the kernel's BTF. The agent makes the maps, from the
+ * object file, so that they are the same; bcc's own way to declare maps and to follow pointers rewrites the source text,
+ * which neither macros nor inlined functions outlive. Hence descriptors as numbers, and explicit reads.
+ *
+ *   FIELD(pointer, type, member)    of a struct that a tracepoint gave, or that was reached from there by FIELD alone
+ *   READ(pointer, type, member)     of any other
+ *   ADDRESS(pointer, type, member)  where it is
+ *   START_BOOTTIME(task)            in the grain that the source's look-ups have: processes are told apart by it
+ */
+#ifndef KMONITOR_LOADER_H
+#define KMONITOR_LOADER_H
+
+#ifdef KMONITOR_BCC
+
+#ifdef KMONITOR_KERNEL_HEADERS
+#include <linux/binfmts.h>
+#include <linux/cgroup-defs.h>
+#include <linux/cred.h>
+#include <linux/kernfs.h>
+#include <linux/mm_types.h>
+#include <linux/pid.h>
+#include <linux/pid_namespace.h>
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+#include <linux/signal_types.h>
+#define OFFSET(type, member) __builtin_offsetof(struct type, member)
+#else
+#include "kernel.h"
+#define OFFSET(type, member) KMONITOR_OFFSET_##type##_##member /* from the kernel's BTF */
+#endif
+
+#define ADDRESS(pointer, type, member) ((void *)((char *)(pointer) + OFFSET(type, member)))
+#define FIELD(pointer, type, member) READ(pointer, type, member)
+
+/* Processes are looked up in /proc, which tells start times in clock ticks. */
+#define TICK_NS 10000000ULL
+#define START_BOOTTIME(task) (FIELD(task, task_struct, start_boottime) / TICK_NS * TICK_NS)
+#define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task())
+
+#define PROBE(name, tracepoint) int name(struct bpf_raw_tracepoint_args *ctx)
+
+#define RING(name)
+#define HASH(name, key, value, entries)
+#define LRU_HASH(name, key, value, entries)
+#define PER_CPU_VALUE(name, value)
+#define MAP(name) ((void *)bpf_pseudo_fd(1, KMONITOR_FD_##name)) /* BPF_PSEUDO_MAP_FD */
+#define control (*(volatile struct kmonitor_control *)bpf_pseudo_fd(2, KMONITOR_FD_control)) /* BPF_PSEUDO_MAP_VALUE */
+#define config ((struct kmonitor_config)KMONITOR_CONFIG)
+
+#else
+
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#define AS_IN_KERNEL __attribute__((preserve_access_index))
+#include "kernel.h"
+
+#define FIELD(pointer, type, member) ((pointer)->member)
+#define ADDRESS(pointer, type, member) (&(pointer)->member)
+#define START_BOOTTIME(task) FIELD(task, task_struct, start_boottime)
+#define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task_btf())
+
+#define PROBE(name, tracepoint)                                                                    \
+	SEC("tp_btf/" #tracepoint)                                                                 \
+	int name(struct bpf_raw_tracepoint_args *ctx)
+#define HAS_ITERATORS
+
+#define MAP_OF(name, kind, key_type, value_type, entries)                                          \
+	struct {                                                                                   \
+		__uint(type, kind);                                                                \
+		__uint(max_entries, entries);                                                      \
+		__type(key, key_type);                                                             \
+		__type(value, value_type);                                                         \
+	} name SEC(".maps")
+#define HASH(name, key_type, value_type, entries) MAP_OF(name, BPF_MAP_TYPE_HASH, key_type, value_type, entries)
+#define LRU_HASH(name, key_type, value_type, entries) MAP_OF(name, BPF_MAP_TYPE_LRU_HASH, key_type, value_type, entries)
+#define PER_CPU_VALUE(name, value_type) MAP_OF(name, BPF_MAP_TYPE_PERCPU_ARRAY, __u32, value_type, 1)
+#define RING(name)                                                                                 \
+	struct {                                                                                   \
+		__uint(type, BPF_MAP_TYPE_RINGBUF);                                                \
+		__uint(max_entries, 16 * 1024 * 1024); /* set by the loader */                     \
+	} name SEC(".maps")
+#define MAP(name) (&name)
+
+#include "kmonitor.h"
+char LICENSE[] SEC("license") = "GPL";
+volatile struct kmonitor_control control SEC(".data.control");
+const volatile struct kmonitor_config config SEC(".rodata.config");
+
+#endif
+
+#define READ(pointer, type, member)                                                                \
+	({                                                                                         \
+		__typeof__(((struct type *)0)->member) read_value;                                 \
+		bpf_probe_read_kernel(&read_value, sizeof(read_value), ADDRESS(pointer, type, member)); \
+		read_value;                                                                        \
+	})
+
+#endif
