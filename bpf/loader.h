@@ -33,6 +33,7 @@
 #include <linux/signal_types.h>
 #define OFFSET(type, member) __builtin_offsetof(struct type, member)
 #else
+#define AS_IN_KERNEL
 #include "kernel.h"
 #define OFFSET(type, member) KMONITOR_OFFSET_##type##_##member /* from the kernel's BTF */
 #endif

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Compile bpf/kmonitor.bpf.c to agent/kmonitor/agent/kmonitor.bpf.o, unless that is newer than all it is made of.
+# Compile bpf/kmonitor.bpf.c to agent/kmonitor/agent/kmonitor.bpf.o, unless that is newer than all it is made of; and put the source
+# beside it, which source "bcc" compiles on the node.
 # Called by the Makefile and by the build hook of the Python package (tools/hatch_build.py).
 set -eu
 cd "$(dirname "$0")/.."
@@ -14,7 +15,8 @@ die() {
 }
 
 [ -e "$source" ] || die "$source is not here: build from a complete checkout"
-if [ -e "$object" ] && [ -z "$(find bpf -name '*.[ch]' -newer "$object")" ]; then
+copies=agent/kmonitor/agent/bpf
+if [ -e "$object" ] && [ -d "$copies" ] && [ -z "$(find bpf -name '*.[ch]' -newer "$object")" ]; then
     exit 0
 fi
 
@@ -38,3 +40,6 @@ if command -v llvm-strip >/dev/null 2>&1; then
 fi
 chmod 0644 "$made"
 mv "$made" "$object"
+rm -rf "$copies"
+mkdir "$copies"
+cp bpf/*.c bpf/*.h "$copies"

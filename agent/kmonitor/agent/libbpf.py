@@ -21,7 +21,6 @@ BPF_ANY = 0
 BPF_NOEXIST = 1
 BPF_EXIST = 2
 _BPF_TRACE_ITER = 28
-_BTF_KIND_TYPEDEF = 8
 _LOG_LIMIT = 64 * 1024
 
 
@@ -55,10 +54,6 @@ class _LinkCreateOptions(ctypes.Structure):
     )
 
 
-class _BtfType(ctypes.Structure):
-    _fields_ = (("name_off", c_uint32), ("info", c_uint32), ("type", c_uint32))
-
-
 _PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 
 # name: (result, arguments), as in bpf/libbpf.h, bpf/bpf.h and bpf/btf.h.
@@ -89,7 +84,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "btf__load_vmlinux_btf": (c_void_p, ()),
     "btf__free": (None, (c_void_p,)),
     "btf__find_by_name_kind": (c_int, (c_void_p, c_char_p, c_uint32)),
-    "btf__type_by_id": (POINTER(_BtfType), (c_void_p, c_uint32)),
+    "btf__type_by_id": (POINTER(c_uint32), (c_void_p, c_uint32)),
+    "btf__name_by_offset": (c_char_p, (c_void_p, c_uint32)),
 }
 
 
@@ -138,17 +134,17 @@ class _Library:
         return text
 
 
-_library = _Library()
+library = _Library()
 
 
 def version() -> str:
     """Of the installed libbpf, such as "v1.1". Raises CaptureError if there is none."""
-    return str(_library.libbpf_version_string().decode())
+    return str(library.libbpf_version_string().decode())
 
 
 def _fail(what: str, errno: int | None = None) -> BpfError | MissingCapabilityError:
     number = ctypes.get_errno() if errno is None else abs(errno)
-    log = _library.take_log()
+    log = library.take_log()
     if number in (errnos.EPERM, errnos.EACCES) and "prog" not in log.lower():
         return MissingCapabilityError(f"{what}: the kernel does not allow it: run as root, or with CAP_BPF and CAP_PERFMON")
     return BpfError(f"{what}: {os.strerror(number)}", number, log)
@@ -164,7 +160,7 @@ class Map:
     def lookup(self, key: bytes, value_size: int) -> bytes | None:
         """The value, or None."""
         value = ctypes.create_string_buffer(value_size)
-        if _library.bpf_map_lookup_elem(self.fd, key, value) == 0:
+        if library.bpf_map_lookup_elem(self.fd, key, value) == 0:
             return value.raw
         if ctypes.get_errno() == errnos.ENOENT:
             return None
@@ -172,7 +168,7 @@ class Map:
 
     def update(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> bool:
         """False if BPF_EXIST or BPF_NOEXIST stood against it. Raises BpfError: E2BIG is a full map."""
-        if _library.bpf_map_update_elem(self.fd, key, value, flags) == 0:
+        if library.bpf_map_update_elem(self.fd, key, value, flags) == 0:
             return True
         if ctypes.get_errno() in (errnos.ENOENT, errnos.EEXIST):
             return False
@@ -180,7 +176,7 @@ class Map:
 
     def delete(self, key: bytes) -> bool:
         """False if there was no such entry."""
-        if _library.bpf_map_delete_elem(self.fd, key) == 0:
+        if library.bpf_map_delete_elem(self.fd, key) == 0:
             return True
         if ctypes.get_errno() == errnos.ENOENT:
             return False
@@ -190,7 +186,7 @@ class Map:
         """All keys; one that comes or goes meanwhile may be in it or not."""
         key: bytes | None = None
         following = ctypes.create_string_buffer(key_size)
-        while _library.bpf_map_get_next_key(self.fd, key, following) == 0:
+        while library.bpf_map_get_next_key(self.fd, key, following) == 0:
             key = following.raw
             yield key
 
@@ -203,7 +199,7 @@ class Map:
 
 def open_pinned(path: Path) -> int:
     """A descriptor of a pinned map, program or link; the caller owns it."""
-    fd: int = _library.bpf_obj_get(os.fsencode(path))
+    fd: int = library.bpf_obj_get(os.fsencode(path))
     if fd < 0:
         raise _fail(f"cannot open the pin {path}")
     return fd
@@ -211,7 +207,7 @@ def open_pinned(path: Path) -> int:
 
 def pin(fd: int, path: Path) -> None:
     """Keep the map, program or link alive under `path`."""
-    result = _library.bpf_obj_pin(fd, os.fsencode(path))
+    result = library.bpf_obj_pin(fd, os.fsencode(path))
     if result:
         raise _fail(f"cannot pin {path}", result)
 
@@ -225,68 +221,68 @@ class Object:
         options = _OpenOptions(ctypes.sizeof(_OpenOptions), name.encode())
         if own_btf is not None:
             options.btf_custom_path = os.fsencode(own_btf)
-        self._handle = _library.bpf_object__open_mem(image, len(image), ctypes.byref(options))
+        self._handle = library.bpf_object__open_mem(image, len(image), ctypes.byref(options))
         if not self._handle:
             raise _fail("cannot read the BPF object")
 
     def _map(self, name: str) -> int:
-        handle: int | None = _library.bpf_object__find_map_by_name(self._handle, name.encode())
+        handle: int | None = library.bpf_object__find_map_by_name(self._handle, name.encode())
         if not handle:
             raise BpfError(f"the BPF object has no map {name}", errnos.ENOENT)
         return handle
 
     def _program(self, name: str) -> int:
-        handle: int | None = _library.bpf_object__find_program_by_name(self._handle, name.encode())
+        handle: int | None = library.bpf_object__find_program_by_name(self._handle, name.encode())
         if not handle:
             raise BpfError(f"the BPF object has no program {name}", errnos.ENOENT)
         return handle
 
     def set_max_entries(self, map_name: str, entries: int) -> None:
         """Before `load`. For a ring: its size in bytes."""
-        result = _library.bpf_map__set_max_entries(self._map(map_name), entries)
+        result = library.bpf_map__set_max_entries(self._map(map_name), entries)
         if result:
             raise _fail(f"cannot size map {map_name}", result)
 
     def set_initial(self, map_name: str, value: bytes) -> None:
         """Before `load`: the first bytes of a data section."""
         size = c_size_t()
-        address = _library.bpf_map__initial_value(self._map(map_name), ctypes.byref(size))
+        address = library.bpf_map__initial_value(self._map(map_name), ctypes.byref(size))
         if not address or size.value < len(value):
             raise BpfError(f"section {map_name} has {size.value} bytes, not {len(value)}: rebuild the BPF object", errnos.EINVAL)
         ctypes.memmove(address, value, len(value))
 
     def load(self) -> None:
         """Into the kernel. Raises BpfError with the verifier's log, or MissingCapabilityError."""
-        _library.take_log()
-        result = _library.bpf_object__load(self._handle)
+        library.take_log()
+        result = library.bpf_object__load(self._handle)
         if result:
             raise _fail("cannot load the probe", result)
 
     def skip_program(self, program: str) -> None:
         """Before `load`: leave it out."""
-        _library.bpf_program__set_autoload(self._program(program), False)
+        library.bpf_program__set_autoload(self._program(program), False)
 
     def attach(self, program: str) -> int:
         """To the hook that the program's section names. A descriptor of the link, which the caller owns; closing it detaches."""
-        link = _library.bpf_program__attach(self._program(program))
+        link = library.bpf_program__attach(self._program(program))
         if not link:
             raise _fail(f"cannot attach {program}")
-        fd = os.dup(_library.bpf_link__fd(link))
-        _library.bpf_link__destroy(link)
+        fd = os.dup(library.bpf_link__fd(link))
+        library.bpf_link__destroy(link)
         return fd
 
     def map(self, name: str) -> Map:
         """A map of the loaded object, with a descriptor of its own."""
-        return Map(os.dup(_library.bpf_map__fd(self._map(name))), name)
+        return Map(os.dup(library.bpf_map__fd(self._map(name))), name)
 
     def program_fd(self, name: str) -> int:
         """A descriptor of a loaded program; the caller owns it."""
-        return os.dup(_library.bpf_program__fd(self._program(name)))
+        return os.dup(library.bpf_program__fd(self._program(name)))
 
     def close(self) -> None:
         """Free the object."""
         if self._handle:
-            _library.bpf_object__close(self._handle)
+            library.bpf_object__close(self._handle)
             self._handle = None
 
 
@@ -297,13 +293,13 @@ def read_iterator(program_fd: int, tid: int = 0) -> bytes:
     if tid:
         options.iter_info = ctypes.addressof(info)
         options.iter_info_len = ctypes.sizeof(info)
-    link = _library.bpf_link_create(program_fd, 0, _BPF_TRACE_ITER, ctypes.byref(options))
+    link = library.bpf_link_create(program_fd, 0, _BPF_TRACE_ITER, ctypes.byref(options))
     if link < 0 and tid:
         return read_iterator(program_fd)
     if link < 0:
         raise _fail("cannot read the kernel's list of processes", link)
     with contextlib.closing(_Descriptor(link)):
-        fd = _library.bpf_iter_create(link)
+        fd = library.bpf_iter_create(link)
         if fd < 0:
             raise _fail("cannot read the kernel's list of processes", fd)
         with contextlib.closing(_Descriptor(fd)):
@@ -329,27 +325,4 @@ class _Descriptor:
         os.close(self._fd)
 
 
-def tracepoint_arguments(*names: str) -> list[int]:
-    """How many arguments each BTF-typed tracepoint gives to a program; 0 if the kernel has no such tracepoint.
-
-    From the kernel's BTF: typedef btf_trace_NAME -> pointer -> function, whose first argument is not given on.
-    """
-    btf = _library.btf__load_vmlinux_btf()
-    if not btf:
-        raise CaptureError("the kernel has no BTF (/sys/kernel/btf/vmlinux): it must be built with CONFIG_DEBUG_INFO_BTF")
-    try:
-        return [_arguments(btf, name) for name in names]
-    finally:
-        _library.btf__free(btf)
-
-
-def _arguments(btf: int, tracepoint: str) -> int:
-    number = _library.btf__find_by_name_kind(btf, f"btf_trace_{tracepoint}".encode(), _BTF_KIND_TYPEDEF)
-    if number < 0:
-        return 0
-    for _ in range(2):
-        number = _library.btf__type_by_id(btf, number).contents.type
-    return int(_library.btf__type_by_id(btf, number).contents.info & 0xFFFF) - 1
-
-
-__all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "open_pinned", "pin", "read_iterator", "tracepoint_arguments", "version"]
+__all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "library", "open_pinned", "pin", "read_iterator", "version"]

@@ -123,9 +123,12 @@ class Probe:
             os.close(fd)
 
 
-def open_object(options: ProbeOptions, config: Config) -> libbpf.Object:
-    """The object file, with its maps sized and its constants set; not loaded. Raises BpfError, CaptureError."""
-    obj = libbpf.Object(image(), "kmonitor")
+def open_object(options: ProbeOptions, config: Config, *, own_btf: Path | None = None) -> libbpf.Object:
+    """The object file, with its maps sized and its constants set; not loaded. For `own_btf` see libbpf.Object.
+
+    Raises BpfError, CaptureError.
+    """
+    obj = libbpf.Object(image(), "kmonitor", own_btf=own_btf)
     try:
         obj.set_max_entries("events", options.ring_bytes)
         obj.set_max_entries("watched", options.watched_max)
@@ -207,10 +210,15 @@ def _learn_level(control: Control, inum: int) -> None:
         raise CaptureError("scope pidns: the probe did not find this agent's pid namespace; please report it, with the kernel's version")
 
 
+def object_path() -> Path:
+    """Where the object file is."""
+    return Path(str(resources.files("kmonitor.agent").joinpath("kmonitor.bpf.o")))
+
+
 def image() -> bytes:
-    """The object file. Raises CaptureError if it was not built."""
+    """The object file's bytes. Raises CaptureError if it was not built."""
     try:
-        return resources.files("kmonitor.agent").joinpath("kmonitor.bpf.o").read_bytes()
+        return object_path().read_bytes()
     except FileNotFoundError:
         raise CaptureError("kmonitor.bpf.o is not built: run 'make build' in the source tree, or install a wheel") from None
 

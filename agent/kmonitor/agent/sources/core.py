@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from kmonitor.agent import libbpf
-from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
+from kmonitor.agent.errors import BpfError, MissingCapabilityError
+from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ITERATOR, Config, Probe, ProbeOptions, open_object, run
-
-KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
 
 
 def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
@@ -18,10 +14,10 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
 
     Raises CaptureError, MissingCapabilityError, PinError, BpfError.
     """
-    if not KERNEL_BTF.exists():
-        raise CaptureError(f"the kernel has no BTF ({KERNEL_BTF}): it must be built with CONFIG_DEBUG_INFO_BTF (5.12 or later)")
-    exit_arguments, victim_arguments = libbpf.tracepoint_arguments("sched_process_exit", "mark_victim")
-    config = Config.of(options, has_group_dead=exit_arguments >= 2, victim_is_task=victim_arguments >= 2)
+    with KernelBtf() as btf:
+        has_group_dead = btf.tracepoint_arguments("sched_process_exit") >= 2
+        victim_is_task = btf.tracepoint_arguments("mark_victim") >= 2
+    config = Config.of(options, has_group_dead=has_group_dead, victim_is_task=victim_is_task)
     obj = open_object(options, config)
     try:
         try:

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Source "bcc": the same probe, compiled on this node by bcc, for kernels that were built without BTF.
+
+libbpf makes the maps from the object file, as for source "core": that takes no BTF of the kernel. The programs are compiled from the source
+that lies beside the object. Where the kernel's fields lie is read from its BTF if it has one, else from its headers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import astuple
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
+from kmonitor.agent.kernel_btf import KernelBtf, has_kernel_btf
+from kmonitor.agent.libbpf import Object
+from kmonitor.agent.pins import PinFolder
+from kmonitor.agent.probe import HOOKS, ITERATOR, Config, Probe, ProbeOptions, object_path, open_object, run
+
+_LOADER = Path(__file__).with_name("bcc_loader.py")
+_LIMIT_S = 60.0
+_VICTIM_IS_TASK_SINCE = 6, 8
+_MAPS = {
+    "events": "events",
+    "watched": "watched",
+    "watched_cgroups": "watched_cgroups",
+    "killers": "killers",
+    "claims": "claims",
+    "ended": "ended",
+    "filenames": "filenames",
+    "control": ".data.control",
+}
+"""All that the programs use: as the source names it, and as the object file does."""
+
+_STUBS = {
+    "linux/kconfig.h": """
+#include <linux/types.h>
+typedef __u8 u8;
+typedef __u16 u16;
+typedef __u32 u32;
+typedef __u64 u64;
+typedef __s8 s8;
+typedef __s16 s16;
+typedef __s32 s32;
+typedef __s64 s64;
+typedef __SIZE_TYPE__ size_t;
+typedef __UINTPTR_TYPE__ uintptr_t;
+#define CONFIG_BPF_SYSCALL 1
+""",
+    "uapi/linux/bpf.h": "",
+    "uapi/linux/if_packet.h": "",
+    "linux/log2.h": "",
+    "asm/page.h": "",
+}
+"""What bcc's own prelude takes from the kernel's headers, for where there are none."""
+
+
+def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
+    """Compile the probe, load and attach it, and pin it if `pins` is given (it must be open).
+
+    Raises CaptureError, MissingCapabilityError, PinError, BpfError.
+    """
+    interpreter, _ = find_bcc()
+    sources = Path(str(resources.files("kmonitor.agent").joinpath("bpf")))
+    if not sources.is_dir():
+        raise CaptureError("the probe's source is not beside its object: run 'make build' in the source tree, or install a wheel")
+    has_group_dead, victim_is_task, offsets = _fit(sources)
+    config = Config.of(options, has_group_dead=has_group_dead, victim_is_task=victim_is_task)
+    obj = open_object(options, config, own_btf=object_path())
+    try:
+        for program in (*HOOKS, ITERATOR):
+            obj.skip_program(program)
+        obj.load()
+        links = _compile(interpreter, sources, obj, config, offsets)
+        try:
+            return run("bcc", obj, config, pins, lambda program: os.dup(links[program]), None)
+        finally:
+            for fd in links.values():
+                os.close(fd)
+    finally:
+        obj.close()
+
+
+def find_bcc() -> tuple[str, str]:
+    """The interpreter that has bcc, and bcc's version. Raises CaptureError."""
+    reasons = []
+    for interpreter in dict.fromkeys((sys.executable, "/usr/bin/python3")):
+        try:
+            answer = _ask(interpreter, {"hooks": [], "headers": None})
+        except CaptureError as error:
+            reasons.append(str(error))
+        else:
+            return interpreter, answer["version"]
+    raise CaptureError(f"bcc is not installed: apt install python3-bpfcc, or dnf install python3-bcc ({reasons[-1]})")
+
+
+def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
+    """(whether the exit tracepoint has group_dead, whether mark_victim gives a task, offsets of fields or None for the headers')."""
+    if not has_kernel_btf():
+        # Raw tracepoints give no types. What the exit probe claims for itself is right on every kernel.
+        release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+        return False, release >= _VICTIM_IS_TASK_SINCE, None
+    text = "".join(sources.joinpath(name).read_text(encoding="utf-8") for name in ("kmonitor.bpf.c", "loader.h"))
+    with KernelBtf() as btf:
+        # What looks like FIELD(..., struct, member) and is not has no offset either; one that is missing does not compile.
+        pairs = set(re.findall(r", (\w+), (\w+)\)", text))
+        found = {f"{struct}_{member}": btf.offset(struct, member) for struct, member in pairs}
+        offsets = {name: offset for name, offset in found.items() if offset is not None}
+        return btf.tracepoint_arguments("sched_process_exit") >= 2, btf.tracepoint_arguments("mark_victim") >= 2, offsets
+
+
+def _compile(interpreter: str, sources: Path, obj: Object, config: Config, offsets: dict[str, int] | None) -> dict[str, int]:
+    """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, which the caller owns."""
+    with contextlib.ExitStack() as stack:
+        maps = {name: stack.enter_context(contextlib.closing(obj.map(real))).fd for name, real in _MAPS.items()}
+        headers = None if _has_kernel_headers() else str(stack.enter_context(_stub_headers()))
+        flags = ["-DKMONITOR_BCC", "-Wno-everything", f"-I{sources}"]
+        flags += [f"-DKMONITOR_FD_{name}={fd}" for name, fd in maps.items()]
+        flags.append(f"-DKMONITOR_CONFIG={{{','.join(str(int(value)) for value in astuple(config))}}}")
+        if offsets is None:
+            flags.append("-DKMONITOR_KERNEL_HEADERS")
+        else:
+            flags += [f"-DKMONITOR_OFFSET_{name}={offset}" for name, offset in offsets.items()]
+        if headers is not None:
+            flags += ["-isystem", "/usr/include", "-isystem", f"/usr/include/{platform.machine()}-linux-gnu"]
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        order = {
+            "source": sources.joinpath("kmonitor.bpf.c").read_text(encoding="utf-8"),
+            "flags": flags,
+            "headers": headers,
+            "hooks": list(HOOKS.items()),
+            "socket": theirs.fileno(),
+        }
+        _ask(interpreter, order, (*maps.values(), theirs.fileno()))
+        theirs.close()
+        _, links, _, _ = socket.recv_fds(ours, 16, len(HOOKS))
+        return dict(zip(HOOKS, links, strict=True))
+
+
+def _ask(interpreter: str, order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
+    """The loader's answer. Raises CaptureError, MissingCapabilityError, BpfError."""
+    try:
+        # -I: neither this environment's variables nor the working directory's modules have a part in it.
+        done = subprocess.run(
+            [interpreter, "-I", _LOADER], input=json.dumps(order), capture_output=True, text=True, errors="replace",
+            pass_fds=descriptors, timeout=_LIMIT_S, check=False,
+        )  # fmt: skip
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except OSError as error:
+        raise CaptureError(f"cannot run {interpreter}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise CaptureError(f"bcc took longer than {_LIMIT_S:.0f} s to compile the probe") from None
+    except ValueError:
+        raise BpfError("bcc's loader failed", 0, done.stderr) from None
+    if "error" not in answer:
+        return answer
+    if answer["errno"] in (1, 13):
+        raise MissingCapabilityError("the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor")
+    if answer["errno"]:
+        raise BpfError(f"{answer['error']}: {os.strerror(answer['errno'])}", answer["errno"], done.stderr)
+    raise CaptureError(answer["error"])
+
+
+def _has_kernel_headers() -> bool:
+    """Whether bcc finds some by itself: installed ones, or those that the kernel carries (CONFIG_IKHEADERS)."""
+    return Path("/lib/modules", platform.release(), "build").exists() or Path("/sys/kernel/kheaders.tar.xz").exists()
+
+
+@contextlib.contextmanager
+def _stub_headers() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="kmonitor-headers-") as name:
+        folder = Path(name)
+        for path, text in _STUBS.items():
+            file = folder / "include" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        yield folder
