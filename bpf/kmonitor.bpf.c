@@ -2,7 +2,7 @@
 /*
  * The probe: process and thread events of one kernel, filtered, into one ring.
  *
- * Why these hooks. The BTF-typed raw tracepoints cost one indirect call, are stable where kernel functions are not (they are
+ * Why these hooks. Raw tracepoints (BTF-typed where the kernel has BTF) cost one indirect call, are stable where kernel functions are not (they are
  * inlined and renamed), and give the task itself. sched_process_exit fires in do_exit() for every thread, before its
  * resources are given back: pid, cgroup and credentials are still there. sched_process_fork fires before the child is woken
  * for the first time: whatever the child does comes later in the ring, and a child that is to be followed is armed before
@@ -43,14 +43,14 @@ LRU_HASH(ended, __u32, __u32, 4096);
 
 #define FILENAME_MAX_LEN 1024
 
-struct filename {
+struct exec_filename {
 	char bytes[FILENAME_MAX_LEN];
 	/* Unused: for structs that only functions use, this is what brings them into the object's BTF, where a test reads them. */
 	struct kmonitor_process process;
 	struct kmonitor_record record;
 };
 
-PER_CPU_VALUE(filenames, struct filename);
+PER_CPU_VALUE(filenames, struct exec_filename);
 
 /* What several programs read of a task. The status is that of its process. */
 #define CGROUP_ID(task) FIELD(FIELD(FIELD(FIELD(task, task_struct, cgroups), css_set, dfl_cgrp), cgroup, kn), kernfs_node, id)
@@ -276,7 +276,7 @@ PROBE(kmonitor_fork, sched_process_fork)
 }
 
 /* The record's size must be a constant: it is one of three, by what there is to say. */
-static __always_inline void emit_exec(struct subject *subject, __u16 flags, struct filename *filename, __u32 filename_len,
+static __always_inline void emit_exec(struct subject *subject, __u16 flags, struct exec_filename *filename, __u32 filename_len,
 				      unsigned long args, __u64 args_len, const __u32 room)
 {
 	struct kmonitor_record *record = begin(subject, flags, KMONITOR_PROCESS_EXEC, KMONITOR_RECORD_SIZE + room);
@@ -315,7 +315,7 @@ PROBE(kmonitor_exec, sched_process_exec) /* task, its id before, what is execute
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
 	struct linux_binprm *bprm = (struct linux_binprm *)ctx->args[2];
 	__u32 any = control.any_mask;
-	struct filename *filename;
+	struct exec_filename *filename;
 	struct subject subject;
 	struct mm_struct *mm;
 	unsigned long args;

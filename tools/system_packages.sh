@@ -34,6 +34,8 @@ missing() {
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null 2>&1 || echo iproute2
     command -v node >/dev/null 2>&1 || echo nodejs
     command -v npm >/dev/null 2>&1 || echo npm
+    # bcc is a distribution's package, for the distribution's interpreter.
+    /usr/bin/python3 -c 'from bcc import BPF' 2>/dev/null || echo python3-bpfcc
 }
 
 packages=$(missing | tr '\n' ' ')

@@ -28,6 +28,8 @@ from kmonitor.agent.libbpf import Object
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import HOOKS, ITERATOR, Config, Probe, ProbeOptions, object_path, open_object, run
 
+INTERPRETERS = (sys.executable, "/usr/bin/python3")
+"""Which are asked for bcc. A distribution's package belongs to the distribution's interpreter, which need not be the one that runs this."""
 _LOADER = Path(__file__).with_name("bcc_loader.py")
 _LIMIT_S = 60.0
 _VICTIM_IS_TASK_SINCE = 6, 8
@@ -71,7 +73,6 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
 
     Raises CaptureError, MissingCapabilityError, PinError, BpfError.
     """
-    interpreter, _ = find_bcc()
     sources = Path(str(resources.files("kmonitor.agent").joinpath("bpf")))
     if not sources.is_dir():
         raise CaptureError("the probe's source is not beside its object: run 'make build' in the source tree, or install a wheel")
@@ -82,7 +83,7 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
         for program in (*HOOKS, ITERATOR):
             obj.skip_program(program)
         obj.load()
-        links = _compile(interpreter, sources, obj, config, offsets)
+        links = _compile(sources, obj, config, offsets)
         try:
             return run("bcc", obj, config, pins, lambda program: os.dup(links[program]), None)
         finally:
@@ -92,22 +93,19 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
         obj.close()
 
 
-def find_bcc() -> tuple[str, str]:
-    """The interpreter that has bcc, and bcc's version. Raises CaptureError."""
-    reasons = []
-    for interpreter in dict.fromkeys((sys.executable, "/usr/bin/python3")):
-        try:
-            answer = _ask(interpreter, {"hooks": [], "headers": None})
-        except CaptureError as error:
-            reasons.append(str(error))
-        else:
-            return interpreter, answer["version"]
-    raise CaptureError(f"bcc is not installed: apt install python3-bpfcc, or dnf install python3-bcc ({reasons[-1]})")
+def version() -> str:
+    """Of the bcc that is installed. Raises CaptureError if there is none."""
+    return str(_ask({"hooks": [], "headers": None})["version"])
 
 
 def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
     """(whether the exit tracepoint has group_dead, whether mark_victim gives a task, offsets of fields or None for the headers')."""
     if not has_kernel_btf():
+        if not _has_kernel_headers():
+            raise CaptureError(
+                "the kernel has no BTF, and its headers are not installed:"
+                f" apt install linux-headers-{platform.release()}, or name a folder in BCC_KERNEL_SOURCE"
+            )
         # Raw tracepoints give no types. What the exit probe claims for itself is right on every kernel.
         release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
         return False, release >= _VICTIM_IS_TASK_SINCE, None
@@ -120,7 +118,7 @@ def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
         return btf.tracepoint_arguments("sched_process_exit") >= 2, btf.tracepoint_arguments("mark_victim") >= 2, offsets
 
 
-def _compile(interpreter: str, sources: Path, obj: Object, config: Config, offsets: dict[str, int] | None) -> dict[str, int]:
+def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int] | None) -> dict[str, int]:
     """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, which the caller owns."""
     with contextlib.ExitStack() as stack:
         maps = {name: stack.enter_context(contextlib.closing(obj.map(real))).fd for name, real in _MAPS.items()}
@@ -142,39 +140,53 @@ def _compile(interpreter: str, sources: Path, obj: Object, config: Config, offse
             "hooks": list(HOOKS.items()),
             "socket": theirs.fileno(),
         }
-        _ask(interpreter, order, (*maps.values(), theirs.fileno()))
+        _ask(order, (*maps.values(), theirs.fileno()))
         theirs.close()
         _, links, _, _ = socket.recv_fds(ours, 16, len(HOOKS))
         return dict(zip(HOOKS, links, strict=True))
 
 
-def _ask(interpreter: str, order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
+def _ask(order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
     """The loader's answer. Raises CaptureError, MissingCapabilityError, BpfError."""
+    answer: dict[str, Any] = {}
+    log = ""
+    for interpreter in dict.fromkeys(INTERPRETERS):
+        answer, log = _run_loader(interpreter, order, descriptors)
+        if not answer.get("missing"):
+            break
+    if "error" not in answer:
+        return answer
+    if answer.get("missing"):
+        raise CaptureError(f"bcc is not installed: apt install python3-bpfcc, or dnf install python3-bcc ({answer['error']})")
+    if answer["errno"] in (1, 13):
+        raise MissingCapabilityError("the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor")
+    raise BpfError(answer["error"], answer["errno"], log)
+
+
+def _run_loader(interpreter: str, order: dict[str, Any], descriptors: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+    """(its answer, what the compiler and the verifier said)."""
     try:
-        # -I: neither this environment's variables nor the working directory's modules have a part in it.
+        # -I: neither variables of this environment nor modules in the working directory have a part in it.
         done = subprocess.run(
             [interpreter, "-I", _LOADER], input=json.dumps(order), capture_output=True, text=True, errors="replace",
             pass_fds=descriptors, timeout=_LIMIT_S, check=False,
         )  # fmt: skip
-        answer: dict[str, Any] = json.loads(done.stdout)
+        return json.loads(done.stdout), done.stderr
     except OSError as error:
-        raise CaptureError(f"cannot run {interpreter}: {error.strerror}") from None
+        return {"error": f"cannot run {interpreter}: {error.strerror}", "missing": True}, ""
     except subprocess.TimeoutExpired:
         raise CaptureError(f"bcc took longer than {_LIMIT_S:.0f} s to compile the probe") from None
     except ValueError:
-        raise BpfError("bcc's loader failed", 0, done.stderr) from None
-    if "error" not in answer:
-        return answer
-    if answer["errno"] in (1, 13):
-        raise MissingCapabilityError("the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor")
-    if answer["errno"]:
-        raise BpfError(f"{answer['error']}: {os.strerror(answer['errno'])}", answer["errno"], done.stderr)
-    raise CaptureError(answer["error"])
+        raise BpfError(f"bcc's loader ended with status {done.returncode}", 0, done.stderr) from None
 
 
 def _has_kernel_headers() -> bool:
-    """Whether bcc finds some by itself: installed ones, or those that the kernel carries (CONFIG_IKHEADERS)."""
-    return Path("/lib/modules", platform.release(), "build").exists() or Path("/sys/kernel/kheaders.tar.xz").exists()
+    """Whether bcc finds some by itself: named ones, installed ones, or those that the kernel carries (CONFIG_IKHEADERS)."""
+    return (
+        "BCC_KERNEL_SOURCE" in os.environ
+        or Path("/lib/modules", platform.release(), "build").exists()
+        or Path("/sys/kernel/kheaders.tar.xz").exists()
+    )
 
 
 @contextlib.contextmanager

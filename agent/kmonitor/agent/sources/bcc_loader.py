@@ -10,8 +10,8 @@ Nothing of kmonitor is imported here. Standard input is a JSON object:
     hooks     [[program, tracepoint], ...]: attached in this order
     socket    descriptor of a Unix socket, to which the links' descriptors are sent, in the same order
 
-Standard output is a JSON object: {"version": ...}, or {"error": one line, "errno": number or 0}; standard error is what the compiler or
-the verifier said.
+Standard output is a JSON object: {"version": ...}; or {"error": one line, "errno": number or 0}; or {"error": one line, "missing": true} if
+this interpreter has no bcc. Standard error is what the compiler or the verifier said.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ def load(order: dict[str, Any]) -> dict[str, Any]:
     try:
         import bcc  # noqa: PLC0415 - an answer, not a traceback, if it is not there
     except (ImportError, OSError) as error:
-        return {"error": f"bcc cannot be imported: {error}", "errno": 0}
+        return {"error": _line(error), "missing": True}
     if not hasattr(bcc, "BPF"):  # on PyPI the name is another project's
-        return {"error": f"the Python package at {bcc.__file__} is not the BPF Compiler Collection", "errno": 0}
+        return {"error": f"the Python package at {bcc.__file__} is not the BPF Compiler Collection", "missing": True}
     version = getattr(bcc, "__version__", "of unknown version")
     if not order["hooks"]:
         return {"version": version}
@@ -48,7 +48,10 @@ def load(order: dict[str, Any]) -> dict[str, Any]:
             return {"error": f"bcc {version} does not load {program}: {_line(error)}", "errno": ctypes.get_errno()}
         link = bcc.lib.bpf_attach_raw_tracepoint(loaded.fd, tracepoint.encode())
         if link < 0:
-            return {"error": f"bcc {version} cannot attach {program} to {tracepoint}", "errno": ctypes.get_errno()}
+            return {
+                "error": f"bcc {version} cannot attach {program} to {tracepoint}: {os.strerror(ctypes.get_errno())}",
+                "errno": ctypes.get_errno(),
+            }
         links.append(link)
     with socket.socket(fileno=order["socket"]) as channel:
         socket.send_fds(channel, [b"links"], links)
