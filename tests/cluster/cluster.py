@@ -16,6 +16,8 @@ from tests.lab.workload import Programs, Root, Stage
 
 ZONES = {"a": "east", "b": "east", "c": "west"}
 """The label `zone` of each node."""
+SOURCES = {"c": "bcc"}
+"""What captures, where it is not core."""
 
 
 class Cluster:
@@ -58,7 +60,7 @@ def running(pins: Path, *broker_options: str, zones: dict[str, str]) -> Iterator
             with relay(net.hub, broker.address) as address:
                 cluster = Cluster(lab, net, broker, address)
                 for name, zone in zones.items():
-                    cluster.node(name, "--label", f"zone={zone}", wait=False)
+                    cluster.node(name, "--label", f"zone={zone}", "--source", SOURCES.get(name, "core"), wait=False)
                 for agent in cluster.agents.values():
                     agent.wait_connected()
                 yield cluster

@@ -10,7 +10,7 @@ import pytest
 
 from kmonitor.clients import RegistrationState, connect
 from kmonitor.wire.record import SLOT_SIZE
-from tests.cluster.cluster import ZONES, Cluster, NodeStage
+from tests.cluster.cluster import SOURCES, ZONES, Cluster, NodeStage
 from tests.lab import check
 from tests.lab.namespaces import pid_inside
 from tests.lab.services import Lab
@@ -22,8 +22,8 @@ SAME_PID = 5000
 def test_three_nodes_are_up(cluster: Cluster, lab: Lab) -> None:
     """With their labels, and with pids as the namespace has them."""
     nodes = cluster.nodes(lab)
-    assert {name: (node["state"], node["scope"], node["labels"]) for name, node in nodes.items()} == {
-        name: ("UP", "pidns", {"zone": zone}) for name, zone in ZONES.items()
+    assert {name: (node["state"], node["scope"], node["source"], node["labels"]) for name, node in nodes.items()} == {
+        name: ("UP", "pidns", SOURCES.get(name, "core"), {"zone": zone}) for name, zone in ZONES.items()
     }
     for name, machine in cluster.machines.items():
         idler = machine.idler(lab)
@@ -87,7 +87,8 @@ async def test_a_pid_of_the_host_is_none_of_the_node(cluster: Cluster) -> None:
         assert (await monitor.register(node="b", pid=os.getpid(), events="exit")).states == {"b": RegistrationState.NOT_FOUND}
 
 
+@pytest.mark.parametrize("node", ["b", "c"], ids=["core", "bcc"])
 @pytest.mark.parametrize("scene", [("mixed",), ("namespace", "0"), ("namespace", "1")], ids=" ".join)
-def test_what_is_inside_is_seen(cluster: Cluster, lab: Lab, programs: Programs, tmp_path: Path, scene: tuple[str, ...]) -> None:
+def test_what_is_inside_is_seen(cluster: Cluster, lab: Lab, programs: Programs, tmp_path: Path, scene: tuple[str, ...], node: str) -> None:
     """In the node's own namespace, and in one below it: each event once, by the node's pids."""
-    check.exact(NodeStage(lab, cluster, "b", programs, tmp_path).play(*scene), "b")
+    check.exact(NodeStage(lab, cluster, node, programs, tmp_path).play(*scene), node)
