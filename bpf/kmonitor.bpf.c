@@ -20,15 +20,19 @@ RING(events);
 HASH(watched, __u32, struct kmonitor_watched, 32768); /* both sizes are set by the loader */
 HASH(watched_cgroups, __u64, __u32, 1024);
 
+struct killer_key {
+	__u32 tgid; /* of the target, in the initial namespace */
+	__u32 signal;
+};
+
 struct killer_entry {
 	__u64 start_boottime_ns; /* of the target */
-	__u16 signal;
 	__u16 flags; /* KMONITOR_F_KILLED_BY, and KMONITOR_F_OOM_KILLED where it is so */
 	struct kmonitor_killer killer;
 };
 
-/* Who last sent a signal that can kill, by target: its tgid in the initial namespace. LRU: one that survives is forgotten in time. */
-LRU_HASH(killers, __u32, struct killer_entry, 4096);
+/* Who last sent a signal that can kill, by target and signal. LRU: what does not kill is forgotten in time. */
+LRU_HASH(killers, struct killer_key, struct killer_entry, 8192);
 
 struct claim_key {
 	__u64 start_boottime_ns;
@@ -362,7 +366,7 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	__u16 flags = matches(subject, bit);
 	struct kmonitor_record *record;
 	struct killer_entry *entry;
-	__u32 tgid;
+	struct killer_key key = {};
 
 	if (!flags)
 		return;
@@ -370,10 +374,11 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	if (!record)
 		return;
 	record->status = status;
-	tgid = FIELD(subject->leader, task_struct, tgid);
-	if (status & 0x7f) {
-		entry = bpf_map_lookup_elem(MAP(killers), &tgid);
-		if (entry && entry->signal == (status & 0x7f) && entry->start_boottime_ns == subject->start_boottime_ns) {
+	key.tgid = FIELD(subject->leader, task_struct, tgid);
+	key.signal = status & 0x7f;
+	if (key.signal) {
+		entry = bpf_map_lookup_elem(MAP(killers), &key);
+		if (entry && entry->start_boottime_ns == subject->start_boottime_ns) {
 			record->killer = entry->killer;
 			record->flags |= entry->flags;
 		}
@@ -461,63 +466,80 @@ PROBE(kmonitor_free, sched_process_free)
 #define SIGWINCH 28
 #define HARMLESS (1ULL << SIGCHLD | 1ULL << SIGCONT | 1ULL << SIGSTOP | 3ULL << 20 | 1ULL << SIGTTOU | 1ULL << SIGURG | 1ULL << SIGWINCH)
 #define SIGNAL_MAX 64
+/* Of include/trace/events/signal.h: what became of it. */
+#define TRACE_SIGNAL_DELIVERED 0
+#define TRACE_SIGNAL_LOSE_INFO 4
+/* Of include/linux/signal.h: in place of a siginfo. */
 #define SEND_SIG_NOINFO 0
 #define SEND_SIG_PRIV 1
+/* Of include/uapi/asm-generic/siginfo.h: kill, sigqueue, tgkill. Any other is the kernel's: a fault, a timer, a terminal, a message queue. */
+#define SI_USER 0
+#define SI_QUEUE (-1)
+#define SI_TKILL (-6)
 
 PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to the whole process, what became of it */
 {
 	int sig = ctx->args[0];
-	struct kernel_siginfo *info = (struct kernel_siginfo *)ctx->args[1];
+	unsigned long info = ctx->args[1];
 	struct task_struct *task = (struct task_struct *)ctx->args[2];
+	int result = ctx->args[4];
 	__u32 any = control.any_mask;
 	struct killer_entry entry = {};
+	struct killer_key key = {};
 	struct task_struct *sender;
 	struct subject subject;
-	__u32 tgid;
+	bool from_user;
 	int code;
 
 	if (!(any & KMONITOR_ENDS))
 		return 0;
 	if (sig <= 0 || sig > SIGNAL_MAX || (sig < SIGNAL_MAX && (HARMLESS & (1ULL << sig))))
 		return 0;
+	/* Ignored, as the target is being killed already or does not care; or pending already: who came first is who kills. */
+	if (result != TRACE_SIGNAL_DELIVERED && result != TRACE_SIGNAL_LOSE_INFO)
+		return 0;
 	if (!look_up(&subject, task, any))
 		return 0;
+	sender = CURRENT_TASK();
+	if (info == SEND_SIG_PRIV) {
+		from_user = false;
+	} else if (info == SEND_SIG_NOINFO) {
+		/* In the name of who runs: of a parent that ends (PR_SET_PDEATHSIG). To itself it is the kernel's own doing: SIGPIPE, SIGXFSZ. */
+		from_user = FIELD(sender, task_struct, tgid) != FIELD(task, task_struct, tgid);
+	} else {
+		code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
+		from_user = code == SI_USER || code == SI_QUEUE || code == SI_TKILL;
+	}
 	entry.start_boottime_ns = subject.start_boottime_ns;
-	entry.signal = sig;
 	entry.flags = KMONITOR_F_KILLED_BY;
-	code = 0;
-	if ((unsigned long)info == SEND_SIG_PRIV)
-		code = 1;
-	else if ((unsigned long)info != SEND_SIG_NOINFO)
-		bpf_probe_read_kernel(&code, sizeof(code), ADDRESS(info, kernel_siginfo, si_code));
-	if (code <= 0) { /* above 0 it is the kernel that sends: a fault, a timer, a terminal (sigaction(2)) */
-		sender = CURRENT_TASK();
+	if (from_user) {
 		struct task_struct *leader = FIELD(sender, task_struct, group_leader);
 
 		entry.killer.tgid = scoped_id(leader);
 		entry.killer.uid = REAL_UID(sender);
 		bpf_probe_read_kernel(entry.killer.comm, sizeof(entry.killer.comm), ADDRESS(leader, task_struct, comm));
 	}
-	tgid = FIELD(task, task_struct, tgid);
-	bpf_map_update_elem(MAP(killers), &tgid, &entry, BPF_ANY);
+	key.tgid = FIELD(task, task_struct, tgid);
+	key.signal = sig;
+	bpf_map_update_elem(MAP(killers), &key, &entry, BPF_ANY);
 	return 0;
 }
 
 /* The out-of-memory killer sends SIGKILL, then names its victim here: the entry is there already. */
 PROBE(kmonitor_oom, mark_victim)
 {
+	struct killer_key key = {.signal = SIGKILL};
 	struct killer_entry *entry;
-	__u32 tgid;
 
 	if (!(control.any_mask & KMONITOR_ENDS))
 		return 0;
 	/* A task from 6.8 on, a thread's id before; the victim is a process's leader almost always. */
 	if (config.victim_is_task)
-		tgid = READ((struct task_struct *)ctx->args[0], task_struct, tgid);
+		key.tgid = READ((struct task_struct *)ctx->args[0], task_struct, tgid);
 	else
-		tgid = ctx->args[0];
-	entry = bpf_map_lookup_elem(MAP(killers), &tgid);
-	if (entry && entry->signal == SIGKILL)
+		key.tgid = ctx->args[0];
+	entry = bpf_map_lookup_elem(MAP(killers), &key);
+	if (entry)
 		entry->flags |= KMONITOR_F_OOM_KILLED;
 	return 0;
 }
