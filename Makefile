@@ -24,7 +24,7 @@ setup: $(INSTALLED) $(OBJECT) ## all that running takes: system packages, .venv,
 
 setup-test: setup $(SYSTEM_TEST)
 
-build: $(OBJECT) ## the BPF object
+build: $(OBJECT) ## the BPF object, and its source beside it for bcc
 
 demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (root, for BPF)
 	$(BIN)/kmon up $(if $(FOR),--for $(FOR)) $(ARGS)
@@ -53,7 +53,7 @@ wheel: setup ## dist/kmonitor-*.whl, with the BPF object inside
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove all that was made here, .venv too
-	rm -rf build dist $(VENV) $(OBJECT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist $(VENV) $(OBJECT) $(dir $(OBJECT))bpf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find agent broker clients proto tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(SYSTEM): tools/system_packages.sh

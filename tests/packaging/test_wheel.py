@@ -68,6 +68,8 @@ def test_the_wheel_holds_the_object_the_protocol_and_the_licences(installed: Ins
         head = wheel.read(OBJECT)[:20]
     assert head[:4] == b"\x7fELF"
     assert struct.unpack_from("=H", head, 18) == (EM_BPF,)
+    # What source "bcc" compiles on the node.
+    assert {f"kmonitor/agent/bpf/{path.name}" for path in (ROOT / "bpf").glob("*.[ch]")} <= names
     assert "kmonitor/__init__.py" not in names
     assert {f"kmonitor/{part}/py.typed" for part in ("agent", "broker", "clients", "v1", "wire")} <= names
     assert {"kmonitor/v1/monitor.proto", "kmonitor/v1/monitor_pb2.pyi"} <= names
