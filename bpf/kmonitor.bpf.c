@@ -472,9 +472,10 @@ PROBE(kmonitor_free, sched_process_free)
 /* Of include/linux/signal.h: in place of a siginfo. */
 #define SEND_SIG_NOINFO 0
 #define SEND_SIG_PRIV 1
-/* Of include/uapi/asm-generic/siginfo.h: kill, sigqueue, tgkill. Any other is the kernel's: a fault, a timer, a terminal, a message queue. */
+/* Of include/uapi/asm-generic/siginfo.h: kill, sigqueue, mq_notify, tgkill. Any other is the kernel's: a fault, a timer, a terminal. */
 #define SI_USER 0
 #define SI_QUEUE (-1)
+#define SI_MESGQ (-3) /* who has written to the queue runs */
 #define SI_TKILL (-6)
 
 PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to the whole process, what became of it */
@@ -508,7 +509,7 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 		from_user = FIELD(sender, task_struct, tgid) != FIELD(task, task_struct, tgid);
 	} else {
 		code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
-		from_user = code == SI_USER || code == SI_QUEUE || code == SI_TKILL;
+		from_user = code == SI_USER || code == SI_QUEUE || code == SI_MESGQ || code == SI_TKILL;
 	}
 	entry.start_boottime_ns = subject.start_boottime_ns;
 	entry.flags = KMONITOR_F_KILLED_BY;
@@ -539,7 +540,8 @@ PROBE(kmonitor_oom, mark_victim)
 	else
 		key.tgid = ctx->args[0];
 	entry = bpf_map_lookup_elem(MAP(killers), &key);
-	if (entry)
+	/* One that somebody has killed already is named too, if it has yet to give its memory back: that is not the kernel's doing. */
+	if (entry && !entry->killer.tgid && !entry->killer.comm[0])
 		entry->flags |= KMONITOR_F_OOM_KILLED;
 	return 0;
 }
