@@ -19,6 +19,7 @@ import grpc.aio
 from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.pidfile import PidfileReader
 from kmonitor.agent.probe import Probe
 from kmonitor.agent.processes import ProcessTable
 from kmonitor.v1 import agent_pb2, agent_pb2_grpc
@@ -67,6 +68,7 @@ class Connection:
         self._probe = probe
         self._processes = ProcessTable(probe.tasks_fd)
         self._interest = InterestTable(probe, self._processes)
+        self._pidfiles = PidfileReader(self._processes)
         self._stopping = asyncio.Event()
         self._boot_id = boot_id()
         self._complaint = ""
@@ -142,6 +144,7 @@ class Connection:
             agent_version=version("kmonitor"),
             labels=self._identity.labels,
             lost=forwarder.totals(),
+            reads_pidfiles=True,
         )
         async with asyncio.timeout(_CONNECT_TIMEOUT):
             await call.write(agent_pb2.AgentMessage(hello=hello))
@@ -180,6 +183,7 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._pidfiles.abandon()
 
     async def _leave(self, call: _Call, forwarder: Forwarder, tasks: list[asyncio.Task[Any]]) -> None:
         """Everything that is in the ring is sent, and the broker's answer awaited, so that the pinned ring is left empty."""
@@ -199,6 +203,9 @@ class Connection:
                 await forwarder.apply(message.interest)
             elif kind == "list_processes":
                 await forwarder.send(agent_pb2.AgentMessage(processes=self._list(message.list_processes)))
+            elif kind == "read_pidfile":
+                # Beside this loop: a file may lie on a server that does not answer.
+                self._pidfiles.start(message.read_pidfile, forwarder.send)
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
