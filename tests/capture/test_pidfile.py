@@ -5,24 +5,29 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kmonitor.clients import BadSelectorError, Event, Monitor, RegistrationError, RegistrationState, connect, sync
+from kmonitor.clients import BadSelectorError, Event, Monitor, Reconnected, Registered, RegistrationError, RegistrationState, connect, sync
 from tests.bad_input.refusal import refused
+from tests.capture.test_registration import LONGEST_US, Ends, Forker
 from tests.lab.process import Running
 from tests.lab.services import Lab
-from tests.lab.workload import Stage
+from tests.lab.workload import Programs, Stage
 
 RUNNING = RegistrationState.RUNNING
 EXITED = RegistrationState.EXITED
 NOT_FOUND = RegistrationState.NOT_FOUND
 LIMIT = 10.0
+ROUNDS = 600
+LONGEST = (LONGEST_US, 10 * LONGEST_US)
 
 
 def idler(lab: Lab) -> Running:
@@ -123,6 +128,69 @@ async def test_followed(service: tuple[str, str], stage: Stage, tmp_path: Path) 
             seen.append(positions)
         assert seen[0] == seen[1]
         assert len(seen[0]) > 3
+
+
+@pytest.mark.timeout(120)
+async def test_registering_while_the_process_dies(service: tuple[str, str], programs: Programs, tmp_path: Path) -> None:
+    """RUNNING and then the end, or EXITED and nothing: the file is read in one step, and its process armed in another."""
+    address, node = service
+    seed = random.randrange(1 << 32)
+    print(f"\nseed {seed}")
+    rng = random.Random(seed)
+    forker, told = await Forker.start(programs.brief), []
+    async with connect(address) as monitor:
+        ends = Ends(monitor)
+        for number in range(ROUNDS):
+            file = tmp_path / f"{number}.pid"
+            code, reap = rng.randrange(256), rng.random() < 0.5
+            pid = await forker.fork(rng.randrange(rng.choice(LONGEST)), code, reap=reap)
+            file.write_text(f"{pid}\n")
+            async with asyncio.timeout(LIMIT):
+                state = (await monitor.register(node=node, pidfile=str(file), events="exit")).states[node]
+            if state is RUNNING:
+                event = await ends.of(pid)
+                assert (event.exit_code, event.inferred) == (code, False)
+            await forker.ended(reaped=reap)
+            told.append((state, pid))
+        # One more, seen to its end: what was to come before has come.
+        pid = await forker.fork(100_000, 1, reap=True)
+        (tmp_path / "last.pid").write_text(str(pid))
+        assert (await monitor.register(node=node, pidfile=str(tmp_path / "last.pid"), events="exit")).states == {node: RUNNING}
+        await ends.of(pid)
+        await forker.ended(reaped=True)
+        await ends.stop()
+    await forker.stop()
+    states = Counter(state for state, _ in told)
+    print(dict(states))
+    # Both sides of the race were tried, or the test has shown nothing.
+    assert min(states[RUNNING], states[EXITED]) > ROUNDS / 20
+    for state, pid in told:
+        assert state in (RUNNING, EXITED)
+        assert len(ends.seen[pid]) == (1 if state is RUNNING else 0), (state, pid, ends.seen[pid])
+
+
+async def test_another_broker_is_told_which_process_it_was(lab: Lab, tmp_path: Path) -> None:
+    """The client comes back to a broker that knows nothing, and the file names another process by then."""
+    broker = lab.broker()
+    lab.agent("beta", broker.address)
+    first, second, file = idler(lab), idler(lab), tmp_path / "daemon.pid"
+    file.write_text(f"{first.pid}\n")
+    async with connect(broker.address) as monitor:
+        await monitor.register(nodes=["be*"], pidfile=str(file), events="exit")
+        lab.stop(broker)
+        file.write_text(f"{second.pid}\n")
+        lab.broker(listen=broker.address)
+        reconnected = False
+        async with asyncio.timeout(30):
+            async for item in monitor:
+                reconnected |= isinstance(item, Reconnected)
+                if reconnected and isinstance(item, Registered) and item.process is not None:
+                    assert (item.state, item.process.pid) == (RUNNING, first.pid)
+                    break
+        end(second, 2)
+        end(first, 1)
+        event = await next_exit(monitor)
+        assert (event.pid, event.exit_code) == (first.pid, 1)
 
 
 async def test_no_such_file(service: tuple[str, str], tmp_path: Path) -> None:
