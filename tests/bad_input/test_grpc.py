@@ -42,6 +42,8 @@ BAD = {
     "empty node name": (registration(("",)), INVALID, "cannot be a node's name"),
     "comm glob": (registration(comms=("ok*", "[a")), INVALID, "malformed glob '[a' for comm"),
     "cgroup": (registration(target=monitor_pb2.Target(cgroup="/a/../b")), INVALID, "control group '/a/../b'"),
+    "pidfile": (registration(target=monitor_pb2.Target(pidfile="run/x.pid")), INVALID, "pidfile 'run/x.pid': give an absolute path"),
+    "no pidfile": (registration(target=monitor_pb2.Target(pidfile="")), INVALID, "pidfile '': give an absolute path"),
     "unit": (registration(target=monitor_pb2.Target(unit="a b")), INVALID, "systemd unit"),
 }
 CASES = pytest.mark.parametrize(("wanted", "code", "words"), BAD.values(), ids=BAD)

@@ -100,6 +100,10 @@ def test_watch_of_what_cannot_be_meant(lab: Lab) -> None:
         ("--uid", "-1"): "is no user's",
         ("--cgroup", "relative"): "control group 'relative'",
         ("--unit", "a b"): "systemd unit",
+        ("--pidfile", "x.pid"): "pidfile 'x.pid': give an absolute path",
+        ("--pidfile", ""): "pidfile '': give an absolute path",
+        ("--pidfile", "/\n" + "x" * 4096): "pidfile '/\\nxxx",
+        ("--pidfile", "/\udcff"): "not UTF-8",
         ("--count", "0"): "--count",
         ("--for", "soon"): "'soon' is no duration",
     }
@@ -113,6 +117,7 @@ def test_watch_of_what_cannot_be_meant(lab: Lab) -> None:
     ("words", "said"),
     [
         (["wait", "--node", "[a", "--pid", "1"], "cannot be a node's name"),
+        (["wait", "--node", "a", "--pidfile", "x.pid"], "pidfile 'x.pid': give an absolute path"),
         (["ps", "--node", "[a"], "cannot be a node's name"),
         (["ps", "--node", "a", "--comm", "[a"], "malformed glob '[a' for comm"),
         (["nodes", "[a"], "malformed glob '[a' for node"),
@@ -132,6 +137,16 @@ def test_group_that_is_not_there(lab: Lab, settled: tuple[str, str], target: tup
     assert target[1] in done.stdout
 
 
-@pytest.mark.parametrize("words", [["watch", "--nosuch"], ["wait", "--node", "a"], ["watch", "--pid", "x"]], ids=ids)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["watch", "--nosuch"],
+        ["wait", "--node", "a"],
+        ["wait", "--node", "a", "--pid", "1", "--pidfile", "/run/x.pid"],
+        ["wait", "--node", "a", "--pidfile", "/run/x.pid", "--start-time", "5"],
+        ["watch", "--pid", "x"],
+    ],
+    ids=ids,
+)
 def test_usage(lab: Lab, words: list[str]) -> None:
     refused_by_usage(lab.run("kmon", *words), "--")

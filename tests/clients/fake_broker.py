@@ -71,12 +71,14 @@ class Session:
 
 
 class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
-    """`processes`: (node, pid) -> start time, or None for one that has ended. `answers`: whether it answers by itself."""
+    """`processes`: (node, pid) -> start time, or None for one that has ended. `pidfiles`: (node, path) -> pid, or what is wrong with
+    the file. `answers`: whether it answers by itself."""
 
     def __init__(self) -> None:
         self.nodes: list[str] = ["web1"]
         self.unreachable: set[str] = set()
         self.processes: dict[tuple[str, int], int | None] = {}
+        self.pidfiles: dict[tuple[str, str], int | str] = {}
         self.refuse: grpc.StatusCode | None = None
         self.answers = True
         self.position = 100
@@ -173,12 +175,19 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         answers = []
         for left, name in zip(range(len(names) - 1, -1, -1), names, strict=True):
             process = None
-            if wanted.target.WhichOneof("kind") != "process":
+            kind = wanted.target.WhichOneof("kind")
+            found = {item.node: (item.pid, item.start_time) for item in request.register.found}
+            pid, asked = wanted.target.process.pid, wanted.target.process.start_time
+            if kind == "pidfile":
+                named = self.pidfiles.get((name, wanted.target.pidfile), 0)
+                if isinstance(named, str):
+                    answers.append(refused(request.request_id, 9, f"node {name}: {named}", node=name, pending=left))
+                    continue
+                pid, asked = found.get(name, (named, 0))
+            if kind not in ("process", "pidfile"):
                 state = ARMED
             else:
-                pid = wanted.target.process.pid
                 start = self.processes.get((name, pid), 0)
-                asked = wanted.target.process.start_time
                 state = NOT_FOUND if start == 0 else EXITED if start is None or asked not in (0, start) else RUNNING
                 process = process_of(pid, start) if state == RUNNING and start else None
             if name in self.unreachable:
@@ -231,10 +240,13 @@ def registered(
     )
 
 
-def refused(request_id: int, code: int, message: str) -> monitor_pb2.Notification:
-    """The answer to a register that cannot be."""
+def refused(request_id: int, code: int, message: str, *, node: str = "", pending: int = 0) -> monitor_pb2.Notification:
+    """The answer to a register that cannot be; with `node`, that one's."""
     error = monitor_pb2.RequestError(code=code, message=message)
-    return monitor_pb2.Notification(registered=monitor_pb2.Registered(request_id=request_id, error=error))
+    registration_id = request_id if node else 0
+    return monitor_pb2.Notification(
+        registered=monitor_pb2.Registered(request_id=request_id, registration_id=registration_id, node=node, pending=pending, error=error)
+    )
 
 
 def gap(node: str = "web1") -> monitor_pb2.Notification:

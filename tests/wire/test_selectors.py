@@ -110,6 +110,17 @@ def test_malformed_cgroup_paths(path: str) -> None:
         selectors.check_cgroup_path(path)
 
 
+@pytest.mark.parametrize("path", ["/x", "/run/nginx.pid", "/var/run/../run/a b.pid", "/é", "/" + "x" * 4095])
+def test_good_pidfiles(path: str) -> None:
+    assert selectors.check_pidfile(path) == path
+
+
+@pytest.mark.parametrize("path", ["", "x.pid", "./x.pid", "~/x.pid", "/a\0b", "/" + "x" * 4096, "/" + "é" * 2048, "/\udc80"])
+def test_malformed_pidfiles(path: str) -> None:
+    with pytest.raises(BadSelectorError, match=r"^pidfile '.{0,200}$"):
+        selectors.check_pidfile(path)
+
+
 @pytest.mark.parametrize(
     ("name", "full"),
     [

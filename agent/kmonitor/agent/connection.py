@@ -19,6 +19,7 @@ import grpc.aio
 from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.pidfile import PidfileReader
 from kmonitor.agent.processes import select
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, agent_pb2_grpc
@@ -65,6 +66,7 @@ class Connection:
         self._identity = identity
         self._source = source
         self._interest = InterestTable(source)
+        self._pidfiles = PidfileReader(source.processes)
         self._stopping = asyncio.Event()
         self._boot_id = boot_id()
         self._complaint = ""
@@ -140,6 +142,7 @@ class Connection:
             agent_version=version("kmonitor"),
             labels=self._identity.labels,
             lost=forwarder.totals(),
+            reads_pidfiles=True,
         )
         async with asyncio.timeout(_CONNECT_TIMEOUT):
             await call.write(agent_pb2.AgentMessage(hello=hello))
@@ -178,6 +181,7 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._pidfiles.abandon()
 
     async def _leave(self, call: _Call, forwarder: Forwarder, tasks: list[asyncio.Task[Any]]) -> None:
         """Everything that is in the ring is sent, and the broker's answer awaited, so that the pinned ring is left empty."""
@@ -197,6 +201,9 @@ class Connection:
                 await forwarder.apply(message.interest)
             elif kind == "list_processes":
                 await forwarder.send(agent_pb2.AgentMessage(processes=self._list(message.list_processes)))
+            elif kind == "read_pidfile":
+                # Beside this loop: a file may lie on a server that does not answer.
+                self._pidfiles.start(message.read_pidfile, forwarder.send)
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())

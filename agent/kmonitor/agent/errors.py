@@ -31,5 +31,13 @@ class NodeNameTakenError(UsageError):
     """Another agent is connected under this node's name."""
 
 
+class PidfileError(UsageError):
+    """A file does not name a process. The text follows the file's name: "is empty"."""
+
+
+class PidfileMissingError(PidfileError):
+    """There is no such file."""
+
+
 class ProtocolError(UsageError):
     """The broker refused what this agent sends: the two are of different versions."""

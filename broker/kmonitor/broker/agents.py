@@ -100,6 +100,8 @@ class Agents:
             link.ack(node.expected)
         elif kind == "applied":
             self._broker.arming.applied(node, message.applied)
+        elif kind == "pidfile_read":
+            self._broker.arming.pidfile_read(node, message.pidfile_read)
         elif kind == "lost":
             self._lost(node, message.lost)
         elif kind == "heartbeat":

@@ -15,7 +15,7 @@ from kmonitor.broker.log import EventLog
 from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import gap, registered
-from kmonitor.broker.registrations import Arm, ArmState, Ask, Process, Registration, Request
+from kmonitor.broker.registrations import Arm, ArmState, Ask, Pidfile, Process, Registration, Request
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
@@ -48,12 +48,12 @@ class Arming:
             if arm.state is not ArmState.ARMED:
                 arm.state = ArmState.AWAY
             if node is not None:
-                self._claim(node, Ask(arm, None, mask, registration.key.target), waits=False)
+                self._claim(node, Ask(arm, None, mask, registration.sought(name)), waits=False)
             self._tell(arm, request, NODE_UNREACHABLE, node)
             return
         if arm.state is not ArmState.ARMED:
             arm.state = ArmState.ASKED
-        self._claim(node, Ask(arm, request, mask, registration.key.target), waits=True)
+        self._claim(node, Ask(arm, request, mask, registration.sought(name)), waits=True)
         _session(arm).pends(1)
         self.flush_soon(node)
 
@@ -89,12 +89,20 @@ class Arming:
         self._flushing.discard(node.name)
         if node.link is not None and node.interest.dirty:
             node.link.send(agent_pb2.BrokerMessage(interest=node.interest.delta()))
+        if node.link is not None:
+            for call in node.pidfiles.unsent():
+                if node.hello.reads_pidfiles:
+                    node.link.send(agent_pb2.BrokerMessage(read_pidfile=call))
+                else:
+                    why = f"cannot be read by this node's agent (version {node.hello.agent_version}): upgrade it"
+                    self.pidfile_read(node, agent_pb2.PidfileRead(call_id=call.call_id, error=why))
 
     # -- what agents cause
 
     def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, restarted: bool) -> agent_pb2.Interest:
         """The node is up: everything that is wanted of it, for its agent. `restarted`: positions start anew."""
         asks = node.interest.abandon()
+        reads = node.pidfiles.abandon()
         living: dict[Arm, set[tuple[int, int]]] = {}
         for session in sessions:
             for span in session.matcher.spans(node.name):
@@ -118,19 +126,22 @@ class Arming:
                     self._tell(arm, None, EXITED, node)
                     self._over(arm)
                     continue
-                if arm not in living and any(ask.arm is arm for ask in asks):
+                if arm not in living and any(ask.arm is arm for ask in (*asks, *reads)):
                     continue  # the question that the last agent left open is asked again
                 asks += self._asks_again(node, arm, living.get(arm, set()))
         for ask in asks:
             if ask.request is None and not ask.child:
                 self._claim(node, ask, waits=False)
-        return node.interest.snapshot(asks)
+        for ask in (*reads, *(ask for ask in asks if isinstance(ask.target, Pidfile))):
+            self._claim(node, ask, waits=True)
+        self.flush_soon(node)  # behind the snapshot
+        return node.interest.snapshot([ask for ask in asks if not isinstance(ask.target, Pidfile)])
 
     def _asks_again(self, node: Node, arm: Arm, living: set[tuple[int, int]]) -> list[Ask]:
         registration = arm.registration
         if not living:
             arm.state = ArmState.ASKED
-            return [Ask(arm, None, registration.mask, registration.key.target)]
+            return [Ask(arm, None, registration.mask, registration.sought(node.name))]
         root = None if arm.process is None else (arm.process.pid, arm.process.start)
         asks = [Ask(arm, None, registration.mask, Process(*key), child=key != root) for key in sorted(living)]
         for ask in asks:
@@ -147,9 +158,14 @@ class Arming:
 
     def disconnected(self, node: Node) -> None:
         """The node is not reachable: whoever waits for its answer is told."""
-        for ask in node.interest.abandon():
-            if ask.arm.state is ArmState.ASKED:
-                ask.arm.state = ArmState.AWAY
+        for ask in (*node.interest.abandon(), *node.pidfiles.abandon()):
+            arm = ask.arm
+            if arm.state is ArmState.ASKED:
+                arm.state = ArmState.AWAY
+                if arm.named is not None:
+                    # Nobody was told of the process yet: the file is read anew when the node comes back.
+                    arm.named = None
+                    node.interest.drop(arm)
             self._no_more(ask, NODE_UNREACHABLE, node)
 
     def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
@@ -177,6 +193,39 @@ class Arming:
                 if ask.request is not None or new:
                     self._tell(arm, ask.request, ARMED, node, position=message.position)
 
+    def pidfile_read(self, node: Node, answer: agent_pb2.PidfileRead) -> None:
+        """The agent has found out which process a file names: from here on the registration is of that one."""
+        for ask in node.pidfiles.answered(answer.call_id):
+            arm = ask.arm
+            wanted = bool(ask.mask & arm.registration.mask)  # else it was deregistered meanwhile
+            if wanted and answer.state == RUNNING and answer.process.start_time:
+                arm.named = Process(answer.process.pid, answer.process.start_time)
+                self._claim(node, dataclasses.replace(ask, target=arm.named), waits=True)
+                continue
+            if ask.request is not None:
+                _session(arm).pends(-1)
+            if not wanted:
+                continue
+            self._tell_of_absence(node, _session(arm), node.position)
+            if answer.state in {EXITED, NOT_FOUND}:
+                self._tell(arm, ask.request, answer.state, node, position=node.position)
+                if not arm.spans:
+                    self._over(arm)
+            else:
+                what = answer.error or "was not understood by its agent"
+                self._failed(arm, ask, f"pidfile {arm.registration.target.pidfile!r} {what}", node, Code.FAILED_PRECONDITION)
+                self._refused(arm.registration, ask.request)
+        self.flush_soon(node)
+
+    def _refused(self, registration: Registration, request: Request | None) -> None:
+        """If no node has taken what this request was the first to ask for, nothing is registered: nor on nodes that join later."""
+        if request is None or request.outstanding or request.granted or registration.id != request.id:
+            return
+        if all(arm.state is ArmState.OVER for arm in registration.arms.values()):
+            session = registration.session
+            assert isinstance(session, Session)
+            session.registrations.pop(registration.key, None)
+
     def _process_answer(
         self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
     ) -> None:
@@ -191,11 +240,14 @@ class Arming:
             node.interest.settle_process(arm, target.pid, target.start, key[1])
             if not ask.child:
                 arm.process = Process(*key)
+                if isinstance(arm.registration.key.target, Pidfile):
+                    arm.named = arm.process
             new = self._open(node, ask, position, key, None)
             if ask.request is not None or (new and not ask.child):
                 self._tell(arm, ask.request, RUNNING, node, position=position, process=result.process)
         else:
             node.interest.forget_process_claim(arm, target.pid, target.start)
+            _forget_named(arm, (target.pid, target.start))
             living = [
                 span
                 for span in self._spans(arm)
@@ -244,8 +296,8 @@ class Arming:
         else:
             self._failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)
 
-    def _failed(self, arm: Arm, ask: Ask, why: str, node: Node) -> None:
-        error = monitor_pb2.RequestError(code=Code.RESOURCE_EXHAUSTED, message=f"node {node.name}: {why}")
+    def _failed(self, arm: Arm, ask: Ask, why: str, node: Node, code: Code = Code.RESOURCE_EXHAUSTED) -> None:
+        error = monitor_pb2.RequestError(code=code, message=f"node {node.name}: {why}")
         if not ask.child:
             self._tell(arm, ask.request, monitor_pb2.REGISTRATION_STATE_UNSPECIFIED, node, error=error)
         if not arm.spans:
@@ -268,6 +320,7 @@ class Arming:
         arm.spans -= 1
         if node is not None and span.process is not None:
             node.interest.forget_process(*span.process)
+        _forget_named(arm, span.process)
         if not arm.spans:
             self._over(arm)
 
@@ -282,6 +335,9 @@ class Arming:
             node.interest.want_process(arm, ask.target.pid, ask.target.start, mask=mask, follow=follow, ask=waiting)
         elif isinstance(ask.target, Group):
             node.interest.want_group(arm, ask.target, mask, waiting)
+        elif isinstance(ask.target, Pidfile):
+            if waits:  # else it is read when the node comes
+                node.pidfiles.want(ask, ask.target.path)
         else:
             node.interest.want_node(arm, mask, waiting)
 
@@ -324,6 +380,7 @@ class Arming:
         """The registration is over on this node; and altogether, if it can have no other."""
         arm.state = ArmState.OVER
         registration = arm.registration
+        registration.forget_named(arm.node)
         arms = registration.arms
         if registration.key.exact and all(name in arms and arms[name].state is ArmState.OVER for name in registration.key.names):
             _session(arm).registrations.pop(registration.key, None)
@@ -342,6 +399,7 @@ class Arming:
         registration = arm.registration
         if request is not None:
             request.outstanding -= 1
+            request.granted |= error is None
         message = monitor_pb2.Registered(
             request_id=registration.id if request is None else request.id,
             registration_id=registration.id,
@@ -356,6 +414,12 @@ class Arming:
             error=error,
         )
         _session(arm).tell(registered(message))
+
+
+def _forget_named(arm: Arm, process: tuple[int, int] | None) -> None:
+    registration = arm.registration
+    if process is not None and isinstance(registration.key.target, Pidfile) and registration.sought(arm.node) == Process(*process):
+        registration.forget_named(arm.node)
 
 
 def _session(arm: Arm) -> Session:

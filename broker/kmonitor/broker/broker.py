@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from kmonitor.broker.agents import Agents
 from kmonitor.broker.arming import NO_NODE, Arming
@@ -15,7 +16,7 @@ from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import deregistered, node_change, registered
 from kmonitor.broker.outbox import Outbox
-from kmonitor.broker.registrations import Registration, Request, parse_key
+from kmonitor.broker.registrations import Registration, Request, parse_found, parse_key
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import events_pb2, monitor_pb2
@@ -66,10 +67,17 @@ class Broker:
         session.registrations.clear()
         session.outbox.close()
 
-    def register(self, session: Session, request_id: int, message: monitor_pb2.Registration) -> None:
+    def register(
+        self,
+        session: Session,
+        request_id: int,
+        message: monitor_pb2.Registration,
+        found: Iterable[monitor_pb2.RegisterRequest.FoundProcess] = (),
+    ) -> None:
         """Register, or add bits to what is registered. The answers go to the session. Raises RefusedError."""
         try:
             key = parse_key(message)
+            processes = parse_found(found)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         unknown = [name for name in key.exact_names if self.nodes.get(name) is None]
@@ -82,6 +90,7 @@ class Broker:
             registration = Registration(session, request_id, key, message.target, 0)
             session.registrations[key] = registration
         registration.mask |= message.event_mask
+        registration.found |= processes
         names = [node.name for node in self.nodes.selected(key)] + unknown
         request = Request(request_id, len(names))
         for name in names:
@@ -128,7 +137,7 @@ class Broker:
             self.resume(session, request.cursor)
         try:
             if kind == "register":
-                self.register(session, request.request_id, request.register.registration)
+                self.register(session, request.request_id, request.register.registration, request.register.found)
             elif kind == "deregister":
                 self.deregister(session, request.request_id, request.deregister.registration)
             else:

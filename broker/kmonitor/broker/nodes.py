@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import NodeInterest
+from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask, Key
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
@@ -108,6 +109,7 @@ class Node:
         self.since_ns = time.time_ns()
         self.link: Link | None = None
         self.interest: NodeInterest[Ask] = NodeInterest()
+        self.pidfiles = Pidfiles()
         self._waiting: list[tuple[int, Callable[[], None]]] = []
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kmonitor.broker.filters import NO_FILTER, Filter
@@ -11,7 +12,16 @@ from kmonitor.broker.interest import Group
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import BadSelectorError
 from kmonitor.wire.masks import check_mask
-from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_selector, check_pid, check_unit_name, is_glob, node_matches
+from kmonitor.wire.selectors import (
+    check_cgroup_path,
+    check_glob,
+    check_node_selector,
+    check_pid,
+    check_pidfile,
+    check_unit_name,
+    is_glob,
+    node_matches,
+)
 
 LIST_LIMIT = 1024
 """Names, labels, globs or uids in one registration."""
@@ -25,7 +35,14 @@ class Process:
     start: int
 
 
-Target = Process | Group | None
+@dataclass(frozen=True, slots=True)
+class Pidfile:
+    """The process that a file of the node names when the node is asked."""
+
+    path: str
+
+
+Target = Process | Group | Pidfile | None
 """None is every process of the node."""
 
 
@@ -75,6 +92,8 @@ class Arm:
     state: ArmState = ArmState.AWAY
     process: Process | None = None
     """The process that was found, once it is armed."""
+    named: Process | None = None
+    """The one that the target, a pidfile, was found to name: what is asked of the agent from then on, until that process has ended."""
     spans: int = 0
     """Open spans of processes that live: the process itself, and those it made, if followed."""
 
@@ -90,6 +109,21 @@ class Registration:
     target: monitor_pb2.Target
     mask: int
     arms: dict[str, Arm] = field(default_factory=dict)
+    found: dict[str, Process] = field(default_factory=dict)
+    """Node -> the process that its pidfile named, as a client knows it from an earlier stream."""
+
+    def sought(self, node: str) -> Target:
+        """What the node's agent is to be asked for."""
+        if not isinstance(self.key.target, Pidfile):
+            return self.key.target
+        arm = self.arms.get(node)
+        return (arm and arm.named) or self.found.get(node) or self.key.target
+
+    def forget_named(self, node: str) -> None:
+        """The process that the pidfile named has ended: who asks again means the one that it names then."""
+        self.found.pop(node, None)
+        if node in self.arms:
+            self.arms[node].named = None
 
 
 @dataclass(eq=False, slots=True)
@@ -98,6 +132,8 @@ class Request:
 
     id: int
     outstanding: int
+    granted: bool = False
+    """Whether any node has answered with anything but an error."""
 
 
 @dataclass(eq=False, slots=True)
@@ -127,7 +163,7 @@ def parse_key(message: monitor_pb2.Registration) -> Key:
     wanted = Filter(tuple(sorted(set(message.filter.comms))), tuple(sorted(set(message.filter.uids))), message.filter.failures_only)
     target = _target(message.target)
     # All that a group's or a node's processes fork is in the group, or on the node, already.
-    follow = message.follow and isinstance(target, Process)
+    follow = message.follow and isinstance(target, Process | Pidfile)
     return Key(tuple(sorted(set(names))), tuple(sorted(labels.items())), target, follow, wanted or NO_FILTER)
 
 
@@ -139,4 +175,11 @@ def _target(message: monitor_pb2.Target) -> Target:
         return Group("cgroup", check_cgroup_path(message.cgroup))
     if kind == "unit":
         return Group("unit", check_unit_name(message.unit))
+    if kind == "pidfile":
+        return Pidfile(check_pidfile(message.pidfile))
     return None
+
+
+def parse_found(messages: Iterable[monitor_pb2.RegisterRequest.FoundProcess]) -> dict[str, Process]:
+    """Node -> process. Raises BadSelectorError."""
+    return {item.node: Process(check_pid(item.pid), item.start_time) for item in messages if item.start_time}

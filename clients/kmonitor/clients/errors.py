@@ -26,7 +26,7 @@ class NoSuchRegistrationError(RegistrationError):
 
 
 class ProcessGoneError(UsageError):
-    """The process that was to be waited for cannot be waited for."""
+    """The process that was to be waited for cannot be waited for. `pid` is 0 if it was asked for by a pidfile."""
 
     def __init__(self, node: str, pid: int, message: str) -> None:
         super().__init__(message)

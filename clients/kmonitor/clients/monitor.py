@@ -20,7 +20,7 @@ from kmonitor.clients.selection import Selection
 from kmonitor.clients.stream import Stream
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire import selectors
-from kmonitor.wire.errors import KmonitorError
+from kmonitor.wire.errors import BadSelectorError, KmonitorError
 from kmonitor.wire.masks import ALL_EVENTS, EventType
 
 CONNECT_TIMEOUT_S = 5.0
@@ -48,8 +48,8 @@ class Registration:
 
     @property
     def over(self) -> bool:
-        """Nothing will come: on every node that matched, the target is gone or never was."""
-        return all(answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND) for answer in self.answers)
+        """Nothing will come: on every node that matched, the target is gone or never was, or could not be registered."""
+        return all(answer.error or answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND) for answer in self.answers)
 
 
 class Monitor:
@@ -79,8 +79,8 @@ class Monitor:
     async def register(self, **what: Unpack[Selection]) -> Registration:
         """Register for events; see Selection. A second time for the same target adds the events (OR).
 
-        Returns when the broker has answered for every node that matches now. Raises BadMaskError, BadSelectorError,
-        RegistrationError, NotAuthorisedError, BrokerUnreachableError.
+        Returns when the broker has answered for every node that matches now. If some of them could not take it, their answers have
+        an `error`. Raises BadMaskError, BadSelectorError, RegistrationError if none could, NotAuthorisedError, BrokerUnreachableError.
         """
         wanted = selection.registration(what)
         request = await self._stream.request(lambda message: message.register.registration.CopyFrom(wanted))
@@ -164,34 +164,48 @@ class Monitor:
         self,
         *,
         node: str,
-        pid: int,
+        pid: int | None = None,
         start_time: int = 0,
+        pidfile: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - `async with asyncio.timeout` would not name the process
         on_notice: Callable[[Notice], None] | None = None,
     ) -> Event:
         """Wait for the end of a process: its PROCESS_EXIT, or with `inferred` one that nobody saw.
 
-        It uses a stream of its own, and takes nothing from this monitor's iteration. A node that is not connected is waited
-        for. `timeout` is in seconds. `on_notice` is called with each gap, node change and so on meanwhile. Raises
-        ProcessExitedError, ProcessNotFoundError, WaitTimeoutError, and what `register` does.
+        Which process: by `pid`, or the one that `pidfile`, a file of the node, names now. It uses a stream of its own, and takes
+        nothing from this monitor's iteration. A node that is not connected is waited for. `timeout` is in seconds. `on_notice` is
+        called with each gap, node change and so on meanwhile. Raises ProcessExitedError, ProcessNotFoundError, WaitTimeoutError, and
+        what `register` does.
         """
         selectors.check_node_name(node)
+        if (pid is None) == (pidfile is None):
+            raise BadSelectorError("wait for a pid or for what a pidfile names: give one of them")
+        which: Selection = {"node": node, "events": EventType.PROCESS_EXIT}
+        if pid is not None:
+            which["pid"] = pid
+        if pidfile is not None:
+            which["pidfile"] = pidfile
+        if start_time:
+            which["start_time"] = start_time
         own = Monitor(self._channel, Stream(self._channel, Cursor(), reconnect=self._stream.reconnect), Cursor(), owns_channel=False)
         try:
             async with asyncio.timeout(timeout), own:
-                await own.register(node=node, pid=pid, start_time=start_time, events=EventType.PROCESS_EXIT)
-                return await own._exit_of(node, pid, on_notice)
+                await own.register(**which)
+                return await own._exit_of(node, pid, pidfile, on_notice)
         except TimeoutError as error:
             if isinstance(error, KmonitorError):
                 raise
-            raise errors.WaitTimeoutError(f"pid {pid} on {node} still runs after {timeout:g} s") from None
+            what = f"pid {pid}" if pidfile is None else f"the process of {pidfile!r}"
+            raise errors.WaitTimeoutError(f"{what} on {node} still runs after {timeout:g} s") from None
 
-    async def _exit_of(self, node: str, pid: int, on_notice: Callable[[Notice], None] | None) -> Event:
+    async def _exit_of(self, node: str, pid: int | None, pidfile: str | None, on_notice: Callable[[Notice], None] | None) -> Event:
+        what = f"process {pid}" if pidfile is None else f"the process of {pidfile!r}"
+        absent = f"there is no process {pid} on {node}" if pidfile is None else f"there is no pidfile {pidfile!r} on {node}"
         seen_running = False
         lost: errors.ProcessGoneError | None = None
         async for item in self:
             if isinstance(item, Event):
-                if item.is_exit and item.pid == pid:
+                if item.is_exit and pid in (None, item.pid):
                     return item
                 continue
             if on_notice is not None:
@@ -200,12 +214,12 @@ class Monitor:
                 if item.error:
                     raise errors.RegistrationError(item.error)
                 if item.state is RegistrationState.NOT_FOUND and not seen_running:
-                    raise errors.ProcessNotFoundError(node, pid, f"there is no process {pid} on {node}")
+                    raise errors.ProcessNotFoundError(node, pid or 0, absent)
                 if item.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND):
                     if not seen_running:
-                        raise errors.ProcessExitedError(node, pid, f"process {pid} on {node} has already ended")
+                        raise errors.ProcessExitedError(node, pid or 0, f"{what} on {node} has already ended")
                     # It ended while the broker was away. Its exit may still come, from the log: up to the next progress.
-                    lost = errors.ProcessExitedError(node, pid, f"process {pid} on {node} ended unseen: its status is not known")
+                    lost = errors.ProcessExitedError(node, pid or 0, f"{what} on {node} ended unseen: its status is not known")
                 seen_running |= item.state is RegistrationState.RUNNING
             elif isinstance(item, Progress) and lost is not None:
                 raise lost

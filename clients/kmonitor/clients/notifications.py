@@ -86,8 +86,8 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """One node's answer to a registration: events from `position` on are delivered. `error` is set if a registration that
-    was brought again after a reconnect was refused."""
+    """One node's answer to a registration: events from `position` on are delivered. `error` is set if this node could not take it
+    (others may have), or, with no node, if a registration that was brought again after a reconnect was refused."""
 
     request_id: int
     registration_id: int
@@ -203,10 +203,12 @@ Notification = Event | Notice
 
 
 def target_text(target: monitor_pb2.Target) -> str:
-    """For people: "pid 4711", "unit nginx.service", "everything"."""
+    """For people: "pid 4711", "pidfile /run/nginx.pid", "unit nginx.service", "everything"."""
     kind = target.WhichOneof("kind")
     if kind == "process":
         return f"pid {target.process.pid}"
+    if kind == "pidfile":
+        return f"pidfile {target.pidfile}"
     if kind == "cgroup":
         return f"control group {target.cgroup}"
     return f"unit {target.unit}" if kind == "unit" else "everything"

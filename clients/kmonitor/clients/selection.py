@@ -15,7 +15,8 @@ class Selection(TypedDict, total=False):
     """The arguments of `register` and `deregister`. All may be left out.
 
     node, nodes: names or globs; none is every node, also those that join later. labels: a node must have them all.
-    pid (with start_time, in boot-time nanoseconds), cgroup, or unit: at most one; none is every process.
+    pid (with start_time, in boot-time nanoseconds), pidfile (the process that this file of the node names now), cgroup, or unit:
+    at most one; none is every process.
     events: "exit,abort", 0x50, or an EventType; left out it is every process event (for `deregister`, all bits).
     follow: also what the target forks. comms: globs; uids; failures_only: of exits and aborts only those that failed.
     """
@@ -25,6 +26,7 @@ class Selection(TypedDict, total=False):
     labels: Mapping[str, str]
     pid: int
     start_time: int
+    pidfile: str
     cgroup: str
     unit: str
     events: str | int
@@ -56,7 +58,7 @@ def registration(selection: Selection, default_events: int = masks.DEFAULT_EVENT
 
 
 def _target(selection: Selection, target: monitor_pb2.Target) -> None:
-    named = [key for key in ("pid", "cgroup", "unit") if key in selection]
+    named = [key for key in ("pid", "pidfile", "cgroup", "unit") if key in selection]
     if len(named) > 1:
         raise BadSelectorError(f"{' and '.join(named)} exclude each other: make a registration for each")
     if "start_time" in selection and "pid" not in selection:
@@ -67,6 +69,8 @@ def _target(selection: Selection, target: monitor_pb2.Target) -> None:
         if not 0 <= start_time < 1 << 64:
             raise BadSelectorError(f"start time {start_time}: give nanoseconds of the node's boot-time clock")
         target.process.start_time = start_time
+    elif "pidfile" in selection:
+        target.pidfile = selectors.check_pidfile(selection["pidfile"])
     elif "cgroup" in selection:
         target.cgroup = selectors.check_cgroup_path(selection["cgroup"])
     elif "unit" in selection:

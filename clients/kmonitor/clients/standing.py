@@ -21,8 +21,8 @@ class Kept:
     registration_id: int
     wanted: monitor_pb2.Registration  # as it is to be brought next time: with the start time, once that is known
     sent: monitor_pb2.Registration  # as the broker has it on this connection
-    # node -> start time of the process that was found there: after a reconnect the pid may be another's
-    started: dict[str, int] = field(default_factory=dict)
+    # node -> (pid, start time) of the process that was found there: after a reconnect the pid, or the pidfile, may be another's
+    found: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Standing:
@@ -35,11 +35,15 @@ class Standing:
     def __bool__(self) -> bool:
         return bool(self._kept)
 
-    def bring(self) -> Iterable[tuple[int, monitor_pb2.Registration]]:
-        """Registration ids, and what to register on a new connection."""
+    def bring(self) -> Iterable[tuple[int, monitor_pb2.RegisterRequest]]:
+        """Registration ids, and what to request on a new connection."""
         for kept in list(self._kept.values()):
             kept.sent = _copy(kept.wanted)
-            yield kept.registration_id, kept.sent
+            request = monitor_pb2.RegisterRequest(registration=kept.sent)
+            if kept.wanted.target.WhichOneof("kind") == "pidfile":
+                for node, (pid, start_time) in kept.found.items():
+                    request.found.add(node=node, pid=pid, start_time=start_time)
+            yield kept.registration_id, request
 
     def as_sent(self, wanted: monitor_pb2.Registration) -> monitor_pb2.Registration:
         """The registration as the broker knows it: the same, but for a start time that was learnt."""
@@ -60,10 +64,11 @@ class Standing:
                 return self._same_process(answer, key, kept, asked_now=False)
         return answer
 
-    def refused(self, registration_id: int) -> None:
-        """The broker did not take it again."""
-        for key in [key for key, kept in self._kept.items() if kept.registration_id == registration_id]:
-            self._forget(key)
+    def refused(self, registration_id: int, node: str) -> None:
+        """The broker, or this node, did not take it."""
+        for key, kept in list(self._kept.items()):
+            if kept.registration_id == registration_id and (not node or selection.names_one_node(kept.wanted)):
+                self._forget(key)
 
     def cleared(self, wanted: monitor_pb2.Registration) -> None:
         """The broker has cleared these bits."""
@@ -92,27 +97,30 @@ class Standing:
     def _same_process(self, answer: Registered, key: bytes, kept: Kept, *, asked_now: bool) -> Registered:
         """The answer; EXITED if a process was found that is not the one of before: nobody is told of the wrong process.
 
-        A registration for one node is brought again with the start time, and there the broker sees to it.
+        A registration for one node is brought again with the start time, and one of a pidfile with what was found on each node: there
+        the broker sees to it.
         """
         target = kept.wanted.target
-        if target.WhichOneof("kind") != "process":
+        kind = target.WhichOneof("kind")
+        if kind not in ("process", "pidfile"):
             return answer
-        if answer.state is RegistrationState.NOT_FOUND and answer.node in kept.started and not asked_now:
+        if answer.state is RegistrationState.NOT_FOUND and answer.node in kept.found and not asked_now:
             answer = replace(answer, state=RegistrationState.EXITED)  # it was there: a broker that is new cannot know
         one_node = selection.names_one_node(kept.wanted)
         if one_node and answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND):
             self._forget(key)
         if answer.process is None:
             return answer
-        found = answer.process.start_time
+        found = answer.process.pid, answer.process.start_time
         if asked_now:
-            kept.started[answer.node] = found
-        if kept.started.setdefault(answer.node, found) != found:
+            kept.found[answer.node] = found
+        if kept.found.setdefault(answer.node, found) != found:
             return replace(answer, state=RegistrationState.EXITED, process=None)
         if one_node:
-            target.process.start_time = found
+            if kind == "process":
+                target.process.start_time = answer.process.start_time
             if not kept.wanted.follow and kept.wanted.event_mask & _PROCESS_EXIT:
-                self._single[answer.node, target.process.pid] = key
+                self._single[answer.node, answer.process.pid] = key
         return answer
 
     def _forget(self, key: bytes | None, start_time: int | None = None) -> None:
@@ -120,8 +128,7 @@ class Standing:
         kept = None if key is None else self._kept.get(key)
         if key is None or kept is None:
             return
-        process = kept.wanted.target.process
-        if start_time in (None, process.start_time):
+        if start_time is None or start_time in {started for _, started in kept.found.values()}:
             del self._kept[key]
             self._single = {place: other for place, other in self._single.items() if other != key}
 

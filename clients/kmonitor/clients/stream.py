@@ -52,6 +52,7 @@ class Request:
     message: monitor_pb2.WatchRequest
     answer: asyncio.Future[monitor_pb2.Deregistered | None]
     registered: list[Registered] = field(default_factory=list)
+    held: list[Registered] = field(default_factory=list)  # errors of nodes, while no other node has answered anything else
     connection: int = 0  # on which it was sent last
 
 
@@ -209,11 +210,10 @@ class Stream:
         async with self._sending:
             for registration_id, wanted in self._standing.bring():
                 if registration_id not in self._requests:
-                    message = monitor_pb2.WatchRequest(request_id=registration_id)
-                    message.register.registration.CopyFrom(wanted)
-                    await self._write(message)
+                    await self._write(monitor_pb2.WatchRequest(request_id=registration_id, register=wanted))
             for request in list(self._requests.values()):
                 request.registered.clear()
+                request.held.clear()
                 await self._send(request)
 
     async def _send(self, request: Request) -> None:
@@ -284,20 +284,29 @@ class Stream:
 
     def _on_registered(self, message: monitor_pb2.Registered) -> None:
         request = self._requests.get(message.request_id)
-        if message.HasField("error"):
-            if request is not None:
-                self._answer(message.request_id, errors.from_code(message.error.code, message.error.message))
-            else:
-                self._standing.refused(message.request_id)
-                self._put(Registered.from_proto(message))
-            return
         answer = Registered.from_proto(message)
-        answer = self._standing.answered(answer, None if request is None else request.message.register.registration)
-        self._put(answer)
-        if request is not None:
-            request.registered.append(answer)
-            if answer.pending == 0:
-                self._answer(message.request_id, None)
+        refusal = errors.from_code(message.error.code, message.error.message) if message.HasField("error") else None
+        if request is None:
+            if refusal is not None:
+                self._standing.refused(answer.registration_id or answer.request_id, answer.node)
+            else:
+                answer = self._standing.answered(answer, None)
+            self._put(answer)
+            return
+        if refusal is not None and not answer.node:
+            self._answer(message.request_id, refusal)
+            return
+        if refusal is None:
+            answer = self._standing.answered(answer, request.message.register.registration)
+        request.registered.append(answer)
+        request.held.append(answer)
+        if any(not told.error for told in request.registered):
+            for told in request.held:
+                self._put(told)
+            request.held.clear()
+        if answer.pending == 0:
+            # What no node has taken is refused; what some have is a registration, and the others' errors are told beside it.
+            self._answer(message.request_id, refusal if request.held else None)
 
     def _on_deregistered(self, message: monitor_pb2.Deregistered) -> None:
         request = self._requests.get(message.request_id)

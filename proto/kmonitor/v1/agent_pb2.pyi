@@ -30,6 +30,7 @@ class AgentMessage(_message.Message):
     LOST_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    PIDFILE_READ_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Always the first."""
@@ -44,6 +45,8 @@ class AgentMessage(_message.Message):
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
     def processes(self) -> Global___ProcessList: ...
+    @_builtins.property
+    def pidfile_read(self) -> Global___PidfileRead: ...
     def __init__(
         self,
         *,
@@ -53,12 +56,13 @@ class AgentMessage(_message.Message):
         lost: Global___Lost | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         processes: Global___ProcessList | None = ...,
+        pidfile_read: Global___PidfileRead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "processes", b"processes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "pidfile_read", b"pidfile_read", "processes", b"processes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "pidfile_read", b"pidfile_read", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "block", "applied", "lost", "heartbeat", "processes"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "block", "applied", "lost", "heartbeat", "processes", "pidfile_read"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -72,6 +76,7 @@ class BrokerMessage(_message.Message):
     INTEREST_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
     LIST_PROCESSES_FIELD_NUMBER: _builtins.int
+    READ_PIDFILE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """Always the first."""
@@ -82,6 +87,8 @@ class BrokerMessage(_message.Message):
     def ack(self) -> Global___Ack: ...
     @_builtins.property
     def list_processes(self) -> Global___ListProcessesCall: ...
+    @_builtins.property
+    def read_pidfile(self) -> Global___ReadPidfileCall: ...
     def __init__(
         self,
         *,
@@ -89,12 +96,13 @@ class BrokerMessage(_message.Message):
         interest: Global___Interest | None = ...,
         ack: Global___Ack | None = ...,
         list_processes: Global___ListProcessesCall | None = ...,
+        read_pidfile: Global___ReadPidfileCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "read_pidfile", b"read_pidfile", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "read_pidfile", b"read_pidfile", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "interest", "ack", "list_processes"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "interest", "ack", "list_processes", "read_pidfile"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -137,6 +145,7 @@ class Hello(_message.Message):
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    READS_PIDFILES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
@@ -150,6 +159,8 @@ class Hello(_message.Message):
     scope: _builtins.str
     kernel_release: _builtins.str
     agent_version: _builtins.str
+    reads_pidfiles: _builtins.bool
+    """It answers ReadPidfileCall."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -172,10 +183,11 @@ class Hello(_message.Message):
         agent_version: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lost: Global___Lost | None = ...,
+        reads_pidfiles: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "epoch", b"epoch", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "record_size", b"record_size", "record_version", b"record_version", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "epoch", b"epoch", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,3 +599,61 @@ class ProcessList(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProcessList: _TypeAlias = ProcessList  # noqa: Y015
+
+@_typing.final
+class ReadPidfileCall(_message.Message):
+    """Which process does this file name? Arms nothing: the process is then asked for in an Interest, by pid and start time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    path: _builtins.str
+    """Absolute, in the agent's mount namespace."""
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadPidfileCall: _TypeAlias = ReadPidfileCall  # noqa: Y015
+
+@_typing.final
+class PidfileRead(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    state: _monitor_pb2.RegistrationState.ValueType
+    """RUNNING, with the process; EXITED, if the process that the file names is not there or is a zombie; NOT_FOUND, if there is no
+    such file.
+    """
+    error: _builtins.str
+    """What is wrong with the file, in words that follow its name; then there is no state."""
+    @_builtins.property
+    def process(self) -> _events_pb2.Process: ...
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        state: _monitor_pb2.RegistrationState.ValueType = ...,
+        process: _events_pb2.Process | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "error", b"error", "process", b"process", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PidfileRead: _TypeAlias = PidfileRead  # noqa: Y015

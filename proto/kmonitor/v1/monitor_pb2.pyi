@@ -32,7 +32,7 @@ class _RegistrationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reg
     REGISTRATION_STATE_EXITED: _RegistrationState.ValueType  # 2
     """The process has ended already: no event will come, and the registration is over on this node."""
     REGISTRATION_STATE_NOT_FOUND: _RegistrationState.ValueType  # 3
-    """There is no such process, control group or unit: the registration is over on this node."""
+    """There is no such process, control group, unit or pidfile: the registration is over on this node."""
     REGISTRATION_STATE_NODE_UNREACHABLE: _RegistrationState.ValueType  # 4
     """The node is not connected: it is armed when the node returns, and told then."""
     REGISTRATION_STATE_ARMED: _RegistrationState.ValueType  # 5
@@ -48,7 +48,7 @@ REGISTRATION_STATE_RUNNING: RegistrationState.ValueType  # 1
 REGISTRATION_STATE_EXITED: RegistrationState.ValueType  # 2
 """The process has ended already: no event will come, and the registration is over on this node."""
 REGISTRATION_STATE_NOT_FOUND: RegistrationState.ValueType  # 3
-"""There is no such process, control group or unit: the registration is over on this node."""
+"""There is no such process, control group, unit or pidfile: the registration is over on this node."""
 REGISTRATION_STATE_NODE_UNREACHABLE: RegistrationState.ValueType  # 4
 """The node is not connected: it is armed when the node returns, and told then."""
 REGISTRATION_STATE_ARMED: RegistrationState.ValueType  # 5
@@ -214,10 +214,15 @@ class Target(_message.Message):
     CGROUP_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     EVERYTHING_FIELD_NUMBER: _builtins.int
+    PIDFILE_FIELD_NUMBER: _builtins.int
     cgroup: _builtins.str
     """Path of a control group (v2) below the hierarchy's root, and all below it: "/system.slice/nginx.service"."""
     unit: _builtins.str
     """A systemd unit: "nginx.service". The agent finds its control group."""
+    pidfile: _builtins.str
+    """Absolute path of a file on the node, as the agent sees it, whose first line is a process id. It is read when the registration
+    comes to the node. From RUNNING on the registration is the process's: it does not follow the file.
+    """
     @_builtins.property
     def process(self) -> Global___ProcessTarget: ...
     @_builtins.property
@@ -229,12 +234,13 @@ class Target(_message.Message):
         cgroup: _builtins.str = ...,
         unit: _builtins.str = ...,
         everything: Global___EverythingTarget | None = ...,
+        pidfile: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "everything", b"everything", "kind", b"kind", "process", b"process", "unit", b"unit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "everything", b"everything", "kind", b"kind", "pidfile", b"pidfile", "process", b"process", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "everything", b"everything", "kind", b"kind", "process", b"process", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "everything", b"everything", "kind", b"kind", "pidfile", b"pidfile", "process", b"process", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["process", "cgroup", "unit", "everything"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["process", "cgroup", "unit", "everything", "pidfile"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -318,17 +324,52 @@ Global___Registration: _TypeAlias = Registration  # noqa: Y015
 class RegisterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FoundProcess(_message.Message):
+        """A process that an earlier stream was told of."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NODE_FIELD_NUMBER: _builtins.int
+        PID_FIELD_NUMBER: _builtins.int
+        START_TIME_FIELD_NUMBER: _builtins.int
+        node: _builtins.str
+        pid: _builtins.int
+        """1 or more."""
+        start_time: _builtins.int
+        """Nanoseconds of the node's boot-time clock. 0 is ignored."""
+        def __init__(
+            self,
+            *,
+            node: _builtins.str = ...,
+            pid: _builtins.int = ...,
+            start_time: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REGISTRATION_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registration(self) -> Global___Registration: ...
+    @_builtins.property
+    def found(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegisterRequest.FoundProcess]:
+        """For a client that comes back, with a pidfile as the target: on these nodes the registration is of these processes still, whatever
+        the file says now. A process that has ended meanwhile is told as EXITED.
+        """
+
     def __init__(
         self,
         *,
         registration: Global___Registration | None = ...,
+        found: _abc.Iterable[Global___RegisterRequest.FoundProcess] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["registration", b"registration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["registration", b"registration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "registration", b"registration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,7 +607,7 @@ class Registered(_message.Message):
     def target(self) -> Global___Target: ...
     @_builtins.property
     def error(self) -> Global___RequestError:
-        """Set if the request was refused: nothing was registered."""
+        """Set if the request was refused: nothing was registered. With `node` it is this node's answer, and says nothing of the others."""
 
     def __init__(
         self,

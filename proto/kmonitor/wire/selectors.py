@@ -13,6 +13,7 @@ DEFAULT_ADDRESS = "127.0.0.1:7221"
 """Where the broker listens, and is looked for."""
 
 PID_MAX = 4_194_304  # PID_MAX_LIMIT of include/linux/threads.h on 64-bit machines
+_PATH_MAX = 4096  # include/uapi/linux/limits.h
 _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|slice|socket|mount|swap)")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,62})?")
@@ -108,6 +109,18 @@ def check_cgroup_path(path: str) -> str:
             f"control group {path!r}: give its path below the root of the v2 hierarchy, such as /system.slice/nginx.service"
         )
     return "/" + "/".join(part for part in path.split("/") if part)
+
+
+def check_pidfile(path: str) -> str:
+    """Return the path of a file that holds a process id, or raise BadSelectorError unless it is absolute, and at most 4096 bytes long."""
+    try:
+        size = len(path.encode())
+    except UnicodeEncodeError:
+        raise BadSelectorError(f"pidfile {path!r}: a path that is not UTF-8 cannot be sent") from None
+    if not path.startswith("/") or "\0" in path or size > _PATH_MAX:
+        shown = path if len(path) <= 80 else path[:77] + "..."
+        raise BadSelectorError(f"pidfile {shown!r}: give an absolute path of at most {_PATH_MAX} bytes, such as /run/nginx.pid")
+    return path
 
 
 def check_unit_name(name: str) -> str:

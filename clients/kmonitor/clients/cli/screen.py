@@ -202,12 +202,13 @@ def _styled(notice: Notice) -> tuple[str, str]:
 
 def _registered(notice: Registered) -> tuple[str, str]:
     if notice.error:
-        return f"registration {notice.registration_id} was refused: {notice.error}", "1;31"
+        return notice.error if notice.node else f"registration {notice.registration_id} was refused: {notice.error}", "1;31"
     names = ", ".join(name.lower().removeprefix("process_").replace("_", "-") for name in mask_names(notice.event_mask))
     if notice.state is RegistrationState.RUNNING and notice.process is not None:
         return f"{notice.node}: watching {notice.process.comm} ({notice.process.pid}) for {names}", "2"
     if notice.state is RegistrationState.EXITED:
-        return f"{notice.node}: {notice.target} has already ended", "1;33"
+        what = f"the process of {notice.target}" if notice.target.startswith("pidfile ") else notice.target
+        return f"{notice.node}: {what} has already ended", "1;33"
     if notice.state is RegistrationState.NOT_FOUND:
         return f"{notice.node}: there is no {notice.target}", "1;33"
     if notice.state is RegistrationState.NODE_UNREACHABLE:

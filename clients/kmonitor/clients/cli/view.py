@@ -62,6 +62,7 @@ class Watched:
         self._early: set[tuple[str, int, int]] = set()  # exits that came before the answer that says RUNNING
         self._delivered = False
         self._found = False
+        self._refusal: str | None = None
         # Behind a cursor, and after a reconnect, exits may come from the log after the answer that says EXITED: not before a
         # progress is all said.
         self._behind = bool(plan.cursor)
@@ -73,7 +74,8 @@ class Watched:
         place = (notice.registration_id, notice.node)
         self._armed.discard((notice.registration_id, ""))
         self._armed.discard(place)
-        if notice.state in _FINAL:
+        self._refusal = notice.error or self._refusal
+        if notice.state in _FINAL or notice.error:
             self._found |= notice.state is RegistrationState.EXITED
             pid = self._running.pop(place, None)
             if pid is not None and (notice.node, pid) in self._open:
@@ -122,7 +124,9 @@ class Watched:
     def check(self) -> None:
         """At the end: raise UsageError if nothing of what was asked for was there to watch."""
         if not self._found and not self._delivered:
-            raise UsageError("nothing to watch: no node that answered has what was asked for (kmon ps --node NAME lists what runs)")
+            raise UsageError(
+                self._refusal or "nothing to watch: no node that answered has what was asked for (kmon ps --node NAME lists what runs)"
+            )
 
 
 async def show(monitor: Monitor, sink: Sink, plan: Plan) -> int:
@@ -172,7 +176,7 @@ class _View:
             self._sink.notice(item)
             self._cursor.take(item)
             if isinstance(item, Registered):
-                if item.error:
+                if item.error and not item.node:
                     raise UsageError(item.error)
                 self._watched.registered(item)
             elif isinstance(item, NodeChange):

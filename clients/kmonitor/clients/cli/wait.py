@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def wait(
     *,
     node: Annotated[str, typer.Option(metavar="NAME", help="The node it runs on.")],
-    pid: Annotated[int, typer.Option(metavar="N", help="The process.")],
+    pid: Annotated[int | None, typer.Option(metavar="N", help="The process: this, or --pidfile.")] = None,
+    pidfile: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The process that this file of the node names now; the agent reads it.")
+    ] = None,
     start_time: Annotated[
         int, typer.Option("--start-time", metavar="NS", help="When it started (boot-time nanoseconds): no other process with this pid.")
     ] = 0,
@@ -29,22 +32,29 @@ def wait(
     --timeout ran out, as timeout(1); 3 no broker; 4 not authorised; 130 after Ctrl-C. What the process says goes to stdout, what
     kmon has to say to stderr.
     """
+    if (pid is None) == (pidfile is None):
+        raise typer.BadParameter("give one of --pid and --pidfile")
+    if start_time and pid is None:
+        raise typer.BadParameter("--start-time belongs to --pid")
     seconds = duration(timeout)
-    from kmonitor.wire.selectors import check_node_name, check_pid  # noqa: PLC0415 - numpy and gRPC are not for --help
+    from kmonitor.wire.selectors import check_node_name, check_pid, check_pidfile  # noqa: PLC0415 - numpy and gRPC are not for --help
 
     check_node_name(node)
-    check_pid(pid)
-    run(_wait(broker, node, pid, start_time, seconds), on_interrupt=130)
+    if pid is not None:
+        check_pid(pid)
+    if pidfile is not None:
+        check_pidfile(pidfile)
+    run(_wait(broker, node, pid, start_time, pidfile, seconds), on_interrupt=130)
 
 
-async def _wait(broker: str, node: str, pid: int, start_time: int, seconds: float | None) -> int:
+async def _wait(broker: str, node: str, pid: int | None, start_time: int, pidfile: str | None, seconds: float | None) -> int:
     from kmonitor.clients.cli.screen import how_it_ended, plain_text  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
     async with connect(broker) as monitor:
-        event = await monitor.wait(node=node, pid=pid, start_time=start_time, timeout=seconds, on_notice=_tell)
+        event = await monitor.wait(node=node, pid=pid, start_time=start_time, pidfile=pidfile, timeout=seconds, on_notice=_tell)
     text, _ = how_it_ended(event.raw)
-    print(f"{node}: {plain_text(event.comm)} ({pid}) ended: {text}", flush=True)
+    print(f"{node}: {plain_text(event.comm)} ({event.pid}) ended: {text}", flush=True)
     if event.exit_code is not None:
         return event.exit_code
     return 2 if event.exit_signal is None else 128 + event.exit_signal

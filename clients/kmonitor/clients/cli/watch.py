@@ -28,6 +28,10 @@ def watch(
         list[str] | None, typer.Option(metavar="NAME|GLOB", help="Only these nodes; else all, also those that join.", rich_help_panel=_WHO)
     ] = None,
     pid: Annotated[list[int] | None, typer.Option(metavar="N", help="A process.", rich_help_panel=_WHO)] = None,
+    pidfile: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="The process that this file of the node names now; the agent reads it.", rich_help_panel=_WHO),
+    ] = None,
     cgroup: Annotated[
         list[str] | None, typer.Option(metavar="PATH", help="A control group and all below it.", rich_help_panel=_WHO)
     ] = None,
@@ -88,14 +92,14 @@ def watch(
 ) -> None:
     """Show events as they happen.
 
-    With --pid, --unit or --cgroup it ends by itself when all of them have ended.
+    With --pid, --pidfile, --unit or --cgroup it ends by itself when all of them have ended.
 
     Exit status: 0 done, 2 usage or nothing of it there, 3 no broker, 4 not authorised, 5 a gap with --fail-on-gap.
     """
     seconds = duration(for_)
     if count is not None and count < 1:
         raise UsageError("--count: give a number from 1")
-    selections = _selections(node or [], pid or [], cgroup or [], unit or [])
+    selections = _selections(node or [], pid or [], pidfile or [], cgroup or [], unit or [])
     mask = masks.parse_mask(events)
     for selection in selections:
         selection["events"] = mask
@@ -124,8 +128,9 @@ def watch(
     run(_watch(broker, plan, json=json, progress=progress))
 
 
-def _selections(nodes: list[str], pids: list[int], cgroups: list[str], units: list[str]) -> list[Selection]:
+def _selections(nodes: list[str], pids: list[int], pidfiles: list[str], cgroups: list[str], units: list[str]) -> list[Selection]:
     found: list[Selection] = [{"nodes": nodes, "pid": pid} for pid in dict.fromkeys(pids)]
+    found += [{"nodes": nodes, "pidfile": path} for path in dict.fromkeys(pidfiles)]
     found += [{"nodes": nodes, "cgroup": path} for path in dict.fromkeys(cgroups)]
     found += [{"nodes": nodes, "unit": name} for name in dict.fromkeys(units)]
     return found or [{"nodes": nodes}]
