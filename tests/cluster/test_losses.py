@@ -180,14 +180,18 @@ def test_a_followed_tree(small: Cluster, scene: Scene, lab: Lab, kind: str) -> N
     Threads go at the mark, whoever asked for them.
     """
     stage = scene.stage
-    other, fence = stage.fence(), stage.fence()
+    other, ended, fence = stage.fence(), stage.fence(), stage.fence()
     root, folder = scene.storm(kind, 3_000)
+    missed = stage.watch(ended.pid, options=["--events", "exit"])
     follow = stage.watch(root.root_pid, fence.pid, options=["--follow", "--events", "all"])
     single = stage.watch(other.pid, options=["--events", "exit"])
     unconcerned = stage.watch(other.pid, options=["--events", "exec,abort"])
     with stopped(small.agents["small"]):
         told = run(root, folder)
+        scene.end(ended)
     truth = truth_of(kind, told)
+    if kind == "fork":
+        truth += Counter({"PROCESS_EXIT": 1})  # that of the other process, for which there was no room either
     wait_all_told(follow, truth)
     got, missing = received(follow), lost(follow)
     print(f"\n{kind}: {truth.total()} events, {got.total()} told, {missing.total()} lost: {dict(missing)}")
@@ -202,6 +206,14 @@ def test_a_followed_tree(small: Cluster, scene: Scene, lab: Lab, kind: str) -> N
         # The ends of the workers and of the root came last, and got in above the mark.
         assert set(missing) == {"THREAD_CREATE", "THREAD_EXIT"}
         assert MARK_SLOTS <= got.total() <= MARK_SLOTS + 2 * WORKERS + 8
+
+    # It does not wait for ever for what cannot come: who is not there any more is told so.
+    assert missed.wait() == 0
+    kinds = [(line["kind"], line.get("state") or line.get("reason") or line["exit_code"]) for line in missed.records]
+    if kind == "fork":
+        assert kinds == [("registered", "RUNNING"), ("gap", "RING"), ("registered", "EXITED")]
+    else:
+        assert kinds == [("registered", "RUNNING"), ("event", 0)]
 
     scene.end(other)
     single.wait_end_of(other.pid)
