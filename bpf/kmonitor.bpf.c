@@ -43,18 +43,23 @@ struct {
 	__type(value, __u32);
 } watched_cgroups SEC(".maps");
 
+struct killer_key {
+	__u32 tgid; /* of the target, in the initial namespace */
+	__u32 signal;
+};
+
 struct killer_entry {
 	__u64 start_boottime_ns; /* of the target */
-	__u16 signal;
 	__u16 flags; /* KMONITOR_F_KILLED_BY, and KMONITOR_F_OOM_KILLED where it is so */
 	struct kmonitor_killer killer;
 };
 
-/* Who last sent a signal that can kill, by target. LRU: a target that survives is forgotten in time. */
+/* Who last sent a signal that can kill, by target and signal: several may wait at once, and which one kills is known at the
+ * end only. LRU: a target that survives is forgotten in time. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
-	__type(key, __u32); /* tgid, of the initial namespace */
+	__type(key, struct killer_key);
 	__type(value, struct killer_entry);
 } killers SEC(".maps");
 
@@ -378,7 +383,6 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	__u16 flags = matches(subject, bit);
 	struct kmonitor_record *record;
 	struct killer_entry *entry;
-	__u32 tgid;
 
 	if (!flags)
 		return;
@@ -386,10 +390,11 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	if (!record)
 		return;
 	record->status = status;
-	tgid = subject->leader->tgid;
 	if (status & 0x7f) {
-		entry = bpf_map_lookup_elem(&killers, &tgid);
-		if (entry && entry->signal == (status & 0x7f) && entry->start_boottime_ns == subject->start_boottime_ns) {
+		struct killer_key key = {.tgid = subject->leader->tgid, .signal = status & 0x7f};
+
+		entry = bpf_map_lookup_elem(&killers, &key);
+		if (entry && entry->start_boottime_ns == subject->start_boottime_ns) {
 			record->killer = entry->killer;
 			record->flags |= entry->flags;
 		}
@@ -480,6 +485,10 @@ int BPF_PROG(kmonitor_free, struct task_struct *task)
 #define SIGNAL_MAX 64
 #define SEND_SIG_NOINFO 0
 #define SEND_SIG_PRIV 1
+#define SI_TIMER -2 /* include/uapi/asm-generic/siginfo.h */
+#define SI_ASYNCIO -4
+#define TRACE_SIGNAL_DELIVERED 0 /* include/trace/events/signal.h */
+#define TRACE_SIGNAL_LOSE_INFO 4
 
 SEC("tp_btf/signal_generate")
 int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_struct *task, int group, int result)
@@ -488,31 +497,37 @@ int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_
 	struct killer_entry entry = {};
 	struct task_struct *sender;
 	struct subject subject;
-	__u32 tgid;
+	struct killer_key key;
 	int code;
 
 	if (!(any & KMONITOR_ENDS))
 		return 0;
 	if (sig <= 0 || sig > SIGNAL_MAX || (sig < SIGNAL_MAX && (HARMLESS & (1ULL << sig))))
 		return 0;
+	/* Not one that is ignored, that comes when the target is dying of another one, or that waited already: the first sender's
+	 * is the one that counts. */
+	if (result != TRACE_SIGNAL_DELIVERED && result != TRACE_SIGNAL_LOSE_INFO)
+		return 0;
 	if (!look_up(&subject, task, any))
 		return 0;
 	entry.start_boottime_ns = subject.start_boottime_ns;
-	entry.signal = sig;
 	entry.flags = KMONITOR_F_KILLED_BY;
 	code = 0;
 	if ((unsigned long)info == SEND_SIG_PRIV)
 		code = 1;
 	else if ((unsigned long)info != SEND_SIG_NOINFO)
 		bpf_core_read(&code, sizeof(code), &info->si_code);
-	if (code <= 0) { /* above 0 it is the kernel that sends: a fault, a timer, a terminal (sigaction(2)) */
+	/* Above 0 it is the kernel that sends: a fault, an alarm, a terminal (sigaction(2)). These two are sent in an interrupt, in
+	 * the middle of whoever runs there. */
+	if (code <= 0 && code != SI_TIMER && code != SI_ASYNCIO) {
 		sender = (struct task_struct *)bpf_get_current_task_btf();
 		entry.killer.tgid = scoped_id(sender->group_leader);
 		entry.killer.uid = sender->cred->uid.val;
 		bpf_probe_read_kernel(entry.killer.comm, sizeof(entry.killer.comm), sender->group_leader->comm);
 	}
-	tgid = task->tgid;
-	bpf_map_update_elem(&killers, &tgid, &entry, BPF_ANY);
+	key.tgid = task->tgid;
+	key.signal = sig;
+	bpf_map_update_elem(&killers, &key, &entry, BPF_ANY);
 	return 0;
 }
 
@@ -520,18 +535,19 @@ int BPF_PROG(kmonitor_signal, int sig, struct kernel_siginfo *info, struct task_
 SEC("tp_btf/mark_victim")
 int kmonitor_oom(unsigned long long *ctx)
 {
+	struct killer_key key = {.signal = SIGKILL};
 	struct killer_entry *entry;
-	__u32 tgid;
 
 	if (!(control.any_mask & KMONITOR_ENDS))
 		return 0;
 	/* A task from 6.8 on, a thread's id before; the victim is a process's leader almost always. */
 	if (config.victim_is_task)
-		tgid = BPF_CORE_READ((struct task_struct *)ctx[0], tgid);
+		key.tgid = BPF_CORE_READ((struct task_struct *)ctx[0], tgid);
 	else
-		tgid = ctx[0];
-	entry = bpf_map_lookup_elem(&killers, &tgid);
-	if (entry && entry->signal == SIGKILL)
+		key.tgid = ctx[0];
+	entry = bpf_map_lookup_elem(&killers, &key);
+	/* One that somebody has killed already is named too, if it has yet to give its memory back: that is not the kernel's doing. */
+	if (entry && !entry->killer.tgid && !entry->killer.comm[0])
 		entry->flags |= KMONITOR_F_OOM_KILLED;
 	return 0;
 }
