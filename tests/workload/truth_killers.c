@@ -38,7 +38,7 @@ static void reap_by(pid_t child, const struct author *by)
 	if (waitpid(child, &status, 0) != child)
 		die("waitpid");
 	snprintf(more, sizeof(more), ",\"killed_by\":{\"pid\":%d,\"comm\":\"%s\",\"uid\":%d}", by->pid, by->comm, by->uid);
-	tell_end(child, child, status, more);
+	tell_end(child, OPEN_TID, status, more);
 }
 
 static struct author root(void)
