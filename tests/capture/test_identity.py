@@ -7,11 +7,12 @@ import asyncio
 
 import pytest
 
-from kmonitor.clients import Event, Monitor, Registered, RegistrationState, connect
+from kmonitor.clients import Event, Gap, Monitor, NodeChange, RegistrationState, connect
 from tests.lab.process import Running
-from tests.lab.same_pid import Actor, actor, stranger
+from tests.lab.same_pid import stranger
 from tests.lab.services import Agent, Lab
 from tests.lab.stopped import stopped
+from tests.lab.worker import Worker, worker
 
 RUNNING = RegistrationState.RUNNING
 EXITED = RegistrationState.EXITED
@@ -25,7 +26,7 @@ def agent(service: tuple[str, str], module_lab: Lab) -> Running:
     return next(process for process in module_lab.running if isinstance(process, Agent))
 
 
-async def start_of(monitor: Monitor, node: str, process: Actor, events: str = "all", *, follow: bool = False) -> int:
+async def start_of(monitor: Monitor, node: str, process: Worker, events: str = "all", *, follow: bool = False) -> int:
     """Register a process that runs; its start time."""
     async with asyncio.timeout(LIMIT):
         answer = await monitor.register(node=node, pid=process.pid, events=events, follow=follow)
@@ -40,7 +41,7 @@ async def rest(monitor: Monitor, fence: int) -> list[Event]:
     events: list[Event] = []
     async with asyncio.timeout(LIMIT):
         async for item in monitor:
-            assert isinstance(item, Event | Registered), item
+            assert not isinstance(item, Gap | NodeChange), item
             if isinstance(item, Event):
                 if item.pid == fence:
                     return events
@@ -48,7 +49,7 @@ async def rest(monitor: Monitor, fence: int) -> list[Event]:
     raise AssertionError("the stream has ended")
 
 
-async def heard(monitor: Monitor, fence: Actor) -> list[Event]:
+async def heard(monitor: Monitor, fence: Worker) -> list[Event]:
     """All events before the end of the fence, which is registered, and ends now."""
     fence.end(0)
     return await rest(monitor, fence.pid)
@@ -57,7 +58,7 @@ async def heard(monitor: Monitor, fence: Actor) -> list[Event]:
 async def test_a_registration_of_the_past_is_not_for_the_stranger(service: tuple[str, str], lab: Lab) -> None:
     address, node = service
     async with connect(address) as monitor:
-        first, fence = actor(lab), actor(lab)
+        first, fence = worker(lab), worker(lab)
         await start_of(monitor, node, fence, "exit")
         async with connect(address) as other:
             start = await start_of(other, node, first)
@@ -66,6 +67,7 @@ async def test_a_registration_of_the_past_is_not_for_the_stranger(service: tuple
         async with asyncio.timeout(LIMIT):
             late = await monitor.register(node=node, pid=first.pid, start_time=start, events="all", follow=True)
         assert late.states == {node: EXITED}
+        second.work()
         second.end(2)
         assert await heard(monitor, fence) == []
 
@@ -75,12 +77,14 @@ async def test_the_first_ends_while_the_agent_sleeps(service: tuple[str, str], l
     """By then its pid is another's, which has forked, executed and ended, too."""
     address, node = service
     async with connect(address) as monitor:
-        first, fence = actor(lab), actor(lab)
+        first, fence = worker(lab), worker(lab)
         await start_of(monitor, node, fence, "exit")
         start = await start_of(monitor, node, first, follow=follow)
         with stopped(agent):
+            first.work()
             first.end(7)
             second = stranger(lab, first)
+            second.work()
             second.end(8)
         events = await heard(monitor, fence)
     of_first = [event for event in events if event.pid == first.pid]
@@ -99,7 +103,7 @@ async def test_who_asks_for_a_pid_gets_the_process_that_has_it_when_the_agent_lo
     """Two ask: the one before, for the first process, and the other while the agent sleeps, for whatever has the pid."""
     address, node = service
     async with connect(address) as before, connect(address) as meanwhile, connect(address) as past:
-        first, fence = actor(lab), actor(lab)
+        first, fence = worker(lab), worker(lab)
         start = await start_of(before, node, first)
         for monitor in (before, meanwhile, past):
             await start_of(monitor, node, fence, "exit")
@@ -107,6 +111,7 @@ async def test_who_asks_for_a_pid_gets_the_process_that_has_it_when_the_agent_lo
             asked = asyncio.create_task(meanwhile.register(node=node, pid=first.pid, events="all"))
             pinned = asyncio.create_task(past.register(node=node, pid=first.pid, start_time=start, events="all"))
             await asyncio.sleep(0)
+            first.work()
             first.end(7)
             second = stranger(lab, first)
         async with asyncio.timeout(LIMIT):
@@ -116,6 +121,7 @@ async def test_who_asks_for_a_pid_gets_the_process_that_has_it_when_the_agent_lo
         assert found is not None
         assert found.start_time > start
         assert late.states == {node: EXITED}
+        second.work()
         second.end(8)
         # The fence ends once, for all three.
         of_first = await heard(before, fence)
