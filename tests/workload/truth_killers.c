@@ -563,13 +563,15 @@ static void case_own_writes(void)
 /* It comes from the parent that ends. */
 static void case_parent_death(void)
 {
-	struct author by = root();
+	struct author by, me = root();
+	int inner[2], outer[2];
 	pid_t child;
-	int gate[2];
+	char byte;
 
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
-	if (pipe(gate))
+	if (pipe(inner) || pipe(outer))
 		die("pipe");
+	by = me;
 	by.pid = told_fork();
 	if (by.pid == 0) {
 		prctl(PR_SET_NAME, "a parent");
@@ -577,24 +579,27 @@ static void case_parent_death(void)
 		if (child == 0) {
 			prctl(PR_SET_NAME, "truth");
 			prctl(PR_SET_PDEATHSIG, SIGUSR2);
-			pid_t self = getpid();
-			if (write(gate[1], &self, sizeof(self)) != sizeof(self))
+			if (write(inner[1], "", 1) != 1)
 				die("write");
 			for (;;)
 				pause();
 		}
+		/* It has told of the fork, and the child is ready. */
+		if (read(inner[0], &byte, 1) != 1 || write(outer[1], &child, sizeof(child)) != sizeof(child))
+			die("a parent");
 		for (;;)
 			pause();
 	}
-	if (read(gate[0], &child, sizeof(child)) != sizeof(child))
+	if (read(outer[0], &child, sizeof(child)) != sizeof(child))
 		die("read");
 	strcpy(by.comm, "a parent");
 	kill(by.pid, SIGTERM);
-	struct author me = root();
 	reap_by(by.pid, &me);
 	reap_by(child, &by);
-	close(gate[0]);
-	close(gate[1]);
+	for (int i = 0; i < 2; i++) {
+		close(inner[i]);
+		close(outer[i]);
+	}
 }
 
 static int open_terminal(void)
