@@ -73,7 +73,7 @@ def test_out_of_memory_with_threads(stage: Stage) -> None:
 
 
 def test_out_of_memory_by_another_process(stage: Stage) -> None:
-    """The victim is not the one that asked for too much, and may be on another CPU."""
+    """The victim is not the one that asked for too much."""
     with memory_cgroup(32 << 20) as procs:
         for _ in range(5):
             check.exact(stage.play("oom_other", str(procs), "0"), stage.node)

@@ -282,8 +282,10 @@ static void stay_on_one(void)
 
 /*
  * oom_other CGROUP_PROCS_FILE KILL: one child of a group has most of its memory, and sleeps; the other one takes what is too
- * much for both. The first one is chosen. With KILL it is dying by then, of a signal that the other one had sent: it gets no
- * time to do so, as the other one has the right of way on the only CPU of both.
+ * much for both. The first one is chosen. With KILL it is dying by then, of a signal that the other one had sent.
+ *
+ * Both are on one CPU, and the other one has the right of way: the kernel sends SIGKILL first and then names its victim, which
+ * on a CPU of its own may have ended in between. With KILL it gets no time to end before.
  */
 static int play_oom_other(int argc, char **argv)
 {
@@ -301,8 +303,7 @@ static int play_oom_other(int argc, char **argv)
 		if (fd < 0 || write(fd, "1000", 4) != 4)
 			die("oom_score_adj");
 		enter_group(argv[0]);
-		if (kills)
-			stay_on_one();
+		stay_on_one();
 		take_memory(22 << 20);
 		if (write(ready[1], "", 1) != 1)
 			die("write");
@@ -314,12 +315,11 @@ static int play_oom_other(int argc, char **argv)
 	small = told_fork();
 	if (small == 0) {
 		enter_group(argv[0]);
-		if (kills) {
-			stay_on_one();
-			if (sched_setscheduler(0, SCHED_FIFO, &(struct sched_param){.sched_priority = 10}))
-				die("sched_setscheduler");
+		stay_on_one();
+		if (sched_setscheduler(0, SCHED_FIFO, &(struct sched_param){.sched_priority = 10}))
+			die("sched_setscheduler");
+		if (kills)
 			kill(large, SIGKILL);
-		}
 		take_memory(14 << 20);
 		_exit(3);
 	}
