@@ -481,7 +481,7 @@ PROBE(kmonitor_free, sched_process_free)
 PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to the whole process, what became of it */
 {
 	int sig = ctx->args[0];
-	unsigned long info = ctx->args[1];
+	unsigned long info;
 	struct task_struct *task = (struct task_struct *)ctx->args[2];
 	int result = ctx->args[4];
 	__u32 any = control.any_mask;
@@ -502,6 +502,8 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 	if (!look_up(&subject, task, any))
 		return 0;
 	sender = CURRENT_TASK();
+	/* Not as ctx->args[1]: the verifier takes a tracepoint's pointer for one that is never NULL, and drops the branch. */
+	bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
 	if (info == SEND_SIG_PRIV) {
 		from_user = false;
 	} else if (info == SEND_SIG_NOINFO) {

@@ -522,6 +522,31 @@ async def test_who_comes_back_for_a_process_that_is_gone_hears_of_the_gap(here: 
     assert second.registered.state == EXITED
 
 
+async def test_after_lost_ends_all_watched_processes_are_looked_up(here: World) -> None:
+    """An end that the ring could not take is told as EXITED, once what came before was delivered; who lives hears nothing."""
+    agent = Agent(here.channel)
+    await agent.connect()
+    await agent.next_interest()
+    calls = {}
+    for pid in (100, 200, 300):
+        calls[pid] = subscribe(here, registration(0x40, pid=pid, follow=pid == 300))
+        await agent.apply(await agent.next_interest())
+        assert (await next_of(calls[pid], "registered")).state == RUNNING
+    lost = agent_pb2.Lost(counts=[agent_pb2.Lost.Count(type=events_pb2.EVENT_TYPE_PROCESS_EXIT, watched=True, total=2)])
+    await agent.call.write(agent_pb2.AgentMessage(lost=lost))
+    again = await agent.next_interest()
+    assert not again.reset
+    assert {process.pid for process in again.processes if process.look_up} == {100, 200, 300}
+    await agent.apply(again, gone=(100, 300))
+    for pid in (100, 300):
+        assert [(count.type, count.count) for count in (await calls[pid].read()).gap.lost] == [(EXIT, 2)]
+        answer = (await calls[pid].read()).registered
+        assert answer.state == EXITED
+    await agent.send([rec(EXIT, 200, flags=F_MATCH_PROCESS, status=0x400)])
+    assert (await calls[200].read()).HasField("gap")
+    assert [event.exit_code for event in (await calls[200].read()).events.events] == [4]
+
+
 async def test_a_child_that_could_not_be_followed_is_a_gap(here: World) -> None:
     agent = Agent(here.channel)
     await agent.connect()

@@ -62,5 +62,28 @@ def test_out_of_memory(stage: Stage) -> None:
         check.exact(stage.play("oom", str(procs)), stage.node)
 
 
+def test_out_of_memory_with_threads(stage: Stage) -> None:
+    with memory_cgroup(32 << 20) as procs:
+        seen = stage.play("oom", str(procs), "3")
+    check.exact(seen, stage.node)
+    aborts = check.of_type(seen.events, "THREAD_ABORT", "PROCESS_ABORT")
+    assert len(aborts) >= 3 + 1
+    assert all(line["oom_killed"] for line in aborts)
+    assert {line["killed_by"]["pid"] for line in aborts} == {0}
+
+
+def test_out_of_memory_by_another_process(stage: Stage) -> None:
+    """The victim is not the one that asked for too much."""
+    with memory_cgroup(32 << 20) as procs:
+        for _ in range(5):
+            check.exact(stage.play("oom_other", str(procs), "0"), stage.node)
+
+
+def test_killed_just_before_memory_ran_out(stage: Stage) -> None:
+    """The kernel chooses who is dying already, and has not sent anything: it was killed by whoever did."""
+    with memory_cgroup(32 << 20) as procs:
+        check.exact(stage.play("oom_other", str(procs), "1"), stage.node)
+
+
 def test_no_other_end_is_out_of_memory(stage: Stage) -> None:
     assert not any(line.get("oom_killed") for line in stage.play("killers").events)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.lab.control_groups import remove
 from tests.lab.requires import Lack, skip
 
 
@@ -33,18 +32,4 @@ def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
             (group / "memory.swap.max").write_text("0", encoding="ascii")
         yield group / "cgroup.procs"
     finally:
-        _remove(group)
-
-
-def _remove(group: Path) -> None:
-    """A group whose last process has just ended is busy for a moment more; nothing tells when it is over."""
-    until = time.monotonic() + 5
-    while True:
-        try:
-            group.rmdir()
-        except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-        else:
-            return
+        remove(group)

@@ -26,6 +26,7 @@ class Lack(enum.Enum):
     NPM_REGISTRY = "needs the packages of tests/interop/package.json, and npm could not get them"
     SETPRIV = "needs setpriv: apt-get install util-linux"
     READABLE = "needs a checkout and an interpreter that every user may read"
+    CGROUP2 = "needs root, and a mounted cgroup2 hierarchy"
     MEMORY_CGROUP = "needs a control group hierarchy with the memory controller"
 
 

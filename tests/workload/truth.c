@@ -190,7 +190,7 @@ void nap_ms(int ms)
 
 int main(int argc, char **argv)
 {
-	static const struct scene *const acts[] = {family_scenes, exec_scenes, thread_scenes, leader_scenes, signal_scenes};
+	static const struct scene *const acts[] = {family_scenes, exec_scenes, thread_scenes, leader_scenes, signal_scenes, killer_scenes};
 
 	if (argc < 2) {
 		fprintf(stderr, "usage: truth SCENE [ARGUMENT]...\n");

@@ -17,7 +17,7 @@ struct scene {
 	int (*play)(int argc, char **argv); /* its value is the exit code of the root */
 };
 
-extern const struct scene family_scenes[], exec_scenes[], thread_scenes[], leader_scenes[], signal_scenes[];
+extern const struct scene family_scenes[], exec_scenes[], thread_scenes[], leader_scenes[], signal_scenes[], killer_scenes[];
 
 /* truth.c */
 void die(const char *what) __attribute__((noreturn));
@@ -38,6 +38,9 @@ pid_t host_pid(void);         /* of the caller, as the mounted /proc has it: als
 pid_t host_tid(void);
 void exec_end(const char *filename, int code) __attribute__((noreturn)); /* exec this program as `truth end CODE` */
 void nap_ms(int ms);
+
+/* truth_signals.c */
+void fall(int number); /* Die of the signal as programs do. Returns for one that has no cause but somebody who sends it. */
 
 /* truth_threads.c */
 struct worker {

@@ -14,6 +14,7 @@ from kmonitor.broker.nodes import Link, Node
 from kmonitor.broker.notices import gap
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import BadRecordError, BadSelectorError
+from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
 from kmonitor.wire.selectors import check_node_name
 
@@ -203,6 +204,8 @@ class Agents:
                     counts[kind] = counts.get(kind, 0) + count
             if counts:
                 session.tell(gap(node.name, monitor_pb2.GAP_REASON_RING, node.epoch, positions=positions, times=times, counts=counts))
+        if (int(EventType.PROCESS_EXIT), True) in news:
+            self._broker.arming.ends_lost(node)
 
 
 def _totals(lost: agent_pb2.Lost) -> dict[tuple[int, bool], int]:

@@ -28,6 +28,9 @@ ARMED = monitor_pb2.REGISTRATION_STATE_ARMED
 NO_NODE = monitor_pb2.REGISTRATION_STATE_NO_NODE
 State: TypeAlias = "monitor_pb2.RegistrationState.ValueType"
 
+_LOOK_AGAIN_SECONDS = 0.2
+"""A ring that runs over does so many times a second: one question for all of them."""
+
 
 class Arming:
     """Keeps interest and spans in step with the registrations."""
@@ -37,6 +40,7 @@ class Arming:
         self._router = router
         self._log = log
         self._flushing: set[str] = set()
+        self._looking: set[str] = set()
 
     # -- what sessions cause
 
@@ -168,6 +172,27 @@ class Arming:
                     node.interest.drop(arm)
             self._no_more(ask, NODE_UNREACHABLE, node)
 
+    def ends_lost(self, node: Node) -> None:
+        """Ends of watched processes are missing, and nobody can know whose: soon ask after all of them.
+
+        Who is found gone is told so, as after a reconnect: else a registration would wait for ever for what was lost.
+        """
+        if node.name not in self._looking:
+            self._looking.add(node.name)
+            asyncio.get_running_loop().call_later(_LOOK_AGAIN_SECONDS, self._look_again, node)
+
+    def _look_again(self, node: Node) -> None:
+        self._looking.discard(node.name)
+        if not node.up:
+            return  # all will be asked for when it comes back
+        for span in self._router.living(node.name):
+            arm: Arm = span.arm
+            registration = arm.registration
+            if span.process is not None and arm.state is ArmState.ARMED:
+                ask = Ask(arm, None, registration.mask, Process(*span.process), child=arm.process != Process(*span.process))
+                node.interest.want_process(arm, *span.process, mask=registration.mask, follow=registration.key.follow, ask=ask)
+        self.flush_soon(node)
+
     def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
         """The agent has done what an Interest said: answer those who wait for it."""
         processes = {(result.pid, result.start_time): result for result in message.processes}
@@ -271,9 +296,10 @@ class Arming:
             if span.process is not None:
                 node.interest.forget_process_claim(ask.arm, *span.process)
             ask.arm.spans -= 1
-        if left and ask.request is None and not ask.child:
-            self._tell(ask.arm, None, EXITED, node, position=position)
         if left and not ask.arm.spans:
+            if ask.request is None:
+                # Of a followed tree this is said once, of the last of it: EXITED means that nothing more will come.
+                self._tell(ask.arm, None, EXITED, node, position=position)
             self._over(ask.arm)
 
     def _group_answer(self, node: Node, position: int, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None) -> None:

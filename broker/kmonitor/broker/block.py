@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kmonitor.wire.errors import BadRecordError
 from kmonitor.wire.record import F_MATCH_PROCESS, SLOT_SIZE, Indices, Slots, check_records, slots_of
 
 ProcessKey = tuple[int, int]
 """(pid, start time in boot-time nanoseconds): with its node and boot a process, for good."""
 
+_POSITIONS = 1 << 64  # as many as the protocol has numbers for
 _OVERHEAD = 1024  # of the objects around the bytes; keeps a log of one-record blocks within its bound
 
 
 class Block:
     """Records of one node, in the order of their positions. Immutable but for its caches and its offset in the log.
 
-    Raises BadRecordError unless `data` is exactly committed records of this version.
+    Raises BadRecordError unless `data` is exactly committed records of this version, and its positions are below 2^64.
     """
 
     __slots__ = (
@@ -43,6 +45,8 @@ class Block:
         self.position = position
         self.end = position + len(data)
         """The first position behind the block."""
+        if self.end >= _POSITIONS:
+            raise BadRecordError("the block's positions do not fit into 64 bits: the agent is faulty")
         self.data = data
         self.boottime_to_unix_ns = boottime_to_unix_ns
         self.offset = -1

@@ -180,7 +180,7 @@ class _Table:
         """A fixed32 or fixed64 field. Left out where not present."""
         if present is None or bool(present.any()):
             kind = "<u4" if wire == _I32 else "<u8"
-            raw = np.ascontiguousarray(values, dtype=kind).view(np.uint8).reshape(self.count, -1)
+            raw = np.ascontiguousarray(values, dtype=kind).view(np.uint8).reshape(self.count, 4 if wire == _I32 else 8)
             self._add(number, wire, raw, present)
 
     def bytes_(self, number: int, values: npt.NDArray[Any], present: Bools | None) -> None:

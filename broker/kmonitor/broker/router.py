@@ -72,6 +72,10 @@ class Router:
         receiver: Receiver = span.owner
         receiver.matcher.add(span)
 
+    def living(self, node: str) -> list[Span]:
+        """The spans of processes whose end has not come."""
+        return [span for spans in self.route_of(node).processes.values() for span in spans if not span.lingers]
+
     def end(self, span: Span, position: int, offset: int) -> None:
         """The span ends before `position`; no block from log offset `offset` on is held against it."""
         route = self.route_of(span.node)

@@ -56,7 +56,8 @@ class Watched:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._unanswered = len(plan.selections)
-        self._open: set[tuple[str, int]] = set()  # processes that run, as far as we know
+        # Processes that run, as far as we know -> the pid that was registered, of which they come.
+        self._open: dict[tuple[str, int], int] = {}
         self._running: dict[tuple[int, str], int] = {}  # registration and node -> pid, of those that were found
         self._armed: set[tuple[int, str]] = set()  # registrations by node that may yet come to something
         self._early: set[tuple[str, int, int]] = set()  # exits that came before the answer that says RUNNING
@@ -78,21 +79,22 @@ class Watched:
         if notice.state in _FINAL or notice.error:
             self._found |= notice.state is RegistrationState.EXITED
             pid = self._running.pop(place, None)
-            if pid is not None and (notice.node, pid) in self._open:
-                self._open.discard((notice.node, pid))
-                self._behind = True
+            gone = [key for key, root in self._open.items() if key[0] == notice.node and root == pid]
+            for each in gone:
+                del self._open[each]
+            self._behind |= bool(gone)
         elif notice.state is RegistrationState.RUNNING and notice.process is not None:
             self._found = True
             self._running[place] = notice.process.pid
             if (notice.node, notice.process.pid, notice.process.start_time) not in self._early:
-                self._open.add((notice.node, notice.process.pid))
+                self._open[notice.node, notice.process.pid] = notice.process.pid
         else:
             self._armed.add(place)
 
     def node_changed(self, notice: NodeChange) -> None:
         """A node that was removed has nothing to say any more."""
         if notice.state is NodeState.GONE:
-            self._open = {place for place in self._open if place[0] != notice.node}
+            self._open = {key: root for key, root in self._open.items() if key[0] != notice.node}
             self._armed = {place for place in self._armed if place[1] != notice.node}
 
     def batch(self, batch: Batch) -> None:
@@ -103,12 +105,12 @@ class Watched:
         for event in batch.events:
             kind = event.type
             if kind == _EXIT:
-                watched.discard((node, event.pid))
+                watched.pop((node, event.pid), None)
                 if self._unanswered:
                     self._early.add((node, event.pid, event.start_time))
                 self._delivered = True
             elif kind == _FORK and self._plan.follow and (node, event.pid) in watched:
-                watched.add((node, event.child_pid))
+                watched[node, event.child_pid] = watched[node, event.pid]
 
     def progress(self) -> None:
         """All up to now was delivered."""

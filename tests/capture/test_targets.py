@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Control groups, systemd's units and filters as targets, with processes that come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.control_groups import Group, control_group, hierarchy_lack
+from tests.lab.requires import Lack, need, tools_lack
+from tests.lab.services import Lab
+from tests.lab.watch import Line, Watch
+from tests.lab.worker import Worker, worker
+from tests.lab.workload import Stage
+
+Seen = list[tuple[str, int]]
+
+
+class Scene:
+    """Watches of groups, and a fence in a group of its own that tells them how far they are."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.fence = stage.fence()
+
+    def worker(self) -> Worker:
+        return worker(self.stage.lab)
+
+    def watch(self, *target: str, state: str = "ARMED") -> Watch:
+        """Of a target, and of the fence."""
+        lab, stage = self.stage.lab, self.stage
+        watch = lab.watch(stage.broker, "--node", stage.node, "--events", "all", *target, "--pid", str(self.fence.pid))
+        answers = watch.wait_registered(2)
+        assert sorted(answer["state"] for answer in answers) == sorted([state, "RUNNING"])
+        return watch
+
+    def finish(self, *watches: Watch) -> list[list[Line]]:
+        """What each was told of until now, but for the fence."""
+        self.fence.close_input()
+        self.fence.wait()
+        for watch in watches:
+            watch.wait_end_of(self.fence.pid)
+            assert watch.of_kind("gap") == []
+        self.stage.lab.stop(*watches)
+        return [[line for line in watch.events() if line["pid"] != self.fence.pid] for watch in watches]
+
+
+@pytest.fixture
+def scene(stage: Stage) -> Scene:
+    need(hierarchy_lack)
+    return Scene(stage)
+
+
+def short(lines: list[Line]) -> Seen:
+    """Type and pid of each event, and for a fork the child's pid."""
+    return [(line["type"], line.get("child_pid") or line["pid"]) for line in lines]
+
+
+def shift(lines: list[Line], by: Worker) -> Seen:
+    """What a shift of a worker looks like; its children's pids are those that the lines say."""
+    children = [line["child_pid"] for line in lines if line["type"] == "PROCESS_FORK" and line["pid"] == by.pid]
+    return [(kind, child) for child in children for kind in ("PROCESS_FORK", "PROCESS_EXEC", "PROCESS_EXIT")]
+
+
+def test_processes_that_enter_and_leave(scene: Scene) -> None:
+    with control_group() as group:
+        comes, goes, ends = scene.worker(), scene.worker(), scene.worker()
+        group.take(goes.pid)
+        watch = scene.watch("--cgroup", group.path)
+        comes.work()  # outside: nothing
+        group.take(comes.pid)
+        comes.work()
+        comes.end(3)
+        goes.work()
+        group.leave(goes.pid)
+        goes.work()
+        goes.end(4)
+        group.take(ends.pid)
+        ends.end(5)
+        (events,) = scene.finish(watch)
+        expected = [
+            *shift([line for line in events if line["pid"] == comes.pid], comes),
+            ("PROCESS_EXIT", comes.pid),
+            *shift([line for line in events if line["pid"] == goes.pid], goes),
+            ("PROCESS_EXIT", ends.pid),
+        ]
+        assert short(events) == expected
+        assert len(expected) == 3 + 1 + 3 + 1
+        assert {line["cgroup_id"] for line in events} == {group.id}
+        assert [line["exit_code"] for line in events if line["pid"] in (comes.pid, ends.pid) and line["type"] == "PROCESS_EXIT"] == [3, 5]
+
+
+def test_groups_within_groups(scene: Scene) -> None:
+    """A group stands for all below it. Who watches two of them hears of each event in its own place."""
+    with control_group() as group:
+        inner = group.group("inner")
+        deep = inner.group("a/b/c/d/e/f/g/h")
+        beside = group.group("beside")
+        above, below, other = scene.worker(), scene.worker(), scene.worker()
+        group.take(above.pid)
+        deep.take(below.pid)
+        beside.take(other.pid)
+        whole, part = scene.watch("--cgroup", group.path), scene.watch("--cgroup", inner.path)
+        for code, each in enumerate((above, below, other)):
+            each.work()
+            each.end(code)
+        of_whole, of_part = scene.finish(whole, part)
+        assert [line["pid"] for line in of_whole if line["type"] == "PROCESS_FORK"] == [above.pid, below.pid, other.pid]
+        assert len(of_whole) == 3 * 4
+        assert [line["cgroup_id"] for line in of_whole] == [group.id] * 4 + [deep.id] * 4 + [beside.id] * 4
+        assert [line["position"] for line in of_part] == [line["position"] for line in of_whole[4:8]]
+
+
+def test_a_group_that_is_removed(scene: Scene) -> None:
+    """Its registration stays, and means that group: not a later one of its name."""
+    with control_group() as group:
+        inner = group.group("inner")
+        first, second = scene.worker(), scene.worker()
+        inner.take(first.pid)
+        watch = scene.watch("--cgroup", inner.path)
+        first.end(1)
+        was = inner.id
+        inner.remove()
+        again = group.group("inner")
+        assert again.id != was
+        again.take(second.pid)
+        second.end(2)
+        late = scene.stage.lab.watch(scene.stage.broker, "--node", scene.stage.node, "--cgroup", inner.path, "--events", "exit")
+        late.wait_registered(1, "ARMED")
+        third = scene.worker()
+        again.take(third.pid)
+        third.end(3)
+        late.wait_end_of(third.pid)
+        scene.stage.lab.stop(late)
+        (events,) = scene.finish(watch)
+        assert short(events) == [("PROCESS_EXIT", first.pid)]
+        assert short(late.events()) == [("PROCESS_EXIT", third.pid)]
+
+
+@contextlib.contextmanager
+def unit(folder: str) -> Iterator[Group]:
+    """A unit's group where systemd would make it, in a tree of the test's own."""
+    with control_group(f"kmonitor-test-{os.getpid()}.slice") as tree:
+        yield tree.group(folder)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "system.slice/kmtest.service",
+        "system.slice/system-kmtest.slice/kmtest@bar.service",
+        r"system.slice/kmtest\x2dwith\x2ddashes.service",
+        r"system.slice/system-kmtest\x2dtemplate.slice/kmtest\x2dtemplate@dev-sda1:x.service",
+        "user.slice/user-1000.slice/user@1000.service/app.slice/app-kmtest.service",
+        "user.slice/user-1000.slice/session-kmtest3.scope",
+        "system.slice/docker-kmtest0123456789abcdef.scope",
+        "kmtest.slice",
+    ],
+)
+def test_units(scene: Scene, folder: str) -> None:
+    """By name alone, wherever the unit is."""
+    with unit(folder) as group:
+        inside, outside = scene.worker(), scene.worker()
+        group.take(inside.pid)
+        watch = scene.watch("--unit", group.folder.name)
+        outside.end(1)
+        inside.work()
+        inside.end(9)
+        (events,) = scene.finish(watch)
+        assert short(events) == [*shift(events, inside), ("PROCESS_EXIT", inside.pid)]
+        assert len(events) == 4
+        assert {line["cgroup_id"] for line in events} == {group.id}
+
+
+def test_a_host_with_the_old_hierarchies_only(lab: Lab) -> None:
+    need(hierarchy_lack, lambda: tools_lack(Lack.NAMESPACES, "unshare", "umount"))
+    broker = lab.broker()
+    script = 'while umount -l "$(awk \'$3 == "cgroup2" {print $2; exit}\' /proc/self/mounts)" 2>/dev/null; do :; done; exec "$@"'
+    lab.agent("old", broker.address, prefix=["unshare", "--mount", "sh", "-c", script, "sh"])
+    for target in (("--cgroup", "/some/group"), ("--unit", "nginx.service")):
+        done = lab.run("kmon", "watch", "--json", "--broker", broker.address, "--node", "old", *target, "--for", "10s")
+        assert "no cgroup2 is mounted on this node: control groups and units can be watched with version 2 only" in done.stderr
+        assert done.code != 0
+    # All else works there.
+    process = lab.command("cat")
+    watch = lab.watch(broker.address, "--node", "old", "--pid", str(process.pid), "--events", "exit")
+    watch.wait_registered(1, "RUNNING")
+    process.close_input()
+    watch.wait_end_of(process.pid)
+    assert watch.wait() == 0
+
+
+def test_names_users_and_failures(stage: Stage) -> None:
+    """Filters of a watch of everything. Other processes of the machine are none of this name, or this user's."""
+    need(lambda: tools_lack(Lack.SETPRIV, "setpriv"))
+    uid, name = 54321, f"kmt{os.getpid()}"
+    shells = {}
+    stage.folder.chmod(0o755)
+    for kind in ("good", "bad"):
+        shells[kind] = Path(stage.folder, f"{name}{kind}")
+        shutil.copy("/bin/sh", shells[kind])
+    watches = {
+        "comm": ("--comm", f"{name}*"),
+        "one": ("--comm", f"{name}b?d"),
+        "uid": ("--uid", str(uid)),
+        "failed": ("--failed", "--comm", f"{name}*"),
+        "both": ("--comm", f"{name}*", "--uid", str(uid)),
+    }
+    started: dict[str, Watch] = {}
+    for key, words in watches.items():
+        started[key] = stage.lab.watch(stage.broker, "--node", stage.node, "--events", "exit,abort", *words)
+        started[key].wait_registered(1, "ARMED")
+    pids: dict[str, int] = {}
+    user = ["setpriv", f"--reuid={uid}", "--clear-groups"]
+    scenes = {
+        "root good": [str(shells["good"]), "-c", "exit 0"],
+        "root bad": [str(shells["bad"]), "-c", "exit 3"],
+        "root killed": [str(shells["bad"]), "-c", "kill -9 $$"],
+        "user good": [*user, str(shells["good"]), "-c", "exit 0"],
+        "user bad": [*user, str(shells["bad"]), "-c", "exit 4"],
+        "user other": [*user, "/bin/sh", "-c", "exit 5"],
+        # Seen by each of the watches: the fence.
+        "last": [*user, str(shells["bad"]), "-c", "exit 6"],
+    }
+    for key, argv in scenes.items():
+        process = stage.lab.command(*argv)
+        pids[key] = process.pid
+        process.wait()
+    expected = {
+        "comm": ["root good", "root bad", "root killed", "user good", "user bad"],
+        "one": ["root bad", "root killed", "user bad"],
+        "uid": ["user good", "user bad", "user other"],
+        "failed": ["root bad", "root killed", "user bad"],
+        "both": ["user good", "user bad"],
+    }
+    for key, watch in started.items():
+        watch.wait_end_of(pids["last"])
+        stage.lab.stop(watch)
+        exits = [line["pid"] for line in watch.events() if line["type"] == "PROCESS_EXIT"]
+        assert exits == [pids[process] for process in (*expected[key], "last")], key
+        aborts = [line["pid"] for line in watch.events() if line["type"] == "PROCESS_ABORT"]
+        assert aborts == [pids[process] for process in expected[key] if process == "root killed"], key
