@@ -81,6 +81,8 @@ def test_least_privilege_is_enough(lab: Lab) -> None:
     status, lines = checked(lab, prefix=as_nobody("bpf", "perfmon"))
     assert status == 0
     assert lines["auto"]["source"] == "core"
+    _, closed = checked(lab, "--pin-root", str(lab.pins / "kmonitor"), prefix=as_nobody("bpf", "perfmon"))
+    assert closed["bpffs"]["found"] == f"{lab.pins} is closed to this user"
     assert lines["CAP_SYS_NICE"]["found"].startswith("not effective")
 
 

@@ -122,6 +122,12 @@ def test_pins_of_another_user(lab: Lab, own_pins: Path, as_service: list[str]) -
     refused(lab.run(*words), 2, f"the pin {SEEN_AT}/unit@host@v", "another user", "--unpin")
 
 
+def test_a_bpffs_that_is_closed_to_the_user(lab: Lab) -> None:
+    """As systemd mounts it."""
+    words: list[str | Path] = [*as_nobody(*ENOUGH), *lab.agent_command("unit", NOBODY_THERE, pin=True)]
+    refused(lab.run(*words, "--pin-root", lab.pins / "kmonitor"), 2, "Permission denied", "--pin-root", "--no-pin")
+
+
 @pytest.mark.parametrize(
     ("source", "given", "lacks", "words"),
     [

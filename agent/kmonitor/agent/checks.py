@@ -170,7 +170,10 @@ def bpffs(pin_root: Path) -> Check:
     if not _is_bpffs(folder):
         advice = "mount -t bpf bpf /sys/fs/bpf; or kmonitor-agent --no-pin, and a restart loses events"
         return Check("warn", "bpffs", f"{pin_root} is not in one", advice)
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.X_OK):
+        advice = "see 'Running as a service' in docs/operation.md; or kmonitor-agent --no-pin, and a restart loses events"
+        return Check("warn", "bpffs", f"{folder} is closed to this user", advice)
+    if not os.access(folder, os.W_OK):
         advice = f"as root: install -d -o {os.geteuid()} {pin_root}; or kmonitor-agent --no-pin, and a restart loses events"
         return Check("warn", "bpffs", f"{folder} is not writable for this user", advice)
     return Check("ok", "bpffs", f"{folder} is writable")
