@@ -9,7 +9,7 @@ cd "${1:-$(dirname "$0")/..}"
 # The checkout may belong to another user than the one who runs this, as in a container.
 git -c safe.directory='*' ls-files --cached --others --exclude-standard -- \
     '*.py' '*.pyi' '*.c' '*.h' '*.proto' '*.sh' '*.js' '*.mjs' '*.ts' '*.go' '*.yml' '*.yaml' \
-    Makefile '*/Makefile' '*Dockerfile*' .ci/run pyproject.toml |
+    Makefile '*/Makefile' '*Dockerfile*' 'deploy/*' .ci/run pyproject.toml |
     {
         bad=0
         while IFS= read -r file; do

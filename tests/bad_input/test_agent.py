@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input.refusal import refused, refused_by_usage, run_all
+from tests.lab.privileges import AS_NOBODY, need_another_user
 from tests.lab.requires import Lack, need, tools_lack
 from tests.lab.services import BIN, Done, Lab
 
@@ -20,7 +20,6 @@ SOON = 8.0
 """Seconds: an agent that is to end at once must not try a broker first, which takes it 10."""
 
 CAPABILITIES = "-bpf,-perfmon,-sys_admin"
-AS_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 NEW_MOUNTS = ("unshare", "--mount", "sh", "-c")
 
 
@@ -34,7 +33,7 @@ def test_bad_value(lab: Lab) -> None:
     cases = {
         ("--scope", "moon"): "scope 'moon': write host or pidns",
         ("--source", "moon"): "source 'moon'",
-        ("--source", "bcc"): "this version has core",
+        ("--source", "ebpf"): "write auto, core, bcc or netlink",
         ("--ring-size", "3M"): "ring size '3M': give a power of two",
         ("--ring-size", "1K"): "from 64K",
         ("--ring-size", "2G"): "to 1G",
@@ -103,15 +102,10 @@ def test_missing_capability(lab: Lab, dropped: str) -> None:
 
 
 def test_unprivileged_user(lab: Lab) -> None:
-    need(partial(tools_lack, Lack.SETPRIV, "setpriv"), _program_is_hidden)
+    need_another_user()
     done = agent(lab, prefix=AS_NOBODY)
     assert done.code == 4, done
     refused(done, done.code, "CAP_BPF and CAP_PERFMON", "root")
-
-
-def _program_is_hidden() -> Lack | None:
-    seen = subprocess.run([*AS_NOBODY, BIN / "kmonitor-agent", "--help"], capture_output=True, check=False)
-    return None if seen.returncode == 0 else Lack.READABLE
 
 
 def test_no_btf(lab: Lab) -> None:

@@ -67,12 +67,21 @@ def check_source(text: str) -> SourceName | Literal["auto"]:
     raise UsageError(f"source {text!r}: write auto, {', '.join(SOURCES[:-1])} or {SOURCES[-1]}")
 
 
+def check_scope(text: str) -> Literal["host", "pidns"] | None:
+    """None if it was not given. Raises UsageError."""
+    if text in ("host", "pidns", ""):
+        return "host" if text == "host" else "pidns" if text else None
+    raise UsageError(f"scope {text!r}: write host or pidns")
+
+
 @app.command()
 def agent(
     broker: Annotated[str, typer.Option(envvar="KMONITOR_BROKER", help="HOST:PORT of the broker.")] = DEFAULT_ADDRESS,
     node: Annotated[str, typer.Option(help="This node's name in the cluster.  [default: the host's name]", show_default=False)] = "",
     source: Annotated[str, typer.Option(help="What captures: auto, core, bcc or netlink.")] = "auto",
-    scope: Annotated[str, typer.Option(help="host: all processes. pidns: those of this pid namespace and below.")] = "host",
+    scope: Annotated[
+        str, typer.Option(help="host: all processes. pidns: those of this pid namespace and below.  [default: host]", show_default=False)
+    ] = "",
     label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for selecting nodes; repeatable.")] = None,
     pin_root: Annotated[
         Path, typer.Option(readable=False, help="Folder in a bpffs that keeps the ring alive while no agent runs.")
@@ -82,6 +91,8 @@ def agent(
     ring_size: Annotated[str, typer.Option(help="The kernel's ring: a power of two; 128 bytes an event.")] = f"{DEFAULT_RING_BYTES >> 20}M",
     watched_max: Annotated[int, typer.Option(min=16, max=4_194_304, help="Most processes watched at once.")] = DEFAULT_WATCHED_MAX,
     nice: Annotated[int, typer.Option(min=-20, max=19, help="Priority for the CPU; a raise needs root or CAP_SYS_NICE.")] = DEFAULT_NICE,
+    check: Annotated[bool, typer.Option("--check", help="Try each source on this machine, say what works and why not, and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --check: one JSON object a line.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Capture this node's process events and stream them to the broker.
@@ -89,15 +100,19 @@ def agent(
     SIGTERM ends it and leaves the pinned probe at work, for the next agent to carry on where this one stopped. SIGINT
     (Ctrl-C) ends it and removes the pins.
 
-    Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not allowed to.
+    Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not allowed to. Of --check: 0 if a source works, else 2.
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="kmonitor-agent: %(message)s", stream=sys.stderr)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     raise_priority(nice)
     name = check_node_name(node or socket.gethostname())
     choice = check_source(source)
-    if scope not in ("host", "pidns"):
-        raise UsageError(f"scope {scope!r}: write host or pidns")
+    given = check_scope(scope)
+    if check:
+        from kmonitor.agent.doctor import report  # noqa: PLC0415  # an agent that runs has no use for it
+
+        raise typer.Exit(report(given, pin_root, json=json))
+    scope = given or "host"
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
     labels = parse_labels(label or [])

@@ -15,7 +15,8 @@ from ctypes import POINTER, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32,
 from pathlib import Path
 from typing import Any
 
-from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
+from kmonitor.agent.capabilities import refusal
+from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError, PinError
 
 BPF_ANY = 0
 BPF_NOEXIST = 1
@@ -146,7 +147,7 @@ def _fail(what: str, errno: int | None = None) -> BpfError | MissingCapabilityEr
     number = ctypes.get_errno() if errno is None else abs(errno)
     log = library.take_log()
     if number in (errnos.EPERM, errnos.EACCES) and "prog" not in log.lower():
-        return MissingCapabilityError(f"{what}: the kernel does not allow it: run as root, or with CAP_BPF and CAP_PERFMON")
+        return refusal(f"{what}: the kernel refuses it", "CAP_BPF", "CAP_PERFMON")
     return BpfError(f"{what}: {os.strerror(number)}", number, log)
 
 
@@ -198,9 +199,11 @@ class Map:
 
 
 def open_pinned(path: Path) -> int:
-    """A descriptor of a pinned map, program or link; the caller owns it."""
+    """A descriptor of a pinned map, program or link; the caller owns it. Raises PinError if it is another user's."""
     fd: int = library.bpf_obj_get(os.fsencode(path))
     if fd < 0:
+        if ctypes.get_errno() == errnos.EACCES:  # file permissions: for lack of a capability it is EPERM
+            raise PinError(f"the pin {path} belongs to another user: run the agent as that one, or remove the pins with --unpin as root")
         raise _fail(f"cannot open the pin {path}")
     return fd
 

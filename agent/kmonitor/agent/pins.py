@@ -31,8 +31,8 @@ class PinFolder:
     def open(self) -> None:
         """Make the folder if need be, and lock it. Raises PinError."""
         root = self.path.parent
-        root_was_there = root.exists()
         try:
+            root_was_there = root.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:

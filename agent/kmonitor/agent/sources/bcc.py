@@ -8,6 +8,7 @@ that lies beside the object. Where the kernel's fields lie is read from its BTF 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -22,7 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
+from kmonitor.agent.capabilities import missing, refusal
+from kmonitor.agent.errors import BpfError, CaptureError
 from kmonitor.agent.kernel_btf import KernelBtf, has_kernel_btf
 from kmonitor.agent.libbpf import Object
 from kmonitor.agent.pins import PinFolder
@@ -158,8 +160,9 @@ def _ask(order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, 
         return answer
     if answer.get("missing"):
         raise CaptureError(f"bcc is not installed: apt install python3-bpfcc, or dnf install python3-bcc ({answer['error']})")
-    if answer["errno"] in (1, 13):
-        raise MissingCapabilityError("the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor")
+    # EACCES is the verifier's word too, for a program that it does not like.
+    if answer["errno"] == errno.EPERM or (answer["errno"] == errno.EACCES and missing("CAP_BPF", "CAP_PERFMON")):
+        raise refusal("the kernel refuses the probe", "CAP_BPF", "CAP_PERFMON")
     raise BpfError(answer["error"], answer["errno"], log)
 
 

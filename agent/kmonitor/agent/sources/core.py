@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from kmonitor.agent.errors import BpfError, MissingCapabilityError
+import errno
+
+from kmonitor.agent.capabilities import missing, refusal
+from kmonitor.agent.errors import BpfError
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ITERATOR, Config, Probe, ProbeOptions, open_object, run
@@ -23,10 +26,9 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
         try:
             obj.load()
         except BpfError as error:
-            if error.errno in (1, 13):
-                raise MissingCapabilityError(
-                    "the kernel refuses the probe: run as root, or with CAP_BPF and CAP_PERFMON; see kmon doctor"
-                ) from error
+            # EACCES is the verifier's word too, for a program that it does not like.
+            if error.errno == errno.EPERM or (error.errno == errno.EACCES and missing("CAP_BPF", "CAP_PERFMON")):
+                raise refusal("the kernel refuses the probe", "CAP_BPF", "CAP_PERFMON") from error
             raise
         return run("core", obj, config, pins, obj.attach, obj.program_fd(ITERATOR))
     finally:

@@ -8,17 +8,15 @@ import contextlib
 import ctypes
 import os
 import re
-import shutil
 import signal
 import socket
-import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kmonitor.clients.cli.beside import program
 from kmonitor.clients.cli.options import Json, duration, run, say
 from kmonitor.wire import masks, selectors
 from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, NotAuthorisedError, UsageError
@@ -95,18 +93,6 @@ def _node_name() -> str:
         return "localhost"
 
 
-def _command(name: str) -> list[str]:
-    """The installed script: beside this one, beside the interpreter, on the PATH; else its module."""
-    for folder in (Path(sys.argv[0]).resolve().parent, Path(sys.executable).parent):
-        if os.access(folder / name, os.X_OK):
-            return [str(folder / name)]
-    found = shutil.which(name)
-    if found is not None:
-        return [found]
-    part = name.removeprefix("kmonitor-")
-    return [sys.executable, "-c", f"from kmonitor.{part}.cli import main; main()"]
-
-
 @contextlib.asynccontextmanager
 async def _child(name: str, *arguments: str) -> AsyncIterator[_Child]:
     parent = os.getpid()
@@ -117,7 +103,7 @@ async def _child(name: str, *arguments: str) -> AsyncIterator[_Child]:
             os._exit(1)
 
     process = await asyncio.create_subprocess_exec(
-        *_command(name),
+        program(name),
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=PIPE,
