@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import bpffs, workload
+from tests.lab import bpffs, knowledge, workload
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import Lab, stderr_of_all
 from tests.lab.workload import Programs, Stage
@@ -55,15 +55,22 @@ def module_lab(pins: Path) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module")
-def service(module_lab: Lab) -> tuple[str, str]:
+def source() -> str:
+    """What the agent captures with; the tests of a folder may be made for several (tests/capture/conftest.py)."""
+    return "core"
+
+
+@pytest.fixture(scope="module")
+def service(module_lab: Lab, source: str) -> Iterator[tuple[str, str]]:
     """A broker with one agent: its address, and the node's name."""
     broker = module_lab.broker()
-    agent = module_lab.agent("alpha", broker.address)
-    return broker.address, agent.node
+    agent = module_lab.agent("alpha", broker.address, source=source)
+    yield broker.address, agent.node
+    module_lab.stop(agent, broker)  # the next source's comes now: two at once would only take each other's time
 
 
 @pytest.fixture
-def stage(lab: Lab, service: tuple[str, str], programs: Programs, tmp_path: Path) -> Stage:
+def stage(lab: Lab, service: tuple[str, str], source: str, programs: Programs, tmp_path: Path) -> Stage:
     """Where a test plays its scenes."""
     address, node = service
-    return Stage(lab, address, node, programs, tmp_path)
+    return Stage(lab, address, node, programs, tmp_path, knowledge.of(source))

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import knowledge
+
 HERE = Path(__file__).parent
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make each test that an agent takes part in for each source that knows what it is about."""
+    if "source" in metafunc.fixturenames:
+        about = {word for mark in metafunc.definition.iter_markers("knows") for word in mark.args}
+        assert about <= knowledge.EVERYTHING, about
+        metafunc.parametrize("source", [name for name in knowledge.SOURCES if about <= knowledge.of(name).knows], scope="module")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,7 @@ def test_an_exec_keeps_the_process_and_its_registration(stage: Stage) -> None:
     assert [line["type"] for line in seen.events] == ["PROCESS_EXEC", "PROCESS_EXIT"]
 
 
+@pytest.mark.knows("arguments")
 def test_what_is_too_long_says_so(stage: Stage) -> None:
     seen = stage.play("exec_long")
     check.exact(seen, stage.node)
@@ -34,6 +35,7 @@ def test_what_is_too_long_says_so(stage: Stage) -> None:
     assert set(name["filename"]) == {"/"}
 
 
+@pytest.mark.knows("arguments")
 def test_short_arguments_are_whole(stage: Stage) -> None:
     assert not any(line.get("args_truncated") for line in stage.play("exec").events)
 

@@ -45,23 +45,27 @@ def test_every_signal(stage: Stage, core_limit: int) -> None:
         assert {line["exit_signal"] for line in aborts if line.get("core_dumped")} == {3, 4, 5, 6, 7, 8, 11, 24, 25, 31}
 
 
+@pytest.mark.knows("killers")
 def test_who_sent_the_signal(stage: Stage) -> None:
     seen = stage.play("killers")
     check.exact(seen, stage.node)
     assert [line["exit_signal"] for line in check.of_type(seen.events, "PROCESS_ABORT")] == [15, 10, 37, 9, 64, 9]
 
 
+@pytest.mark.knows("killers")
 def test_a_fault_is_the_kernels(stage: Stage) -> None:
     seen = stage.play("signals", "0")
     faults = [line for line in check.of_type(seen.events, "PROCESS_EXIT") if line.get("exit_signal") in {4, 7, 8, 11}]
     assert [(line["exit_signal"], line["killed_by"]["pid"]) for line in faults] == [(4, 0), (7, 0), (8, 0), (11, 0)]
 
 
+@pytest.mark.knows("out of memory")
 def test_out_of_memory(stage: Stage) -> None:
     with memory_cgroup(32 << 20) as procs:
         check.exact(stage.play("oom", str(procs)), stage.node)
 
 
+@pytest.mark.knows("out of memory")
 def test_out_of_memory_with_threads(stage: Stage) -> None:
     with memory_cgroup(32 << 20) as procs:
         seen = stage.play("oom", str(procs), "3")
@@ -72,6 +76,7 @@ def test_out_of_memory_with_threads(stage: Stage) -> None:
     assert {line["killed_by"]["pid"] for line in aborts} == {0}
 
 
+@pytest.mark.knows("out of memory")
 def test_out_of_memory_by_another_process(stage: Stage) -> None:
     """The victim is not the one that asked for too much."""
     with memory_cgroup(32 << 20) as procs:
@@ -79,10 +84,17 @@ def test_out_of_memory_by_another_process(stage: Stage) -> None:
             check.exact(stage.play("oom_other", str(procs), "0"), stage.node)
 
 
+@pytest.mark.knows("out of memory")
 def test_killed_just_before_memory_ran_out(stage: Stage) -> None:
     """The kernel chooses who is dying already, and has not sent anything: it was killed by whoever did."""
     with memory_cgroup(32 << 20) as procs:
         check.exact(stage.play("oom_other", str(procs), "1"), stage.node)
+
+
+def test_signals_of_every_way_to_send_one(stage: Stage) -> None:
+    seen = stage.play("killers")
+    check.exact(seen, stage.node)
+    assert [line["exit_signal"] for line in check.of_type(seen.events, "PROCESS_ABORT")] == [15, 10, 37, 9, 64, 9]
 
 
 def test_no_other_end_is_out_of_memory(stage: Stage) -> None:

@@ -10,6 +10,8 @@ from tests.lab.compare import differences
 from tests.lab.control_groups import control_group
 from tests.lab.workload import Performance, Stage
 
+pytestmark = pytest.mark.knows("killers")
+
 
 def play(stage: Stage, case: str, *arguments: str) -> Performance:
     """A case of tests/workload/truth_killers.c, seen as it was."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kmonitor.clients import Event, Monitor, RegistrationState, connect
+from tests.lab import knowledge
 from tests.lab.services import Lab
 from tests.lab.workload import Programs, Stage
 
@@ -159,12 +160,12 @@ async def test_a_process_of_the_past_has_exited(service: tuple[str, str], progra
     await forker.stop()
 
 
-def test_one_pid_on_one_of_several_nodes(lab: Lab, programs: Programs, tmp_path: Path) -> None:
+def test_one_pid_on_one_of_several_nodes(lab: Lab, source: str, programs: Programs, tmp_path: Path) -> None:
     """Three agents see the same processes. One is asked for one: the others' kernels send nothing."""
     broker = lab.broker()
     for node in ("alpha", "beta", "gamma"):
-        lab.agent(node, broker.address)
-    stage = Stage(lab, broker.address, "beta", programs, tmp_path)
+        lab.agent(node, broker.address, source=source)
+    stage = Stage(lab, broker.address, "beta", programs, tmp_path, knowledge.of(source))
     watched, other = stage.start("codes", "1", "2"), stage.start("mixed")
     watch = stage.watch(watched.root_pid, options=["--events", "exit"])
     other.say("go")

@@ -59,8 +59,9 @@ def test_processes(stage: Stage, kind: str, count: int) -> None:
 
 @pytest.mark.timeout(180)
 def test_threads(stage: Stage) -> None:
-    """At 45,000 a second, for some seconds: most of what two cores do flat out with nobody to watch them."""
-    told, watch = run(stage, "threads", 180_000, "45000")
+    """At 45,000 a second, for some seconds: most of what two cores do flat out with nobody to watch them. Or at what the source takes."""
+    rate = stage.knowledge.thread_rate
+    told, watch = run(stage, "threads", 4 * rate, str(rate))
     made = Counter((line["pid"], line["child_tid"]) for line in check.of_type(watch.events(), "THREAD_CREATE"))
     assert made == told.started()
     ended = Counter((line["pid"], line["tid"]) for line in check.of_type(watch.events(), "THREAD_EXIT"))

@@ -67,6 +67,7 @@ def shift(lines: list[Line], by: Worker) -> Seen:
     return [(kind, child) for child in children for kind in ("PROCESS_FORK", "PROCESS_EXEC", "PROCESS_EXIT")]
 
 
+@pytest.mark.knows("control groups")
 def test_processes_that_enter_and_leave(scene: Scene) -> None:
     with control_group() as group:
         comes, goes, ends = scene.worker(), scene.worker(), scene.worker()
@@ -95,6 +96,7 @@ def test_processes_that_enter_and_leave(scene: Scene) -> None:
         assert [line["exit_code"] for line in events if line["pid"] in (comes.pid, ends.pid) and line["type"] == "PROCESS_EXIT"] == [3, 5]
 
 
+@pytest.mark.knows("control groups")
 def test_groups_within_groups(scene: Scene) -> None:
     """A group stands for all below it. Who watches two of them hears of each event in its own place."""
     with control_group() as group:
@@ -116,6 +118,7 @@ def test_groups_within_groups(scene: Scene) -> None:
         assert [line["position"] for line in of_part] == [line["position"] for line in of_whole[4:8]]
 
 
+@pytest.mark.knows("control groups")
 def test_a_group_that_is_removed(scene: Scene) -> None:
     """Its registration stays, and means that group: not a later one of its name."""
     with control_group() as group:
@@ -149,6 +152,7 @@ def unit(folder: str) -> Iterator[Group]:
         yield tree.group(folder)
 
 
+@pytest.mark.knows("control groups")
 @pytest.mark.parametrize(
     "folder",
     [
@@ -177,6 +181,7 @@ def test_units(scene: Scene, folder: str) -> None:
         assert {line["cgroup_id"] for line in events} == {group.id}
 
 
+@pytest.mark.knows("control groups")
 def test_a_host_with_the_old_hierarchies_only(lab: Lab) -> None:
     need(hierarchy_lack, lambda: tools_lack(Lack.NAMESPACES, "unshare", "umount"))
     broker = lab.broker()

@@ -10,7 +10,9 @@ from tests.lab.workload import Performance
 def exact(performance: Performance, node: str) -> None:
     """Seen as it was: each event once, in order, without a gap, at its time."""
     gaps = performance.watch.of_kind("gap")
-    wrong = differences(performance.truth, performance.events) + inconsistencies(performance.events, node)
+    wrong = differences(performance.truth, performance.events) + inconsistencies(
+        performance.events, node, named="names" in performance.knowledge.knows
+    )
     wrong += [f"gap: {gap}" for gap in gaps]
     wrong += [f"not at its time: {line}" for line in performance.events if not _in_time(performance, line)]
     if wrong:

@@ -80,8 +80,8 @@ def _arguments(expected: list[str], found: Line) -> list[str]:
     return []
 
 
-def inconsistencies(events: list[Line], node: str, *, uid: int = 0) -> list[str]:
-    """What cannot be in any stream of one node, whatever happened."""
+def inconsistencies(events: list[Line], node: str, *, uid: int = 0, named: bool = True) -> list[str]:
+    """What cannot be in any stream of one node, whatever happened. `named`: every process's name is known."""
     wrong: list[str] = []
     position = -1
     born: dict[int, int] = {}
@@ -95,7 +95,7 @@ def inconsistencies(events: list[Line], node: str, *, uid: int = 0) -> list[str]
         if line["position"] <= position:
             wrong.append(f"position goes back to {line['position']} from {position}")
         position = line["position"]
-        if line["node"] != node or line["uid"] != uid or not line["comm"] or line["start_time"] <= 0 or line.get("inferred"):
+        if line["node"] != node or line["uid"] != uid or (named and not line["comm"]) or line["start_time"] <= 0 or line.get("inferred"):
             wrong.append(f"node, uid, comm, start time or inferred: {line}")
         if pid in born and line["start_time"] != born[pid]:
             wrong.append(f"start time is not what the fork said, {born[pid]}: {line}")

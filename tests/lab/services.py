@@ -70,19 +70,22 @@ class Lab:
         node: str,
         broker: str,
         *options: str,
+        source: str = "core",
         scope: str = "host",
         pin: bool = False,
         prefix: Sequence[str] = (),
     ) -> Agent:
         """Start an agent, and wait until it is connected."""
-        agent = self.keep(Agent(node, [*prefix, *self.agent_command(node, broker, *options, scope=scope, pin=pin)]))
+        agent = self.keep(Agent(node, [*prefix, *self.agent_command(node, broker, *options, source=source, scope=scope, pin=pin)]))
         agent.wait_connected()
         return agent
 
-    def agent_command(self, node: str, broker: str, *options: str, scope: str = "host", pin: bool = False) -> list[str | Path]:
+    def agent_command(
+        self, node: str, broker: str, *options: str, source: str = "core", scope: str = "host", pin: bool = False
+    ) -> list[str | Path]:
         """The command line of an agent."""
         pins: list[str | Path] = ["--pin-root", self.pins] if pin else ["--no-pin"]
-        return [BIN / "kmonitor-agent", "--broker", broker, "--node", node, "--source", "core", "--scope", scope, *pins, *options]
+        return [BIN / "kmonitor-agent", "--broker", broker, "--node", node, "--source", source, "--scope", scope, *pins, *options]
 
     def watch(self, broker: str, *options: str) -> Watch:
         """Start `kmon watch --json`."""

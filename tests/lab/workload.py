@@ -7,10 +7,11 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.lab.compare import Line
+from tests.lab.knowledge import Knowledge, of
 from tests.lab.process import Running
 from tests.lab.services import Lab
 from tests.lab.watch import Watch
@@ -84,6 +85,7 @@ class Performance:
     watch: Watch
     began_ns: int
     ended_ns: int
+    knowledge: Knowledge
 
 
 @dataclass
@@ -95,6 +97,8 @@ class Stage:
     node: str
     programs: Programs
     folder: Path
+    knowledge: Knowledge = field(default_factory=lambda: of("core"))
+    """Of the agent's source."""
 
     def fence(self) -> Running:
         """A process that ends when its input does. Watched beside another, its end says that all before was seen."""
@@ -126,14 +130,14 @@ class Stage:
         root.say("go")
         if dialogue is not None:
             dialogue(root, watch)
-        truth = root.truth()
+        truth = self.knowledge.sees(root.truth(), scene, root.root_pid, arguments)
         ended = time.time_ns()
         if root.process.returncode != code:
             raise root.failure(f"expected exit status {code}")
         self.lab.stop(root)
         self.end_fence(fence, watch)
         events = [line for line in watch.events() if line["pid"] != fence.pid]
-        return Performance(root.root_pid, truth, events, watch, began, ended)
+        return Performance(root.root_pid, truth, events, watch, began, ended, self.knowledge)
 
     def end_fence(self, fence: Running, watch: Watch, limit: float = 20.0) -> None:
         """End the fence and wait until `watch` has seen it; then end the watch too."""

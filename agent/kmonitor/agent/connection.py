@@ -78,9 +78,21 @@ class Connection:
     async def run(self) -> None:
         """Until `stop`. Raises NodeNameTakenError, ProtocolError, NotAuthorisedError if there is no point in trying again."""
         loop = asyncio.get_running_loop()
+        try:
+            await self._run_streams(loop)
+        finally:
+            loop.remove_reader(self._source.ring.wakeups.fileno())
+
+    def _attend(self, loop: asyncio.AbstractEventLoop) -> None:
+        """While there is no stream, whose forwarder does this: a ring that this process fills itself must not fall behind."""
+        loop.add_reader(self._source.ring.wakeups.fileno(), self._source.ring.awake)
+        self._source.ring.awake()
+
+    async def _run_streams(self, loop: asyncio.AbstractEventLoop) -> None:
         delay = _BACKOFF_FIRST
         taken_since: float | None = None
         while not self._stopping.is_set():
+            self._attend(loop)
             try:
                 await self._one_stream()
                 delay, taken_since = _BACKOFF_FIRST, None
@@ -95,6 +107,7 @@ class Connection:
                 taken_since = None
             if self._stopping.is_set():
                 return
+            self._attend(loop)
             # Full jitter: a cluster's agents do not come back in step.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(0.02, delay)):

@@ -27,6 +27,10 @@ class BpfError(KmonitorError):
         self.log = log
 
 
+class ConnectorMessageError(KmonitorError):
+    """The kernel's proc connector said something that is not understood."""
+
+
 class NodeNameTakenError(UsageError):
     """Another agent is connected under this node's name."""
 

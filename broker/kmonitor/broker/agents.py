@@ -199,8 +199,9 @@ class Agents:
             counts: dict[int, int] = {}
             for (kind, watched), count in news.items():
                 # What a process's own entry asked for may be wanted by a wider registration too; not the other way round.
-                # Type 0: a child that the kernel could not follow, of which every event is missing.
-                if kind & (wide | own if watched else wide) or (kind == 0 and follows):
+                # Type 0, watched: a child that could not be followed, of which every event is missing. Not watched: what the kernel
+                # could not tell the agent of (source netlink), of any type and whoever's.
+                if kind & (wide | own if watched else wide) or (kind == 0 and (follows if watched else spans)):
                     counts[kind] = counts.get(kind, 0) + count
             if counts:
                 session.tell(gap(node.name, monitor_pb2.GAP_REASON_RING, node.epoch, positions=positions, times=times, counts=counts))

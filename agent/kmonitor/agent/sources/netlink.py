@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Source "netlink": the kernel's proc connector, for hosts where BPF is not allowed.
+
+The same records as from the probe. What the connector does not say stays empty: who sent a signal, an out-of-memory kill, the control
+group, the thread that made a thread; docs/events.md has all of it. Matching is done here, and not in the kernel: every process event of
+the node is a message to this socket, so while nobody asks for anything there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from kmonitor.agent.errors import CaptureError
+from kmonitor.agent.maps import LOST_FOLLOW, LOST_NODE, Watched
+from kmonitor.agent.pins import PinFolder
+from kmonitor.agent.probe import ProbeOptions
+from kmonitor.agent.procfs import ProcTable
+from kmonitor.agent.sources.connector import Batch, Connector
+from kmonitor.agent.sources.memory_ring import MemoryRing
+from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
+from kmonitor.agent.sources.proc_events import ProcEvents
+from kmonitor.agent.sources.reconcile import Reconciliation
+
+_AT_ONCE = 8192
+"""Messages that are taken before something else gets its turn."""
+_RATE_WINDOW_NS = 20e6
+_NAP_MESSAGES = 20
+"""So many messages within about the window are many. The nap is as long as it takes for some to gather: a wake-up costs as much
+as some hundred messages."""
+_NAP_LEAST_S = 0.001
+_NAP_MOST_S = 0.005
+
+
+def load(options: ProbeOptions, pins: PinFolder | None) -> Netlink:
+    """Start it. There is nothing to pin: what happens while no agent runs is not captured.
+
+    Raises CaptureError, MissingCapabilityError.
+    """
+    del pins
+    if options.scope != "host":
+        raise CaptureError("source netlink knows all processes of the host and no pid namespace: use --scope host")
+    return Netlink(options)
+
+
+class Netlink:
+    """The proc connector as a Source. All calls are made from one thread."""
+
+    name = "netlink"
+    adopted = False
+    watched_cgroups = None
+
+    def __init__(self, options: ProbeOptions) -> None:
+        self.epoch = time.time_ns()
+        self.processes = ProcTable()
+        self.control = MemoryControl(self._on_masks)
+        self.watched = WatchedTable(options.watched_max, self._on_entry)
+        self._buffer_bytes = options.ring_bytes
+        self._batch = Batch()
+        self._connector: Connector | None = None
+        self._missing = 0
+        self._level = 0.0  # messages of late: each counts for less the longer ago it was
+        self._taken_ns = 0
+        self.received = 0
+        """Messages that were taken since the start."""
+        Connector(self._buffer_bytes, self._batch).close()  # what is wrong is said at the start, and not when somebody asks
+        self.ring = MemoryRing(options.ring_bytes, self.control, self._take_in)
+        self._events = ProcEvents(self.ring, self.control, self.watched)
+        self._reconciliation = Reconciliation(self._events)
+
+    def catch_up(self) -> None:
+        """Take all messages of what has happened so far.
+
+        A message's time is taken before it is put into the socket: who has read a later one has read all that were there.
+        """
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        while self._drain(now):
+            pass
+        self._after_drain()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._stop()
+        self.ring.close()
+
+    def _on_masks(self) -> None:
+        if not self.control.any_mask | self.control.all_mask:
+            self._stop()
+            return
+        if self._connector is None:
+            # Before anything is looked up: what changes after the look is in a message.
+            self._connector = Connector(self._buffer_bytes, self._batch)
+            self._missing = 0
+            self.ring.listen(self._connector.fileno())
+        wide = bool(self.control.all_mask)
+        if wide and not self._events.wide:
+            self._events.widen()
+        elif self._events.wide and not wide:
+            self._events.narrow()
+
+    def _on_entry(self, pid: int, entry: Watched | None) -> None:
+        self._events.watch(pid, entry)
+
+    def _stop(self) -> None:
+        if self._connector is None:
+            return
+        self.ring.listen(None)
+        self.ring.behind = False
+        self._connector.close()
+        self._connector = None
+        self._events.clear()
+        self._reconciliation.clear()
+
+    def _take_in(self) -> float:
+        """What there is; and the seconds until there may be more that is worth a wake-up, 0 for at the next message."""
+        if self._connector is None:
+            return 0.0
+        before = self.received
+        self.ring.behind = self._drain()
+        if not self.ring.behind:
+            self._after_drain()
+        if self._connector is None or self.ring.behind:
+            return 0.0
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self._level = self._level * math.exp((self._taken_ns - now) / _RATE_WINDOW_NS) + self.received - before
+        self._taken_ns = now
+        nap = min(_NAP_LEAST_S * self._level / _NAP_MESSAGES, _NAP_MOST_S) if self._level > _NAP_MESSAGES else 0.0
+        due = self._reconciliation.due(_boottime())
+        return nap if due is None else max(min(due, nap or due), _NAP_LEAST_S)
+
+    def _drain(self, until_ns: int | None = None) -> bool:
+        """Take what is in the socket, but not for ever. False once it was empty, or a message later than `until_ns` was read."""
+        connector, taken = self._connector, 0
+        if connector is None:
+            return False
+        offset = _boottime() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        while taken < _AT_ONCE:
+            messages = connector.receive()
+            if messages is None:
+                return False
+            taken += len(messages)
+            self.received += len(messages)
+            last = int(messages["monotonic_ns"][-1]) if len(messages) else 0
+            self._events.take(messages, offset)
+            if until_ns is not None and last > until_ns:
+                return False
+        return True
+
+    def _after_drain(self) -> None:
+        """The socket was empty a moment ago: what is missing lies behind us."""
+        connector = self._connector
+        if connector is None:
+            return
+        if connector.overrun or connector.missing_by_sequence > self._missing:
+            connector.overrun = False
+            missing = connector.missing()
+            if missing > self._missing:
+                # Anybody's, and of any type: not for the watched ones' account, where this stands for a child that is not followed.
+                self.control.count(LOST_NODE, LOST_FOLLOW, missing - self._missing)
+                self._missing = missing
+                self._reconciliation.wanted = True
+        if self._reconciliation.look(_boottime()):
+            self._drain()
+        self._reconciliation.decide(_boottime())
+
+
+def _boottime() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

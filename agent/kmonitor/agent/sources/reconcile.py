@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After messages were missed: what is known is held against /proc, and what ended unseen is told as inferred.
+
+A process is seen as ended in /proc a moment before the kernel sends the message of it (exit_notify() comes before proc_exit_connector()
+in do_exit()). So who is found gone is a suspect at first, and is told as gone if no message came for a while.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kmonitor.agent.procfs import read_stat
+from kmonitor.agent.sources.lineage import Kin, all_pids, comm_of, from_proc, live_threads, lives
+from kmonitor.agent.sources.proc_events import ProcEvents
+
+_DELIBERATION_NS = 20_000_000
+_SHARE = 10
+"""At most one part in so many of the time goes into reading /proc, however often messages are missed."""
+
+
+class Reconciliation:
+    """Belongs to a ProcEvents. All times are of the boot-time clock."""
+
+    def __init__(self, events: ProcEvents) -> None:
+        self.wanted = False
+        """Messages were missed since it was last done."""
+        self._events = events
+        self._suspects: list[Kin] = []
+        self._due_ns = 0
+        self._not_before_ns = 0
+
+    def clear(self) -> None:
+        """Nobody asks for anything."""
+        self.wanted = False
+        self._suspects.clear()
+
+    def due(self, now_ns: int) -> float | None:
+        """Seconds until there is something to do; None if there is not."""
+        times = []
+        if self._suspects:
+            times.append(self._due_ns)
+        if self.wanted:
+            times.append(self._not_before_ns)
+        return max(min(times) - now_ns, 0) / 1e9 if times else None
+
+    def look(self, now_ns: int) -> bool:
+        """Hold what is known against /proc, if that is wanted; whether it was done. All messages that were there must have been taken."""
+        if not self.wanted or now_ns < self._not_before_ns:
+            return False
+        self.wanted = False
+        events = self._events
+        before = {id(kin) for kin in self._suspects}
+        for kin in list(events.kins.values()):
+            if kin.live and id(kin) not in before and not self._refresh(kin):
+                self._suspects.append(kin)
+        if events.wide or events.follows:
+            self._find_missed(now_ns)
+        done_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._due_ns = done_ns + _DELIBERATION_NS
+        self._not_before_ns = done_ns + _SHARE * (done_ns - now_ns)
+        return True
+
+    def decide(self, now_ns: int) -> None:
+        """Tell the end of suspects of whom no message came. All messages that are there must have been taken."""
+        if not self._suspects or now_ns < self._due_ns:
+            return
+        suspects, self._suspects = self._suspects, []
+        for kin in suspects:
+            if self._events.kins.get(kin.tgid) is kin and not lives(kin.tgid, kin.start_ns):
+                self._events.infer(kin, now_ns)
+
+    def _refresh(self, kin: Kin) -> bool:
+        """What changed unseen; False if it has ended."""
+        stat = read_stat(f"/proc/{kin.tgid}/stat")
+        if stat is None or stat.start_boottime_ns != kin.start_ns:
+            return False
+        live, comms = live_threads(kin.tgid, stat)
+        if not live:
+            return False
+        fresh = from_proc(kin.tgid)
+        if fresh is None or fresh.start_ns != kin.start_ns:
+            return False
+        kin.ppid, kin.uid, kin.gid, kin.comm = fresh.ppid, fresh.uid, fresh.gid, comm_of(stat)
+        kin.live = live
+        kin.thread_comms = {tid: name for tid, name in comms.items() if name != kin.comm}
+        return True
+
+    def _find_missed(self, now_ns: int) -> None:
+        """Processes that were made unseen: all of them if all are known; else those whose parent is followed, and theirs.
+
+        The child of a process that is gone itself has another parent by now, and is not found for it.
+        """
+        events = self._events
+        unknown: dict[int, list[Kin]] = {}
+        for tgid in all_pids():
+            old = events.kins.get(tgid)
+            kin = from_proc(tgid) if old is None or read_start(tgid) != old.start_ns else None
+            if kin is None or not kin.live:
+                continue
+            if old is not None:
+                events.infer(old, now_ns)  # its pid was given out again
+            unknown.setdefault(kin.ppid, []).append(kin)
+        parents = [tgid for tgid in unknown if tgid in events.kins]  # the last is looked at first: a parent before its children
+        if events.wide:
+            parents = [tgid for tgid in unknown if tgid not in events.kins] + parents
+        while parents:
+            tgid = parents.pop()
+            parent = events.kins.get(tgid)
+            for kin in unknown.pop(tgid, []):
+                if not events.wide and (parent is None or kin.start_ns < parent.met_ns or not events.is_followed(parent)):
+                    continue
+                events.adopt(kin, now_ns)
+                parents.append(kin.tgid)
+
+
+def read_start(tgid: int) -> int:
+    """0 if it is not there."""
+    stat = read_stat(f"/proc/{tgid}/stat")
+    return 0 if stat is None else stat.start_boottime_ns
