@@ -97,7 +97,10 @@ class Connector:
         check_namespaces()
         self.overrun = False
         """The kernel said that messages were dropped, since this was last cleared."""
-        self._next: dict[int, int] = {}
+        self.heard: dict[int, tuple[int, int]] = {}
+        """Of each CPU the first sequence number, and the one that is expected next."""
+        self.received = 0
+        """Messages that have such a number."""
         self._missing = 0
         self._batch = batch
         try:
@@ -188,10 +191,11 @@ class Connector:
         sequences = messages["sequence"]
         for cpu in np.unique(cpus[events]).tolist():
             own = sequences[events & (cpus == cpu)]
-            first, last = int(own[0]), int(own[-1])
-            expected = self._next.get(cpu, first)
-            self._next[cpu] = (last + 1) & 0xFFFFFFFF
-            self._missing += (last + 1 - expected - len(own)) & 0xFFFFFFFF
+            following = int(own[-1]) + 1 & 0xFFFFFFFF
+            first, expected = self.heard.get(cpu, (int(own[0]), int(own[0])))
+            self.heard[cpu] = first, following
+            self.received += len(own)
+            self._missing += following - expected - len(own) & 0xFFFFFFFF
 
 
 def check_namespaces() -> None:
