@@ -130,6 +130,7 @@ class MemoryRing:
         """Records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
         if self.producer == self.position:
             self._fill()
+        limit -= limit % SLOT_SIZE
         ahead = min(self.producer - self.position, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE)
         if ahead == 0:
             return None
