@@ -138,7 +138,8 @@ def test_the_last_thread_is_the_end() -> None:
     assert bench.say(thread(T1)) == [(CREATE, 0, 0)]
     assert bench.say(exit_of(PID, 5 << 8)) == []
     assert bench.say(exit_of(T1, 3 << 8)) == [(T_EXIT, T1, 3 << 8), (EXIT, T1, 3 << 8)]
-    assert bench.events.kins == bench.watched.entries == {}
+    assert not bench.events.kins
+    assert not bench.watched.entries
     assert bench.say(exit_of(PID, 5 << 8)) == []
     bench.close()
 
