@@ -19,7 +19,7 @@ from kmonitor.agent.libbpf import BPF_EXIST, BPF_NOEXIST
 from kmonitor.agent.maps import LOST_NODE, LOST_PROCESS, WATCHED_SIZE, Watched, pid_key
 from kmonitor.agent.sources import proc_messages as pm
 from kmonitor.agent.sources.lineage import Kin
-from kmonitor.agent.sources.memory_ring import MemoryRing
+from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
 from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
 from kmonitor.agent.sources.proc_events import ProcEvents
 from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, Slots, check_records, slots_of
@@ -95,7 +95,7 @@ class Bench:
         self.control = MemoryControl(lambda: None)
         self.control.all_mask = node_mask
         self.watched = WatchedTable(4, lambda _pid, _entry: None)
-        self.ring = MemoryRing(ring, self.control, lambda: 0.0)
+        self.ring = MemoryRing(ring, self.control, Pause)
         self.events = ProcEvents(self.ring, self.control, self.watched)
         if mask:
             self.watched.put(PID, Watched(0, mask, flags))
@@ -300,7 +300,7 @@ def test_a_ring_that_is_full_of_watched_ones_counts_them_too() -> None:
 def test_the_ring_gives_what_was_put_in(execs: list[tuple[int, int, bool]], limit: int) -> None:
     """Around its end many times; what was not released is read again."""
     control = MemoryControl(lambda: None)
-    ring = MemoryRing(64 << 10, control, lambda: 0.0)
+    ring = MemoryRing(64 << 10, control, Pause)
     put: list[tuple[int, bytes, bytes]] = []
     got: list[tuple[int, bytes, bytes]] = []
 
@@ -352,17 +352,21 @@ def test_the_table_is_like_a_map_of_the_kernel() -> None:
 
 def test_the_ring_wakes_by_the_clock_while_much_comes() -> None:
     reader, writer = os.pipe()
-    waits = [0.0]
-    ring = MemoryRing(64 << 10, MemoryControl(lambda: None), lambda: waits[0])
+    pauses = [Pause()]
+    ring = MemoryRing(64 << 10, MemoryControl(lambda: None), lambda: pauses[0])
     ring.listen(reader)
     os.write(writer, b"x")
     assert ring.prepare_sleep()
     assert ring.wakeups.poll(5)
-    waits[0] = 0.02
+    pauses[0] = Pause(least_s=0.02)
     ring.awake()
     began = time.monotonic()
     assert ring.wakeups.poll(5)
     assert time.monotonic() - began > 0.01
+    os.read(reader, 1)
+    pauses[0] = Pause(most_s=0.02)
+    ring.awake()
+    assert ring.wakeups.poll(5), "there is something to do, though nothing comes"
     ring.listen(None)
     ring.close()
     os.close(reader)

@@ -92,11 +92,13 @@ class Connector:
         sequence = _CN.unpack_from(data, _NLMSG.size)[2]
         what, cpu, _ = _EVENT.unpack_from(data, _NLMSG.size + _CN.size)
         self.numbers.append((cpu, sequence))
+        # Answers, to other listeners too, are numbered like events; by older kernels they are not, and have no CPU.
+        if cpu != 0xFFFFFFFF:
+            if cpu in self._sequences:
+                self.lost += (sequence - self._sequences[cpu] - 1) & 0xFFFFFFFF
+            self._sequences[cpu] = sequence
         if what == PROC_EVENT_NONE:
             return Witnessed(what, 0, 0, 0, 0)
-        if cpu in self._sequences:
-            self.lost += (sequence - self._sequences[cpu] - 1) & 0xFFFFFFFF
-        self._sequences[cpu] = sequence
         if what == PROC_EVENT_FORK:
             _, parent_tgid, child_tid, child_tgid = _FORK.unpack_from(data, _BODY)
             return Witnessed(what, child_tgid, child_tid, parent_tgid, 0)

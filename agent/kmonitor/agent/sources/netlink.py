@@ -17,7 +17,7 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ProbeOptions
 from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.sources.connector import Batch, Connector
-from kmonitor.agent.sources.memory_ring import MemoryRing
+from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
 from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
 from kmonitor.agent.sources.proc_events import ProcEvents
 from kmonitor.agent.sources.reconcile import Reconciliation
@@ -65,6 +65,7 @@ class Netlink:
         self._level = 0.0  # messages of late: each counts for less the longer ago it was
         self._taken_ns = 0
         self._idle_since_ns = 0
+        self._lingering = False
         self.received = 0
         """Messages that were taken since the start."""
         Connector(self._buffer_bytes, self._batch).close()  # what is wrong is said at the start, and not when somebody asks
@@ -97,12 +98,16 @@ class Netlink:
             self._events.clear()
             self._reconciliation.clear()
             self._idle_since_ns = _boottime()
+            self._lingering = True
             return
         if self.connector is None:
             # Before anything is looked up: what changes after the look is in a message.
             self.connector = Connector(self._buffer_bytes, self._batch)
             self._missing = 0
             self.ring.listen(self.connector.fileno())
+        elif self._lingering:
+            self.ring.listen(self.connector.fileno())  # at once, and not when it would have been closed
+        self._lingering = False
         wide = bool(self.control.all_mask)
         if wide and not self._events.wide:
             self._events.widen()
@@ -120,28 +125,28 @@ class Netlink:
         self.connector.close()
         self.connector = None
 
-    def _take_in(self) -> float:
-        """What there is; and the seconds until there may be more that is worth a wake-up, 0 for at the next message."""
+    def _take_in(self) -> Pause:
+        """What there is; and when there may be more that is worth a wake-up."""
         if self.connector is None:
-            return 0.0
+            return Pause()
         before = self.received
         self.ring.behind = self._drain()
         if not self.ring.behind:
             self._after_drain()
-        if self.connector is None or self.ring.behind:
-            return 0.0
+        if self.ring.behind:
+            return Pause()
         if self._idle:
             left = _LINGER_S - (_boottime() - self._idle_since_ns) / 1e9
-            if left <= 0:
-                self._stop()
-                return 0.0
-            return left
+            if left > 0:
+                return Pause(least_s=left)
+            self._stop()
+            return Pause()
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._level = self._level * math.exp((self._taken_ns - now) / _RATE_WINDOW_NS) + self.received - before
         self._taken_ns = now
         nap = min(_NAP_LEAST_S * self._level / _NAP_MESSAGES, _NAP_MOST_S) if self._level > _NAP_MESSAGES else 0.0
         due = self._reconciliation.due(_boottime())
-        return nap if due is None else max(min(due, nap or due), _NAP_LEAST_S)
+        return Pause(nap, 0.0 if due is None else max(due, _NAP_LEAST_S))
 
     def _drain(self, until_ns: int | None = None) -> bool:
         """Take what is in the socket, but not for ever. False once it was empty, or a message later than `until_ns` was read."""
