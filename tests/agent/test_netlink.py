@@ -345,6 +345,21 @@ def test_in_another_namespace(lab: Lab, unshare: tuple[str, ...], words: tuple[s
     refused(done, 2, *words)
 
 
+def test_without_the_capability_for_a_large_buffer(lab: Lab) -> None:
+    """Linux 6.6 and later let everybody listen."""
+    need(lambda: tools_lack(Lack.SETPRIV, "setpriv"))
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    prefix = ("setpriv", "--bounding-set", "-net_admin")
+    if release < (6, 6):
+        done = lab.run(*prefix, *lab.agent_command("bad", "127.0.0.1:1", source="netlink"), limit=8.0)
+        refused(done, 4, "CAP_NET_ADMIN")
+        return
+    broker = lab.broker()
+    agent = lab.agent("alpha", broker.address, "--ring-size", "1G", source="netlink", prefix=prefix)
+    lab.stop(agent)
+    assert "give CAP_NET_ADMIN, or raise sysctl net.core.rmem_max" in agent.stderr_text()
+
+
 def test_a_namespace_cannot_be_its_scope() -> None:
     with pytest.raises(CaptureError, match="--scope host"):
         load(ProbeOptions(scope="pidns"), None)

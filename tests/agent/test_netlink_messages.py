@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kmonitor.agent.errors import BpfError, ConnectorMessageError
+from kmonitor.agent.errors import BpfError, CaptureError, ConnectorMessageError, MissingCapabilityError
 from kmonitor.agent.libbpf import BPF_EXIST, BPF_NOEXIST
 from kmonitor.agent.maps import LOST_NODE, LOST_PROCESS, WATCHED_SIZE, Watched, pid_key
 from kmonitor.agent.sources import proc_messages as pm
+from kmonitor.agent.sources.connector import refusal
 from kmonitor.agent.sources.lineage import Kin
 from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
 from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
@@ -83,6 +84,21 @@ def test_a_message_with_any_bytes_changed(data: st.DataObject) -> None:
 def test_a_fork_that_is_cut_off(size: int) -> None:
     with pytest.raises(ConnectorMessageError, match="please report"):
         parse(GOLDEN_FORK[:size])
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EPERM, MissingCapabilityError, "CAP_NET_ADMIN"),
+        (errno.ECONNREFUSED, CaptureError, "initial network namespace"),
+        (errno.EPROTONOSUPPORT, CaptureError, "CONFIG_PROC_EVENTS"),
+        (errno.EMFILE, CaptureError, "Too many open files"),
+    ],
+)
+def test_what_is_said_of_a_refusal(number: int, kind: type[Exception], words: str) -> None:
+    said = refusal(OSError(number, os.strerror(number)))
+    assert type(said) is kind
+    assert words in str(said)
 
 
 # -- from messages to records

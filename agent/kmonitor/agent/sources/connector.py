@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ class Connector:
                 socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
             )
         except OSError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         try:
             self.buffer_bytes = _size(self._socket, buffer_bytes)
             """As the kernel gave it, doubled."""
@@ -117,7 +118,7 @@ class Connector:
             self._wait_answer()
         except OSError as error:
             self._socket.close()
-            raise _refusal(error) from error
+            raise refusal(error) from error
         except BaseException:
             self._socket.close()
             raise
@@ -170,8 +171,9 @@ class Connector:
     def _wait_answer(self) -> None:
         """The kernel answers before send() returns, if it does. What other listeners made it send before is of no interest."""
         number = self._number()
+        until = time.monotonic() + _ANSWER_S
         while True:
-            if not select.select([self._socket], [], [], _ANSWER_S)[0]:
+            if not select.select([self._socket], [], [], max(until - time.monotonic(), 0))[0]:
                 raise CaptureError("the proc connector does not answer: the kernel must be built with CONFIG_PROC_EVENTS")
             messages = self.receive()
             if messages is None:
@@ -220,7 +222,8 @@ def _size(listener: socket.socket, wanted: int) -> int:
     return given
 
 
-def _refusal(error: OSError) -> CaptureError | MissingCapabilityError:
+def refusal(error: OSError) -> CaptureError | MissingCapabilityError:
+    """What to say of an error of the socket."""
     if error.errno in (errno.EPERM, errno.EACCES):
         return MissingCapabilityError("the kernel refuses to report process events: run as root, or with CAP_NET_ADMIN")
     if error.errno == errno.ECONNREFUSED:
