@@ -95,6 +95,11 @@ def storm(count: int) -> None:
         subprocess.run(["/bin/true"], check=True)
 
 
+def on_each_cpu() -> None:
+    for cpu in os.sched_getaffinity(0):
+        subprocess.run(["taskset", "--cpu-list", str(cpu), "/bin/true"], check=True)
+
+
 def listeners() -> int:
     """Of the proc connector: protocol 11, group 1."""
     lines = Path("/proc/net/netlink").read_text(encoding="ascii").splitlines()[1:]
@@ -187,10 +192,11 @@ def test_missing_messages_are_counted_one_by_one(source: Netlink, arm: Callable[
     """Against a second listener with room for all."""
     with Connector() as witness:
         arm(node_mask=FORK | EXIT)
+        on_each_cpu()  # each CPU's numbers are known from before what is missing ...
+        source.catch_up()
         storm(300)
         until(source, lambda _: source.control.lost()[0][maps.LOST_FOLLOW] > 0)
-        for cpu in os.sched_getaffinity(0):  # each CPU's numbers are known to the end
-            subprocess.run(["taskset", "--cpu-list", str(cpu), "/bin/true"], check=True)
+        on_each_cpu()  # ... to behind it
         source.catch_up()
         assert source.connector is not None
         heard, received = dict(source.connector.heard), source.connector.received
