@@ -26,8 +26,8 @@ _AT_ONCE = 8192
 """Messages that are taken before something else gets its turn."""
 _RATE_WINDOW_NS = 20e6
 _NAP_MESSAGES = 20
-"""So many messages within about the window are many. The nap is as long as it takes for some to gather: a wake-up costs as much
-as some hundred messages."""
+"""So many messages within about the window are many. The nap is as long as it takes for some to gather: a wake-up of the
+event loop costs far more than a message."""
 _NAP_LEAST_S = 0.001
 _NAP_MOST_S = 0.005
 _LINGER_S = 1.0
