@@ -293,7 +293,7 @@ def test_a_stopped_agent(lab: Lab) -> None:
 
 
 def _end(process: Running) -> None:
-    process.close_input()
+    process.say("go")
     process.wait()
 
 
@@ -326,16 +326,16 @@ def test_a_small_agent_loses_nothing_while_its_broker_is_away(lab: Lab) -> None:
     """What was asked for is still matched, and kept: the socket's buffer would not hold it."""
     broker = lab.broker()
     agent = lab.agent("alpha", broker.address, "--ring-size", "128K", source="netlink")
-    watch = lab.watch(broker.address, "--events", "exit")
-    watch.wait_registered(1, "ARMED")
+    parent = lab.command("sh", "-c", "read x; for i in $(seq 250); do /bin/true; done")
+    watch = lab.watch(broker.address, "--pid", str(parent.pid), "--follow", "--events", "exit")
+    watch.wait_registered(1, "RUNNING")
     broker.send(signal.SIGSTOP)
-    storm(250)  # 750 messages, of which the socket's buffer holds 300
+    _end(parent)  # 750 messages, of which the socket's buffer holds 300
     assert _drops(agent) == 0
-    last = subprocess.Popen(["/bin/true"])
-    last.wait()
     broker.send(signal.SIGCONT)
-    watch.wait_end_of(last.pid)
+    watch.wait_end_of(parent.pid)
     assert watch.of_kind("gap") == []
+    assert len(watch.events()) == 250 + 1 + 1  # and the one that counts for the loop
     lab.stop(watch)
 
 
