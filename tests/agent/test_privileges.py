@@ -134,7 +134,8 @@ def test_a_bpffs_that_is_closed_to_the_user(lab: Lab) -> None:
         ("core", ["perfmon"], "CAP_BPF is missing", "with CAP_BPF and CAP_PERFMON"),
         ("core", ["bpf"], "CAP_PERFMON is missing", "with CAP_BPF and CAP_PERFMON"),
         ("core", ["net_admin"], "CAP_BPF and CAP_PERFMON are missing", "as root"),
-        ("netlink", ["bpf", "perfmon"], "CAP_NET_ADMIN", "root"),
+        ("bcc", ["perfmon"], "CAP_BPF is missing", "with CAP_BPF and CAP_PERFMON"),
+        ("bcc", ["bpf"], "CAP_PERFMON is missing", "with CAP_BPF and CAP_PERFMON"),
     ],
 )
 def test_the_missing_capability_is_named(lab: Lab, source: str, given: list[str], lacks: str, words: str) -> None:

@@ -20,6 +20,8 @@ SOON = 8.0
 """Seconds: an agent that is to end at once must not try a broker first, which takes it 10."""
 
 CAPABILITIES = "-bpf,-perfmon,-sys_admin"
+CORE = ("--source", "core")
+"""Else another source might do, and the agent would look for its broker."""
 NEW_MOUNTS = ("unshare", "--mount", "sh", "-c")
 
 
@@ -96,21 +98,21 @@ def test_name_in_use_on_this_machine(lab: Lab) -> None:
 @pytest.mark.parametrize("dropped", [CAPABILITIES, "-bpf,-sys_admin", "-perfmon,-sys_admin"])
 def test_missing_capability(lab: Lab, dropped: str) -> None:
     need(partial(tools_lack, Lack.SETPRIV, "setpriv"))
-    done = agent(lab, prefix=("setpriv", "--bounding-set", dropped))
+    done = agent(lab, *CORE, prefix=("setpriv", "--bounding-set", dropped))
     assert done.code == 4, done
     refused(done, done.code, "CAP_BPF and CAP_PERFMON", "root")
 
 
 def test_unprivileged_user(lab: Lab) -> None:
     need_another_user()
-    done = agent(lab, prefix=AS_NOBODY)
+    done = agent(lab, *CORE, prefix=AS_NOBODY)
     assert done.code == 4, done
     refused(done, done.code, "CAP_BPF and CAP_PERFMON", "root")
 
 
 def test_no_btf(lab: Lab) -> None:
     need(partial(tools_lack, Lack.NAMESPACES, "unshare"))
-    done = agent(lab, prefix=(*NEW_MOUNTS, 'mount -t tmpfs none /sys/kernel/btf && exec "$0" "$@"'))
+    done = agent(lab, *CORE, prefix=(*NEW_MOUNTS, 'mount -t tmpfs none /sys/kernel/btf && exec "$0" "$@"'))
     refused(done, 2, "no BTF", "/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF")
 
 
@@ -136,5 +138,5 @@ def test_no_bpffs(lab: Lab, how: str) -> None:
 
 def test_scope_host_in_a_child_namespace(lab: Lab) -> None:
     need(partial(tools_lack, Lack.NAMESPACES, "unshare"))
-    done = agent(lab, "--scope", "host", prefix=("unshare", "--pid", "--fork", "--mount-proc"))
+    done = agent(lab, *CORE, "--scope", "host", prefix=("unshare", "--pid", "--fork", "--mount-proc"))
     refused(done, 2, "scope host", "--scope pidns")

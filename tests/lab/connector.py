@@ -6,7 +6,6 @@ Formats: include/uapi/linux/netlink.h, connector.h and cn_proc.h. Works in the i
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import struct
@@ -52,13 +51,15 @@ class Connector:
     def __init__(self, buffer_bytes: int = 64 << 20) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_CONNECTOR)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer_bytes)
-        self._socket.bind((os.getpid(), CN_IDX_PROC))
+        self._socket.bind((0, CN_IDX_PROC))  # any port: one process may have several
         self._sequences: dict[int, int] = {}
+        self.numbers: list[tuple[int, int]] = []
+        """CPU and sequence number of all that was read."""
         self.lost = 0
         """Messages that are missing, by the kernel's own counting on each CPU."""
         operation = struct.pack("=I", PROC_CN_MCAST_LISTEN)
         message = _CN.pack(CN_IDX_PROC, CN_VAL_PROC, 0, 0, len(operation), 0) + operation
-        self._socket.send(_NLMSG.pack(_NLMSG.size + len(message), NLMSG_DONE, 0, 0, os.getpid()) + message)
+        self._socket.send(_NLMSG.pack(_NLMSG.size + len(message), NLMSG_DONE, 0, 0, 0) + message)
         # The kernel answers once it listens.
         self._read_until(lambda event: event.what == PROC_EVENT_NONE, 5.0)
 
@@ -90,11 +91,14 @@ class Connector:
     def _parse(self, data: bytes) -> Witnessed | None:
         sequence = _CN.unpack_from(data, _NLMSG.size)[2]
         what, cpu, _ = _EVENT.unpack_from(data, _NLMSG.size + _CN.size)
+        self.numbers.append((cpu, sequence))
+        # Answers, to other listeners too, are numbered like events; by older kernels they are not, and have no CPU.
+        if cpu != 0xFFFFFFFF:
+            if cpu in self._sequences:
+                self.lost += (sequence - self._sequences[cpu] - 1) & 0xFFFFFFFF
+            self._sequences[cpu] = sequence
         if what == PROC_EVENT_NONE:
             return Witnessed(what, 0, 0, 0, 0)
-        if cpu in self._sequences:
-            self.lost += (sequence - self._sequences[cpu] - 1) & 0xFFFFFFFF
-        self._sequences[cpu] = sequence
         if what == PROC_EVENT_FORK:
             _, parent_tgid, child_tid, child_tgid = _FORK.unpack_from(data, _BODY)
             return Witnessed(what, child_tgid, child_tid, parent_tgid, 0)

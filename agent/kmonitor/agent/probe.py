@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from kmonitor.agent import libbpf
+from kmonitor.agent.capabilities import missing, refusal
 from kmonitor.agent.errors import BpfError, CaptureError
 from kmonitor.agent.maps import ANY_LEARN, Control, pack_config
 from kmonitor.agent.pins import PinFolder
@@ -33,6 +35,8 @@ HOOKS = {
 """Program and tracepoint, in the order of attaching: an end that is seen without its beginning does less harm than a process that is
 followed and never forgotten."""
 ITERATOR = "kmonitor_tasks"
+CAPABILITIES = ("CAP_BPF", "CAP_PERFMON")
+"""That it takes to load, attach and pin it, and to look processes up."""
 _MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _FILL_MARK = 3, 4
@@ -137,6 +141,21 @@ def open_object(options: ProbeOptions, config: Config, *, own_btf: Path | None =
         obj.close()
         raise
     return obj
+
+
+def load_object(obj: libbpf.Object) -> None:
+    """Into the kernel. Raises MissingCapabilityError, which names what is missing, or BpfError."""
+    try:
+        obj.load()
+    except BpfError as error:
+        if is_refusal(error.errno):
+            raise refusal("the kernel refuses the probe", *CAPABILITIES) from error
+        raise
+
+
+def is_refusal(number: int) -> bool:
+    """Whether an errno of bpf(2) is for lack of a capability. EACCES is the verifier's word too, for a program that it does not like."""
+    return number == errno.EPERM or (number == errno.EACCES and bool(missing(*CAPABILITIES)))
 
 
 def run(name: str, obj: libbpf.Object, config: Config, pins: PinFolder | None, attach: Callable[[str], int], iterator: int | None) -> Probe:

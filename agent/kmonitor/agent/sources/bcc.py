@@ -8,7 +8,6 @@ that lies beside the object. Where the kernel's fields lie is read from its BTF 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
@@ -23,12 +22,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kmonitor.agent.capabilities import missing, refusal
+from kmonitor.agent.capabilities import refusal
 from kmonitor.agent.errors import BpfError, CaptureError
 from kmonitor.agent.kernel_btf import KernelBtf, has_kernel_btf
 from kmonitor.agent.libbpf import Object
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.probe import HOOKS, ITERATOR, Config, Probe, ProbeOptions, object_path, open_object, run
+from kmonitor.agent.probe import (
+    CAPABILITIES,
+    HOOKS,
+    ITERATOR,
+    Config,
+    Probe,
+    ProbeOptions,
+    is_refusal,
+    load_object,
+    object_path,
+    open_object,
+    run,
+)
 
 INTERPRETERS = (sys.executable, "/usr/bin/python3")
 """Which are asked for bcc. A distribution's package belongs to the distribution's interpreter, which need not be the one that runs this."""
@@ -84,7 +95,7 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     try:
         for program in (*HOOKS, ITERATOR):
             obj.skip_program(program)
-        obj.load()
+        load_object(obj)
         links = _compile(sources, obj, config, offsets)
         try:
             return run("bcc", obj, config, pins, lambda program: os.dup(links[program]), None)
@@ -160,9 +171,8 @@ def _ask(order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, 
         return answer
     if answer.get("missing"):
         raise CaptureError(f"bcc is not installed: apt install python3-bpfcc, or dnf install python3-bcc ({answer['error']})")
-    # EACCES is the verifier's word too, for a program that it does not like.
-    if answer["errno"] == errno.EPERM or (answer["errno"] == errno.EACCES and missing("CAP_BPF", "CAP_PERFMON")):
-        raise refusal("the kernel refuses the probe", "CAP_BPF", "CAP_PERFMON")
+    if is_refusal(answer["errno"]):
+        raise refusal("the kernel refuses the probe", *CAPABILITIES)
     raise BpfError(answer["error"], answer["errno"], log)
 
 

@@ -16,11 +16,13 @@ import os
 import select
 import socket
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from kmonitor.agent import capabilities
 from kmonitor.agent.errors import CaptureError, MissingCapabilityError
 from kmonitor.agent.sources import proc_messages
 from kmonitor.agent.sources.proc_messages import DATAGRAM_SIZE, IGNORE, LISTEN, NONE, Messages, command, messages_of
@@ -97,7 +99,10 @@ class Connector:
         check_namespaces()
         self.overrun = False
         """The kernel said that messages were dropped, since this was last cleared."""
-        self._next: dict[int, int] = {}
+        self.heard: dict[int, tuple[int, int]] = {}
+        """Of each CPU the first sequence number, and the one that is expected next."""
+        self.received = 0
+        """Messages that have such a number."""
         self._missing = 0
         self._batch = batch
         try:
@@ -105,7 +110,7 @@ class Connector:
                 socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
             )
         except OSError as error:
-            raise _refusal(error) from error
+            raise refusal(error) from error
         try:
             self.buffer_bytes = _size(self._socket, buffer_bytes)
             """As the kernel gave it, doubled."""
@@ -114,7 +119,7 @@ class Connector:
             self._wait_answer()
         except OSError as error:
             self._socket.close()
-            raise _refusal(error) from error
+            raise refusal(error) from error
         except BaseException:
             self._socket.close()
             raise
@@ -167,8 +172,9 @@ class Connector:
     def _wait_answer(self) -> None:
         """The kernel answers before send() returns, if it does. What other listeners made it send before is of no interest."""
         number = self._number()
+        until = time.monotonic() + _ANSWER_S
         while True:
-            if not select.select([self._socket], [], [], _ANSWER_S)[0]:
+            if not select.select([self._socket], [], [], max(until - time.monotonic(), 0))[0]:
                 raise CaptureError("the proc connector does not answer: the kernel must be built with CONFIG_PROC_EVENTS")
             messages = self.receive()
             if messages is None:
@@ -188,10 +194,11 @@ class Connector:
         sequences = messages["sequence"]
         for cpu in np.unique(cpus[events]).tolist():
             own = sequences[events & (cpus == cpu)]
-            first, last = int(own[0]), int(own[-1])
-            expected = self._next.get(cpu, first)
-            self._next[cpu] = (last + 1) & 0xFFFFFFFF
-            self._missing += (last + 1 - expected - len(own)) & 0xFFFFFFFF
+            following = int(own[-1]) + 1 & 0xFFFFFFFF
+            first, expected = self.heard.get(cpu, (int(own[0]), int(own[0])))
+            self.heard[cpu] = first, following
+            self.received += len(own)
+            self._missing += following - expected - len(own) & 0xFFFFFFFF
 
 
 def check_namespaces() -> None:
@@ -216,9 +223,10 @@ def _size(listener: socket.socket, wanted: int) -> int:
     return given
 
 
-def _refusal(error: OSError) -> CaptureError | MissingCapabilityError:
+def refusal(error: OSError) -> CaptureError | MissingCapabilityError:
+    """What to say of an error of the socket."""
     if error.errno in (errno.EPERM, errno.EACCES):
-        return MissingCapabilityError("the kernel refuses to report process events: run as root, or with CAP_NET_ADMIN")
+        return capabilities.refusal("the kernel refuses to report process events", "CAP_NET_ADMIN")
     if error.errno == errno.ECONNREFUSED:
         return CaptureError(
             "source netlink needs the initial network namespace, and this agent runs in another: run it on the host's network"

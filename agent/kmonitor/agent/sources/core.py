@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-import errno
-
-from kmonitor.agent.capabilities import missing, refusal
-from kmonitor.agent.errors import BpfError
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.probe import ITERATOR, Config, Probe, ProbeOptions, open_object, run
+from kmonitor.agent.probe import ITERATOR, Config, Probe, ProbeOptions, load_object, open_object, run
 
 
 def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
@@ -23,13 +19,7 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     config = Config.of(options, has_group_dead=has_group_dead, victim_is_task=victim_is_task)
     obj = open_object(options, config)
     try:
-        try:
-            obj.load()
-        except BpfError as error:
-            # EACCES is the verifier's word too, for a program that it does not like.
-            if error.errno == errno.EPERM or (error.errno == errno.EACCES and missing("CAP_BPF", "CAP_PERFMON")):
-                raise refusal("the kernel refuses the probe", "CAP_BPF", "CAP_PERFMON") from error
-            raise
+        load_object(obj)
         return run("core", obj, config, pins, obj.attach, obj.program_fd(ITERATOR))
     finally:
         obj.close()  # maps, programs and links live on by their own descriptors

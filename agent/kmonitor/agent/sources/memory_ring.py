@@ -13,6 +13,7 @@ import os
 import select
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 from kmonitor.agent.maps import LOST_NODE, LOST_PROCESS, TYPE_BITS
 from kmonitor.agent.sources.memory_tables import MemoryControl
@@ -34,6 +35,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _TIMER_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC  # TFD_NONBLOCK, TFD_CLOEXEC
 
 
+class Pause(NamedTuple):
+    """When to take in again: as soon as the descriptor given to `listen` is readable, but not before `least_s`, and after `most_s` in any
+    case. Seconds; 0 is no such limit."""
+
+    least_s: float = 0.0
+    most_s: float = 0.0
+
+
 class MemoryRing:
     """Reads ahead of the consumer position, which moves only by `release`: what was not released can be read again.
 
@@ -41,9 +50,8 @@ class MemoryRing:
     Each record that is dropped is counted in `control`.
     """
 
-    def __init__(self, size: int, control: MemoryControl, take_in: Callable[[], float]) -> None:
-        """`size`: bytes, a power of two. `take_in` appends what there is, and says in how many seconds there may be more: 0 for as soon
-        as the descriptor given to `listen` is readable."""
+    def __init__(self, size: int, control: MemoryControl, take_in: Callable[[], Pause]) -> None:
+        """`size`: bytes, a power of two. `take_in` appends what there is."""
         self.size = size
         self.position = 0
         """Where the next read begins."""
@@ -57,7 +65,7 @@ class MemoryRing:
         self._mark = size // 4 * 3
         self._control = control
         self._take_in = take_in
-        self._wait_s = 0.0
+        self._pause = Pause()
         self._listening: int | None = None
         self._timer = _libc.timerfd_create(ctypes.c_int(1), ctypes.c_int(_TIMER_FLAGS))  # CLOCK_MONOTONIC; timerfd_create(2)
         if self._timer < 0:
@@ -130,6 +138,7 @@ class MemoryRing:
         """Records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
         if self.producer == self.position:
             self._fill()
+        limit -= limit % SLOT_SIZE
         ahead = min(self.producer - self.position, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE)
         if ahead == 0:
             return None
@@ -183,13 +192,15 @@ class MemoryRing:
         os.close(self._timer)
 
     def _fill(self) -> None:
-        self._wait_s = self._take_in()
+        self._pause = self._take_in()
 
     def _arm(self) -> None:
         """By the clock while much is coming, as a network driver does (NAPI), and at the first message otherwise."""
-        if self._wait_s > 0:
-            nanoseconds = int(self._wait_s * 1e9)
+        pause = self._pause
+        seconds = pause.least_s or pause.most_s
+        if seconds:
+            nanoseconds = int(seconds * 1e9)
             value = (ctypes.c_long * 4)(0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
             _libc.timerfd_settime(ctypes.c_int(self._timer), ctypes.c_int(0), value, None)
         if self._listening is not None:
-            self.wakeups.modify(self._listening, 0 if self._wait_s > 0 else select.EPOLLIN | select.EPOLLONESHOT)
+            self.wakeups.modify(self._listening, 0 if pause.least_s else select.EPOLLIN | select.EPOLLONESHOT)

@@ -17,7 +17,7 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ProbeOptions
 from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.sources.connector import Batch, Connector
-from kmonitor.agent.sources.memory_ring import MemoryRing
+from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
 from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
 from kmonitor.agent.sources.proc_events import ProcEvents
 from kmonitor.agent.sources.reconcile import Reconciliation
@@ -26,10 +26,12 @@ _AT_ONCE = 8192
 """Messages that are taken before something else gets its turn."""
 _RATE_WINDOW_NS = 20e6
 _NAP_MESSAGES = 20
-"""So many messages within about the window are many. The nap is as long as it takes for some to gather: a wake-up costs as much
-as some hundred messages."""
+"""So many messages within about the window are many. The nap is as long as it takes for some to gather: a wake-up of the
+event loop costs far more than a message."""
 _NAP_LEAST_S = 0.001
 _NAP_MOST_S = 0.005
+_LINGER_S = 1.0
+"""The socket stays open for so long when nobody asks for anything: where monitors come and go, making it anew costs 0.4 ms each time."""
 
 
 def load(options: ProbeOptions, pins: PinFolder | None) -> Netlink:
@@ -57,10 +59,13 @@ class Netlink:
         self.watched = WatchedTable(options.watched_max, self._on_entry)
         self._buffer_bytes = options.ring_bytes
         self._batch = Batch()
-        self._connector: Connector | None = None
+        self.connector: Connector | None = None
+        """While somebody asks for something, and a moment longer."""
         self._missing = 0
         self._level = 0.0  # messages of late: each counts for less the longer ago it was
         self._taken_ns = 0
+        self._idle_since_ns = 0
+        self._lingering = False
         self.received = 0
         """Messages that were taken since the start."""
         Connector(self._buffer_bytes, self._batch).close()  # what is wrong is said at the start, and not when somebody asks
@@ -83,15 +88,26 @@ class Netlink:
         self._stop()
         self.ring.close()
 
+    @property
+    def _idle(self) -> bool:
+        """Nobody asks for anything."""
+        return not self.control.any_mask | self.control.all_mask
+
     def _on_masks(self) -> None:
-        if not self.control.any_mask | self.control.all_mask:
-            self._stop()
+        if self._idle:
+            self._events.clear()
+            self._reconciliation.clear()
+            self._idle_since_ns = _boottime()
+            self._lingering = True
             return
-        if self._connector is None:
+        if self.connector is None:
             # Before anything is looked up: what changes after the look is in a message.
-            self._connector = Connector(self._buffer_bytes, self._batch)
+            self.connector = Connector(self._buffer_bytes, self._batch)
             self._missing = 0
-            self.ring.listen(self._connector.fileno())
+            self.ring.listen(self.connector.fileno())
+        elif self._lingering:
+            self.ring.listen(self.connector.fileno())  # at once, and not when it would have been closed
+        self._lingering = False
         wide = bool(self.control.all_mask)
         if wide and not self._events.wide:
             self._events.widen()
@@ -102,35 +118,39 @@ class Netlink:
         self._events.watch(pid, entry)
 
     def _stop(self) -> None:
-        if self._connector is None:
+        if self.connector is None:
             return
         self.ring.listen(None)
         self.ring.behind = False
-        self._connector.close()
-        self._connector = None
-        self._events.clear()
-        self._reconciliation.clear()
+        self.connector.close()
+        self.connector = None
 
-    def _take_in(self) -> float:
-        """What there is; and the seconds until there may be more that is worth a wake-up, 0 for at the next message."""
-        if self._connector is None:
-            return 0.0
+    def _take_in(self) -> Pause:
+        """What there is; and when there may be more that is worth a wake-up."""
+        if self.connector is None:
+            return Pause()
         before = self.received
         self.ring.behind = self._drain()
         if not self.ring.behind:
             self._after_drain()
-        if self._connector is None or self.ring.behind:
-            return 0.0
+        if self.ring.behind:
+            return Pause()
+        if self._idle:
+            left = _LINGER_S - (_boottime() - self._idle_since_ns) / 1e9
+            if left > 0:
+                return Pause(least_s=left)
+            self._stop()
+            return Pause()
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._level = self._level * math.exp((self._taken_ns - now) / _RATE_WINDOW_NS) + self.received - before
         self._taken_ns = now
         nap = min(_NAP_LEAST_S * self._level / _NAP_MESSAGES, _NAP_MOST_S) if self._level > _NAP_MESSAGES else 0.0
         due = self._reconciliation.due(_boottime())
-        return nap if due is None else max(min(due, nap or due), _NAP_LEAST_S)
+        return Pause(nap, 0.0 if due is None else max(due, _NAP_LEAST_S))
 
     def _drain(self, until_ns: int | None = None) -> bool:
         """Take what is in the socket, but not for ever. False once it was empty, or a message later than `until_ns` was read."""
-        connector, taken = self._connector, 0
+        connector, taken = self.connector, 0
         if connector is None:
             return False
         offset = _boottime() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -148,13 +168,15 @@ class Netlink:
 
     def _after_drain(self) -> None:
         """The socket was empty a moment ago: what is missing lies behind us."""
-        connector = self._connector
+        connector = self.connector
         if connector is None:
             return
         if connector.overrun or connector.missing_by_sequence > self._missing:
             connector.overrun = False
             missing = connector.missing()
-            if missing > self._missing:
+            if self._idle:
+                self._missing = missing
+            elif missing > self._missing:
                 # Anybody's, and of any type: not for the watched ones' account, where this stands for a child that is not followed.
                 self.control.count(LOST_NODE, LOST_FOLLOW, missing - self._missing)
                 self._missing = missing
