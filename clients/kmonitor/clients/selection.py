@@ -80,8 +80,15 @@ def _target(selection: Selection, target: monitor_pb2.Target) -> None:
 
 
 def key(wanted: monitor_pb2.Registration) -> bytes:
-    """Equal for registrations that the broker takes for the same one: the same nodes, target and filter."""
-    same = monitor_pb2.Registration(nodes=wanted.nodes, target=wanted.target, filter=wanted.filter)
+    """Equal for registrations that the broker takes for the same one: the same nodes, target, filter and `follow`."""
+    same = monitor_pb2.Registration(target=wanted.target)
+    same.nodes.names.extend(sorted(set(wanted.nodes.names)))
+    same.nodes.labels.update(wanted.nodes.labels)
+    same.filter.comms.extend(sorted(set(wanted.filter.comms)))
+    same.filter.uids.extend(sorted(set(wanted.filter.uids)))
+    same.filter.failures_only = wanted.filter.failures_only
+    # All that a group's or a node's processes fork is in the group, or on the node, already.
+    same.follow = wanted.follow and wanted.target.WhichOneof("kind") in ("process", "pidfile")
     return same.SerializeToString(deterministic=True)
 
 

@@ -91,7 +91,6 @@ class Standing:
         if kept is None:
             kept = self._kept[key] = Kept(answer.registration_id or answer.request_id, _copy(wanted), _copy(wanted))
         kept.wanted.event_mask |= wanted.event_mask
-        kept.wanted.follow |= wanted.follow
         return key, kept
 
     def _same_process(self, answer: Registered, key: bytes, kept: Kept, *, asked_now: bool) -> Registered:

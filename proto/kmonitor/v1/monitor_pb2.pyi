@@ -377,7 +377,7 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
 @_typing.final
 class DeregisterRequest(_message.Message):
-    """Clears the bits of `event_mask` from the registration with the same nodes, target and filter."""
+    """Clears the bits of `event_mask` from the registration with the same nodes, target, filter and `follow`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
