@@ -96,6 +96,7 @@ class Broker:
         for name in names:
             self.arming.arm(registration, name, request, message.event_mask)
         if not names:
+            registration.granted = True
             session.tell(
                 registered(
                     monitor_pb2.Registered(

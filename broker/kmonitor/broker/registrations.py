@@ -96,6 +96,8 @@ class Arm:
     """The one that the target, a pidfile, was found to name: what is asked of the agent from then on, until that process has ended."""
     spans: int = 0
     """Open spans of processes that live: the process itself, and those it made, if followed."""
+    asks: set[Ask] = field(default_factory=set)
+    """Those that the agent has not answered yet: until then what an earlier answer says is not the last word."""
 
 
 @dataclass(eq=False, slots=True)
@@ -111,6 +113,8 @@ class Registration:
     arms: dict[str, Arm] = field(default_factory=dict)
     found: dict[str, Process] = field(default_factory=dict)
     """Node -> the process that its pidfile named, as a client knows it from an earlier stream."""
+    granted: bool = False
+    """Whether any node has answered with anything but an error."""
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""
@@ -132,8 +136,6 @@ class Request:
 
     id: int
     outstanding: int
-    granted: bool = False
-    """Whether any node has answered with anything but an error."""
 
 
 @dataclass(eq=False, slots=True)
