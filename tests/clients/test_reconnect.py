@@ -63,7 +63,11 @@ async def test_the_same_target_followed_is_another_registration(broker: FakeBrok
         await monitor.register(nodes=["web2", "web1"], comms=["b", "a", "b"], events="abort", follow=True)
         (await broker.session()).end()
         again = [(request.request_id, request.register.registration) for request in await (await broker.session(1)).asked(3)]
-        assert [(number, wanted.event_mask, wanted.follow) for number, wanted in again] == [(1, 0x40, False), (2, 0x08, True), (3, 0x50, False)]
+        assert [(number, wanted.event_mask, wanted.follow) for number, wanted in again] == [
+            (1, 0x40, False),
+            (2, 0x08, True),
+            (3, 0x50, False),
+        ]
         # Over is the one that is not followed.
         await monitor.deregister(node="web1", pid=4711)
         broker.sessions[1].end()
