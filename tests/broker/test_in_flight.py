@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,6 @@ from tests.broker.records import EXEC, EXIT, rec
 from tests.broker.test_pidfile import Watch, agent_of, asked, next_call, tell, wanted
 from tests.broker.test_server import ARMED, EXITED, RUNNING, Agent, World, registration, world
 
-Result = agent_pb2.InterestApplied.ProcessResult
 FULL = "the table is full"
 
 
@@ -33,10 +33,10 @@ async def two_asked(here: World, first: monitor_pb2.Registration, second: monito
     return watch, agent, versions
 
 
-async def answer(agent: Agent, version: int, **result: object) -> None:
+async def answer(agent: Agent, version: int, **result: Any) -> None:
     """Of pid 100: with an error, or a state."""
     told = agent_pb2.InterestApplied(version=version, position=agent.position)
-    told.processes.add(pid=100, **result)  # type: ignore[arg-type]
+    told.processes.add(pid=100, **result)
     await agent.call.write(agent_pb2.AgentMessage(applied=told))
 
 
@@ -55,12 +55,12 @@ def watched(here: World) -> int:
 async def test_the_second_is_armed(here: World, fault: str, names: str) -> None:
     both = registration(0x40, pid=100, node=names), registration(0x20, pid=100, node=names)
     watch, agent, versions = await two_asked(here, *both)
-    await answer(agent, versions[0], **({"error": FULL} if fault == "error" else {"state": EXITED}))
-    refused = await watch.registered()
-    assert (refused.request_id, refused.error.message if fault == "error" else refused.state) == (
-        1,
-        f"node a: {FULL}" if fault == "error" else EXITED,
-    )
+    if fault == "error":
+        await answer(agent, versions[0], error=FULL)
+        assert (await watch.registered()).error.message == f"node a: {FULL}"
+    else:
+        await answer(agent, versions[0], state=EXITED)
+        assert (await watch.registered()).state == EXITED
     await armed(agent, versions[1])
     granted = await watch.registered()
     assert (granted.request_id, granted.registration_id, granted.state) == (2, 1, RUNNING)

@@ -43,6 +43,8 @@ class Arming:
     def arm(self, registration: Registration, name: str, request: Request, mask: int) -> None:
         """Arm a registration on a node, or note that it is to be armed when the node comes."""
         arm = registration.arms.setdefault(name, Arm(registration, name))
+        if arm.state is ArmState.OVER:
+            arm.process = None  # asked for anew
         node = self._nodes.get(name)
         if node is None or not node.up:
             if arm.state is not ArmState.ARMED:
@@ -50,6 +52,11 @@ class Arming:
             if node is not None:
                 self._claim(node, Ask(arm, None, mask, registration.sought(name)), waits=False)
             self._tell(arm, request, NODE_UNREACHABLE, node)
+            return
+        if registration.of_another_boot(name, node.boot_id):
+            self._tell(arm, request, EXITED, node, position=node.position)
+            if not arm.spans:
+                self._over(arm)
             return
         if arm.state is not ArmState.ARMED:
             arm.state = ArmState.ASKED
@@ -119,7 +126,7 @@ class Arming:
                 arm = registration.arms.setdefault(node.name, Arm(registration, node.name))
                 if arm.state is ArmState.OVER:
                     continue
-                if rebooted and arm.process is not None:
+                if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):
                     node.interest.drop(arm)
                     asks = [ask for ask in asks if ask.arm is not arm or self._no_more(ask, EXITED, node)]
                     self._tell(arm, None, EXITED, node)
@@ -420,6 +427,7 @@ class Arming:
             state=state,
             process=process,
             epoch=node.epoch if node is not None else 0,
+            boot_id=node.boot_id if node is not None else "",
             position=position,
             pending=0 if request is None else request.outstanding,
             event_mask=registration.mask,
@@ -430,9 +438,9 @@ class Arming:
 
 
 def _forget_named(arm: Arm, process: tuple[int, int] | None) -> None:
-    registration = arm.registration
-    if process is not None and isinstance(registration.key.target, Pidfile) and registration.sought(arm.node) == Process(*process):
-        registration.forget_named(arm.node)
+    sought = arm.registration.sought(arm.node)
+    if isinstance(sought, Process) and sought.key == process:
+        arm.registration.forget_named(arm.node)
 
 
 def _abandon(node: Node) -> tuple[list[Ask], list[Ask]]:
@@ -445,7 +453,7 @@ def _abandon(node: Node) -> tuple[list[Ask], list[Ask]]:
 
 def _unclaim(node: Node, arm: Arm, target: Process) -> None:
     """The process was not armed: nobody wants it any more, unless a later request does."""
-    if all(ask.target != target for ask in arm.asks):
+    if not any(isinstance(ask.target, Process) and ask.target.key == target.key for ask in arm.asks):
         node.interest.forget_process_claim(arm, target.pid, target.start)
 
 
