@@ -43,7 +43,8 @@ async def test_registrations_and_cursor_are_brought_again(broker: FakeBroker) ->
         requests = await second.asked(2)
         assert [request.register.registration.event_mask for request in requests] == [0x50, 0x08]
         assert [request.request_id for request in requests] == [1, 3]
-        assert requests[0].register.registration.target.process.start_time == 99  # not another process that got the pid
+        # Not another process that got the pid.
+        assert [(at.node, at.pid, at.start_time, at.boot_id) for at in requests[0].register.found] == [("web1", 4711, 99, "boot-1")]
         assert second.cursor == {"web1": (7, 256)}
         assert not requests[1].HasField("cursor")
         second.send(batch("web1", event(128, EXIT, 1), event(256, EXIT, 2), event(384, EXIT, 3)), batch("web1", event(512, EXIT, 4)))
