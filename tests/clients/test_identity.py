@@ -99,8 +99,10 @@ async def test_a_pid_on_several_nodes(broker: FakeBroker, pinned: bool) -> None:
     broker.nodes = ["web1", "web2", "web3", "web4"]
     broker.processes = dict.fromkeys(((node, 5) for node in broker.nodes[:3]), 5000)
     async with connect(broker.address) as monitor:
-        what: Selection = {"pid": 5, "start_time": 5000} if pinned else {"pid": 5}
-        await monitor.register(**what, events="exit")
+        what: Selection = {"pid": 5, "events": "exit"}
+        if pinned:
+            what["start_time"] = 5000
+        await monitor.register(**what)
         assert await states(monitor, 4) == {"web1": RUNNING, "web2": RUNNING, "web3": RUNNING, "web4": NOT_FOUND}
         broker.processes["web2", 5] = 5001
         broker.boots = {"web3": "boot-2"}
