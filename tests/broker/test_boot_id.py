@@ -198,6 +198,24 @@ async def test_a_client_that_comes_back_to_a_pid_of_several_nodes(here: World) -
     assert (await watch.deregister(3, registration(0x40, pid=100))).event_mask == 0
 
 
+async def test_what_a_client_that_comes_back_has_missed(here: World) -> None:
+    """The end of the process was among it, and nothing else is asked of the node: it is told of the gap all the same."""
+    watch, agent = Watch(here), await agent_of(here)
+    await watch.register(1, registration(0x40))
+    await agent.apply(await agent.next_interest())
+    await watch.registered()
+    await agent.send([rec(EXIT, 7, flags=F_MATCH_NODE)])
+    await watch.next("events")
+    back = here.monitor.Watch()
+    found = monitor_pb2.RegisterRequest.FoundProcess(node="a", pid=100, start_time=1000, boot_id="boot-0")
+    request = monitor_pb2.RegisterRequest(registration=registration(0x40, pid=100), found=[found])
+    cursor = monitor_pb2.Cursor(positions=[monitor_pb2.Cursor.Position(node="a", epoch=6, position=5000)])
+    await back.write(monitor_pb2.WatchRequest(request_id=1, register=request, cursor=cursor))
+    missing = (await back.read()).gap
+    assert (missing.reason, missing.epoch, missing.from_position) == (monitor_pb2.GAP_REASON_LOG, 7, 0)
+    assert (await back.read()).registered.state == EXITED
+
+
 async def test_a_start_time_alone_gets_its_boot_from_what_was_found(here: World) -> None:
     watch, agent = Watch(here), await agent_of(here)
     await register(watch, 1, pinned("", "a"), "boot-0")

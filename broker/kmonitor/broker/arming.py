@@ -54,6 +54,7 @@ class Arming:
             self._tell(arm, request, NODE_UNREACHABLE, node)
             return
         if registration.of_another_boot(name, node.boot_id):
+            self._tell_of_absence(node, _session(arm), node.position)
             self._tell(arm, request, EXITED, node, position=node.position)
             if not arm.spans:
                 self._over(arm)
