@@ -16,6 +16,7 @@ from kmonitor.broker.elements import Encoded
 from kmonitor.broker.encode import Encoder, encode
 from kmonitor.broker.encode_few import encode_few
 from kmonitor.broker.filters import Filter
+from kmonitor.clients import Batch
 from kmonitor.clients.cli.jsonlines import event_line
 from kmonitor.v1 import events_pb2, monitor_pb2
 from kmonitor.wire.errors import BadRecordError
@@ -72,7 +73,7 @@ def test_a_block_is_refused_or_both_encoders_agree(data: bytes, position: int, o
     told = [monitor_pb2.Notification.FromString(message).events for message in Encoder().notifications([(block, rows)])]
     assert [event for batch in told for event in batch.events] == expected
     for event in expected:
-        line = json.loads(event_line("node", 2**64 - 1, event))
+        line = json.loads(event_line(Batch("node", 2**64 - 1, [event]), event))
         assert (line["pid"], line["position"], line["comm"]) == (event.pid, event.position, event.comm)
     # What the router and the matcher look at.
     assert len(FILTER.keep(block)) == len(block)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from kmonitor.broker.encode_few import encode_few
 from kmonitor.v1 import events_pb2, monitor_pb2
 from tests.broker.records import EXEC, EXIT, Rec, build, naive_event, positions, rec
 
+BOOT = "c0ffee00-0000-4000-8000-000000000000"
 SHIFT = 1_700_000_000_000_000_000
 
 u32 = st.integers(0, 2**32 - 1)
@@ -52,13 +54,13 @@ def decode(messages: list[bytes]) -> list[events_pb2.Event]:
     out = []
     for message in messages:
         parsed = monitor_pb2.Notification.FromString(message)
-        assert (parsed.events.node, parsed.events.epoch) == ("node-a", 0xFEED)
+        assert (parsed.events.node, parsed.events.epoch, parsed.events.boot_id) == ("node-a", 0xFEED, BOOT)
         out += list(parsed.events.events)
     return out
 
 
 def block_of(records: list[Rec], position: int = 0) -> Block:
-    return Block("node-a", 0xFEED, position, build(records), SHIFT)
+    return Block("node-a", 0xFEED, position, build(records), SHIFT, BOOT)
 
 
 @given(st.lists(record(), min_size=1, max_size=40), st.data())
@@ -77,6 +79,19 @@ def test_same_as_naive(records: list[Rec], data: st.DataObject) -> None:
     picked = sorted(data.draw(st.sets(st.sampled_from(range(len(records))), min_size=1)))
     for _ in range(2):
         assert decode(encoder.notifications([(block, np.array(picked))])) == [expected[at] for at in picked]
+
+
+@pytest.mark.parametrize("boot_id", ["", "b", "é" * 70], ids=["none", "short", "long"])
+def test_the_bytes_are_those_of_protobuf(boot_id: str) -> None:
+    """The boot id is once in each message, whichever rows are in it."""
+    records = [rec(EXIT, 100 + number, status=number) for number in range(20)]
+    data = build(records)
+    batch = events_pb2.EventBatch(node="node-a", epoch=0xFEED, boot_id=boot_id)
+    for picked in (np.arange(20), np.array([3]), np.array([0, 19])):
+        del batch.events[:]
+        batch.events.extend(naive_event(build([records[row]]), positions(records, 128)[row], SHIFT) for row in picked.tolist())
+        expected = monitor_pb2.Notification(events=batch).SerializeToString(deterministic=True)
+        assert Encoder().notifications([(Block("node-a", 0xFEED, 128, data, SHIFT, boot_id), picked)]) == [expected]
 
 
 def test_splits_at_the_limit_and_joins_blocks() -> None:

@@ -12,6 +12,7 @@ import grpc
 from kmonitor.v1 import events_pb2, monitor_pb2, monitor_pb2_grpc
 
 EPOCH = 7
+BOOT = "boot-1"
 RUNNING, EXITED, NOT_FOUND, NODE_UNREACHABLE, ARMED, NO_NODE = range(1, 7)
 FORK, ABORT, EXEC, EXIT = 0x08, 0x10, 0x20, 0x40
 
@@ -36,9 +37,9 @@ def event(position: int, kind: int, pid: int, **fields: Any) -> events_pb2.Event
     return events_pb2.Event(**(common | fields))
 
 
-def batch(node: str, *events: events_pb2.Event, epoch: int = EPOCH) -> monitor_pb2.Notification:
+def batch(node: str, *events: events_pb2.Event, epoch: int = EPOCH, boot_id: str = BOOT) -> monitor_pb2.Notification:
     """Events of one node."""
-    return monitor_pb2.Notification(events=events_pb2.EventBatch(node=node, epoch=epoch, events=events))
+    return monitor_pb2.Notification(events=events_pb2.EventBatch(node=node, epoch=epoch, events=events, boot_id=boot_id))
 
 
 class Session:
@@ -72,13 +73,14 @@ class Session:
 
 class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
     """`processes`: (node, pid) -> start time, or None for one that has ended. `pidfiles`: (node, path) -> pid, or what is wrong with
-    the file. `answers`: whether it answers by itself."""
+    the file. `boots`: node -> boot id, where it is not BOOT. `answers`: whether it answers by itself."""
 
     def __init__(self) -> None:
         self.nodes: list[str] = ["web1"]
         self.unreachable: set[str] = set()
         self.processes: dict[tuple[str, int], int | None] = {}
         self.pidfiles: dict[tuple[str, str], int | str] = {}
+        self.boots: dict[str, str] = {}
         self.refuse: grpc.StatusCode | None = None
         self.answers = True
         self.position = 100
@@ -162,7 +164,7 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         if request.node not in self.nodes:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no node {request.node}")
         found = [process_of(pid, start) for (node, pid), start in self.processes.items() if node == request.node and start]
-        return monitor_pb2.ListProcessesResponse(node=request.node, processes=found)
+        return monitor_pb2.ListProcessesResponse(node=request.node, processes=found, boot_id=self.boots.get(request.node, BOOT))
 
     def answer(self, request: monitor_pb2.WatchRequest) -> Sequence[monitor_pb2.Notification]:
         """What a broker would say."""
@@ -176,20 +178,23 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         for left, name in zip(range(len(names) - 1, -1, -1), names, strict=True):
             process = None
             kind = wanted.target.WhichOneof("kind")
-            found = {item.node: (item.pid, item.start_time) for item in request.register.found}
-            pid, asked = wanted.target.process.pid, wanted.target.process.start_time
+            found = {item.node: (item.pid, item.start_time, item.boot_id) for item in request.register.found}
+            target = wanted.target.process
+            pid, asked, boot_id = found.get(name, (target.pid, target.start_time, target.boot_id))
             if kind == "pidfile":
                 named = self.pidfiles.get((name, wanted.target.pidfile), 0)
                 if isinstance(named, str):
                     answers.append(refused(request.request_id, 9, f"node {name}: {named}", node=name, pending=left))
                     continue
-                pid, asked = found.get(name, (named, 0))
+                pid, asked, boot_id = found.get(name, (named, 0, ""))
             if kind not in ("process", "pidfile"):
                 state = ARMED
             else:
                 start = self.processes.get((name, pid), 0)
                 state = NOT_FOUND if start == 0 else EXITED if start is None or asked not in (0, start) else RUNNING
                 process = process_of(pid, start) if state == RUNNING and start else None
+                if boot_id not in ("", self.boots.get(name, BOOT)):
+                    state, process = EXITED, None
             if name in self.unreachable:
                 state = NODE_UNREACHABLE
             answers.append(
@@ -202,6 +207,7 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
                     target=wanted.target,
                     mask=wanted.event_mask,
                     position=self.position,
+                    boot_id=self.boots.get(name, BOOT),
                 )
             )
         return answers
@@ -222,6 +228,7 @@ def registered(
     target: monitor_pb2.Target | None = None,
     mask: int = 0x40,
     position: int = 100,
+    boot_id: str = BOOT,
 ) -> monitor_pb2.Notification:
     """One node's answer."""
     return monitor_pb2.Notification(
@@ -236,6 +243,7 @@ def registered(
             event_mask=mask,
             epoch=EPOCH if node else 0,
             position=position if node else 0,
+            boot_id=boot_id if node else "",
         )
     )
 

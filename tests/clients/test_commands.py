@@ -74,7 +74,7 @@ async def test_nodes_and_ps(broker: FakeBroker, kmon: Kmon) -> None:
     status, out, _ = await ended(await kmon("ps", "--node", "web1"))
     assert [line.split() for line in out.splitlines() if "sleep" in line] == [["9", "1", "1000", "1", "90", "sleep"]]
     status, out, _ = await ended(await kmon("ps", "--node", "web1", "--json"))
-    assert json.loads(out)["start_time"] == 90
+    assert (json.loads(out)["start_time"], json.loads(out)["boot_id"]) == (90, "boot-1")
     assert await ended(await kmon("ps", "--node", "db1")) == (2, "", "kmon: there is no node db1\n")
 
 

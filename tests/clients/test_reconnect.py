@@ -43,7 +43,8 @@ async def test_registrations_and_cursor_are_brought_again(broker: FakeBroker) ->
         requests = await second.asked(2)
         assert [request.register.registration.event_mask for request in requests] == [0x50, 0x08]
         assert [request.request_id for request in requests] == [1, 3]
-        assert requests[0].register.registration.target.process.start_time == 99  # not another process that got the pid
+        # Not another process that got the pid.
+        assert [(at.node, at.pid, at.start_time, at.boot_id) for at in requests[0].register.found] == [("web1", 4711, 99, "boot-1")]
         assert second.cursor == {"web1": (7, 256)}
         assert not requests[1].HasField("cursor")
         second.send(batch("web1", event(128, EXIT, 1), event(256, EXIT, 2), event(384, EXIT, 3)), batch("web1", event(512, EXIT, 4)))
@@ -51,6 +52,27 @@ async def test_registrations_and_cursor_are_brought_again(broker: FakeBroker) ->
         got = [await anext(monitor) for _ in range(11)]
     assert kinds(got) == [Registered] * 3 + [Event] * 2 + [Disconnected, Reconnected, Registered, Registered, Event, Event]
     assert [item.position for item in got if isinstance(item, Event)] == [128, 256, 384, 512]
+
+
+async def test_the_same_target_followed_is_another_registration(broker: FakeBroker) -> None:
+    """As in the broker. How the same is written makes no other."""
+    broker.processes = {("web1", 4711): 99}
+    async with connect(broker.address) as monitor:
+        await monitor.register(node="web1", pid=4711, events="exit")
+        await monitor.register(node="web1", pid=4711, events="fork", follow=True)
+        await monitor.register(nodes=["web1", "web2"], comms=["a", "b"], events="exit")
+        await monitor.register(nodes=["web2", "web1"], comms=["b", "a", "b"], events="abort", follow=True)
+        (await broker.session()).end()
+        again = [(request.request_id, request.register.registration) for request in await (await broker.session(1)).asked(3)]
+        assert [(number, wanted.event_mask, wanted.follow) for number, wanted in again] == [
+            (1, 0x40, False),
+            (2, 0x08, True),
+            (3, 0x50, False),
+        ]
+        # Over is the one that is not followed.
+        await monitor.deregister(node="web1", pid=4711)
+        broker.sessions[1].end()
+        assert [request.request_id for request in await (await broker.session(2)).asked(2)] == [2, 3]
 
 
 async def test_an_inferred_exit_is_never_dropped(broker: FakeBroker) -> None:

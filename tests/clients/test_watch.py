@@ -33,6 +33,7 @@ COMMON = [
     "epoch",
     "position",
     "inferred",
+    "boot_id",
 ]
 DEATH = ["exit_code", "exit_signal", "core_dumped", "oom_killed", "killed_by"]
 
@@ -76,6 +77,7 @@ async def test_json_lines(broker: FakeBroker, kmon: Kmon) -> None:
     assert list(fork) == [*COMMON, "child_pid", "child_tid", "child_start_time"]
     assert list(execed) == [*COMMON, "filename", "args", "args_truncated"]
     assert list(abort) == list(end) == COMMON + DEATH
+    assert {line["boot_id"] for line in (registered, fork, execed, abort, end)} == {"boot-1"}
     assert (fork["type"], fork["child_start_time"], fork["time"]) == ("PROCESS_FORK", 2**63, 1_700_000_000_123_456_789)
     assert (execed["comm"], execed["args"], execed["args_truncated"]) == (nasty, ["ls", "-l", nasty], True)
     assert [abort[key] for key in DEATH] == [None, 9, True, False, {"pid": 1, "comm": "sh", "uid": 0}]

@@ -40,7 +40,7 @@ class Heard:
                 if not isinstance(item, Batch):
                     self.others.append(item)
                     continue
-                new: list[Line] = [json.loads(event_line(item.node, item.epoch, event)) for event in item.events]
+                new: list[Line] = [json.loads(event_line(item, event)) for event in item.events]
                 self.lines += new
                 left -= {(line["node"], line["pid"]) for line in new if line["type"] == "PROCESS_EXIT"}
                 if not left:

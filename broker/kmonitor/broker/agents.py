@@ -158,7 +158,7 @@ class Agents:
             data = data[node.expected - position :]
             position = node.expected
         try:
-            block = Block(node.name, node.epoch, position, data, message.boottime_to_unix_ns)
+            block = Block(node.name, node.epoch, position, data, message.boottime_to_unix_ns, node.boot_id)
         except BadRecordError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, f"node {node.name}: {error}") from None
         if position > max(node.expected, node.position):

@@ -47,6 +47,8 @@ class Arming:
     def arm(self, registration: Registration, name: str, request: Request, mask: int) -> None:
         """Arm a registration on a node, or note that it is to be armed when the node comes."""
         arm = registration.arms.setdefault(name, Arm(registration, name))
+        if arm.state is ArmState.OVER:
+            arm.process = None  # asked for anew
         node = self._nodes.get(name)
         if node is None or not node.up:
             if arm.state is not ArmState.ARMED:
@@ -54,6 +56,12 @@ class Arming:
             if node is not None:
                 self._claim(node, Ask(arm, None, mask, registration.sought(name)), waits=False)
             self._tell(arm, request, NODE_UNREACHABLE, node)
+            return
+        if registration.of_another_boot(name, node.boot_id):
+            self._tell_of_absence(node, _session(arm), node.position)
+            self._tell(arm, request, EXITED, node, position=node.position)
+            if not arm.spans:
+                self._over(arm)
             return
         if arm.state is not ArmState.ARMED:
             arm.state = ArmState.ASKED
@@ -105,8 +113,7 @@ class Arming:
 
     def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, restarted: bool) -> agent_pb2.Interest:
         """The node is up: everything that is wanted of it, for its agent. `restarted`: positions start anew."""
-        asks = node.interest.abandon()
-        reads = node.pidfiles.abandon()
+        asks, reads = _abandon(node)
         living: dict[Arm, set[tuple[int, int]]] = {}
         for session in sessions:
             for span in session.matcher.spans(node.name):
@@ -124,7 +131,7 @@ class Arming:
                 arm = registration.arms.setdefault(node.name, Arm(registration, node.name))
                 if arm.state is ArmState.OVER:
                     continue
-                if rebooted and arm.process is not None:
+                if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):
                     node.interest.drop(arm)
                     asks = [ask for ask in asks if ask.arm is not arm or self._no_more(ask, EXITED, node)]
                     self._tell(arm, None, EXITED, node)
@@ -139,7 +146,10 @@ class Arming:
         for ask in (*reads, *(ask for ask in asks if isinstance(ask.target, Pidfile))):
             self._claim(node, ask, waits=True)
         self.flush_soon(node)  # behind the snapshot
-        return node.interest.snapshot([ask for ask in asks if not isinstance(ask.target, Pidfile)])
+        asks = [ask for ask in asks if not isinstance(ask.target, Pidfile)]
+        for ask in asks:
+            ask.arm.asks.add(ask)
+        return node.interest.snapshot(asks)
 
     def _asks_again(self, node: Node, arm: Arm, living: set[tuple[int, int]]) -> list[Ask]:
         registration = arm.registration
@@ -162,7 +172,8 @@ class Arming:
 
     def disconnected(self, node: Node) -> None:
         """The node is not reachable: whoever waits for its answer is told."""
-        for ask in (*node.interest.abandon(), *node.pidfiles.abandon()):
+        asks, reads = _abandon(node)
+        for ask in (*asks, *reads):
             arm = ask.arm
             if arm.state is ArmState.ASKED:
                 arm.state = ArmState.AWAY
@@ -202,6 +213,7 @@ class Arming:
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
         for ask in node.interest.answered(message.version):
             arm = ask.arm
+            arm.asks.discard(ask)
             if ask.request is not None:
                 _session(arm).pends(-1)
             if not ask.mask & arm.registration.mask:
@@ -222,6 +234,7 @@ class Arming:
         """The agent has found out which process a file names: from here on the registration is of that one."""
         for ask in node.pidfiles.answered(answer.call_id):
             arm = ask.arm
+            arm.asks.discard(ask)
             wanted = bool(ask.mask & arm.registration.mask)  # else it was deregistered meanwhile
             if wanted and answer.state == RUNNING and answer.process.start_time:
                 arm.named = Process(answer.process.pid, answer.process.start_time)
@@ -243,13 +256,11 @@ class Arming:
         self.flush_soon(node)
 
     def _refused(self, registration: Registration, request: Request | None) -> None:
-        """If no node has taken what this request was the first to ask for, nothing is registered: nor on nodes that join later."""
-        if request is None or request.outstanding or request.granted or registration.id != request.id:
+        """If no node has taken what was asked for, nothing is registered: nor on nodes that join later."""
+        if request is None or request.outstanding or registration.granted:
             return
         if all(arm.state is ArmState.OVER for arm in registration.arms.values()):
-            session = registration.session
-            assert isinstance(session, Session)
-            session.registrations.pop(registration.key, None)
+            _remove(registration)
 
     def _process_answer(
         self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
@@ -258,11 +269,14 @@ class Arming:
         arm = ask.arm
         position, end = positions
         if result is None or result.error:
-            node.interest.forget_process_claim(arm, target.pid, target.start)
+            _unclaim(node, arm, target)
             self._failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
         elif result.state == RUNNING:
             key = (target.pid, result.process.start_time or target.start)
             node.interest.settle_process(arm, target.pid, target.start, key[1])
+            if not node.interest.claims(arm, *key):  # two asked for a pid, and it was given to another process in between
+                self._claim(node, dataclasses.replace(ask, target=Process(*key)), waits=False)
+                self.flush_soon(node)
             if not ask.child:
                 arm.process = Process(*key)
                 if isinstance(arm.registration.key.target, Pidfile):
@@ -271,7 +285,7 @@ class Arming:
             if ask.request is not None or (new and not ask.child):
                 self._tell(arm, ask.request, RUNNING, node, position=position, process=result.process)
         else:
-            node.interest.forget_process_claim(arm, target.pid, target.start)
+            _unclaim(node, arm, target)
             _forget_named(arm, (target.pid, target.start))
             living = [
                 span
@@ -312,10 +326,11 @@ class Arming:
             if ask.request is not None or new:
                 self._tell(arm, ask.request, ARMED, node, position=position)
             return
-        node.interest.drop(arm)
-        self.flush_soon(node)
-        for span in self._spans(arm):
-            self._router.end(span, position, self._log.end)
+        if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that
+            node.interest.drop(arm)
+            self.flush_soon(node)
+            for span in self._spans(arm):
+                self._router.end(span, position, self._log.end)
         if result is not None and not result.error:
             self._tell(arm, ask.request, NOT_FOUND, node, position=position)
             self._over(arm)
@@ -356,6 +371,8 @@ class Arming:
         """Put the whole mask of the registration into the node's interest. `waits`: the ask wants an answer to the next delta."""
         arm, mask = ask.arm, ask.arm.registration.mask
         waiting = ask if waits else None
+        if waits:
+            arm.asks.add(ask)
         if isinstance(ask.target, Process):
             follow = arm.registration.key.follow
             node.interest.want_process(arm, ask.target.pid, ask.target.start, mask=mask, follow=follow, ask=waiting)
@@ -403,13 +420,17 @@ class Arming:
         return [span for span in _session(arm).matcher.spans(arm.node) if span.arm is arm]
 
     def _over(self, arm: Arm) -> None:
-        """The registration is over on this node; and altogether, if it can have no other."""
+        """The registration is over on this node, unless a later request is still to be answered; and altogether, if it can have no
+        other."""
+        if arm.asks:
+            arm.state, arm.process = ArmState.ASKED, None
+            return
         arm.state = ArmState.OVER
         registration = arm.registration
         registration.forget_named(arm.node)
         arms = registration.arms
         if registration.key.exact and all(name in arms and arms[name].state is ArmState.OVER for name in registration.key.names):
-            _session(arm).registrations.pop(registration.key, None)
+            _remove(registration)
 
     def _tell(
         self,
@@ -425,7 +446,7 @@ class Arming:
         registration = arm.registration
         if request is not None:
             request.outstanding -= 1
-            request.granted |= error is None
+            registration.granted |= error is None
         message = monitor_pb2.Registered(
             request_id=registration.id if request is None else request.id,
             registration_id=registration.id,
@@ -433,6 +454,7 @@ class Arming:
             state=state,
             process=process,
             epoch=node.epoch if node is not None else 0,
+            boot_id=node.boot_id if node is not None else "",
             position=position,
             pending=0 if request is None else request.outstanding,
             event_mask=registration.mask,
@@ -443,9 +465,29 @@ class Arming:
 
 
 def _forget_named(arm: Arm, process: tuple[int, int] | None) -> None:
-    registration = arm.registration
-    if process is not None and isinstance(registration.key.target, Pidfile) and registration.sought(arm.node) == Process(*process):
-        registration.forget_named(arm.node)
+    sought = arm.registration.sought(arm.node)
+    if isinstance(sought, Process) and sought.key == process:
+        arm.registration.forget_named(arm.node)
+
+
+def _abandon(node: Node) -> tuple[list[Ask], list[Ask]]:
+    """What the node's agent was asked and has not answered: to arm, and to read."""
+    asks, reads = node.interest.abandon(), node.pidfiles.abandon()
+    for ask in (*asks, *reads):
+        ask.arm.asks.discard(ask)
+    return asks, reads
+
+
+def _unclaim(node: Node, arm: Arm, target: Process) -> None:
+    """The process was not armed: nobody wants it any more, unless a later request does."""
+    if not any(isinstance(ask.target, Process) and ask.target.key == target.key for ask in arm.asks):
+        node.interest.forget_process_claim(arm, target.pid, target.start)
+
+
+def _remove(registration: Registration) -> None:
+    session = registration.session
+    assert isinstance(session, Session)
+    session.registrations.pop(registration.key, None)
 
 
 def _session(arm: Arm) -> Session:

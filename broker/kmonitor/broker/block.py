@@ -26,6 +26,7 @@ class Block:
 
     __slots__ = (
         "_cache",
+        "boot_id",
         "boottime_to_unix_ns",
         "data",
         "encoded",
@@ -39,8 +40,12 @@ class Block:
         "starts",
     )
 
-    def __init__(self, node: str, epoch: int, position: int, data: bytes, boottime_to_unix_ns: int) -> None:
+    def __init__(self, node: str, epoch: int, position: int, data: bytes, boottime_to_unix_ns: int, boot_id: str = "") -> None:
+        """`position` of the first byte; add `boottime_to_unix_ns` to the records' clock to get Unix nanoseconds; an empty `boot_id` is
+        not known."""
         self.node = node
+        self.boot_id = boot_id
+        """The boot that the records' processes are of."""
         self.epoch = epoch
         self.position = position
         self.end = position + len(data)
@@ -63,6 +68,11 @@ class Block:
     def __len__(self) -> int:
         """How many records it holds."""
         return len(self.slots) if self.starts is None else len(self.starts)
+
+    @property
+    def source(self) -> tuple[str, str, int]:
+        """(node, boot id, epoch): what blocks that go out in one message have in common."""
+        return self.node, self.boot_id, self.epoch
 
     @property
     def size(self) -> int:

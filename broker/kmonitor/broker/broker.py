@@ -19,7 +19,7 @@ from kmonitor.broker.outbox import Outbox
 from kmonitor.broker.registrations import Registration, Request, parse_found, parse_key
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
-from kmonitor.v1 import events_pb2, monitor_pb2
+from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
 from kmonitor.wire.selectors import check_glob, check_node_selector, check_pid, node_matches
 
@@ -77,7 +77,7 @@ class Broker:
         """Register, or add bits to what is registered. The answers go to the session. Raises RefusedError."""
         try:
             key = parse_key(message)
-            processes = parse_found(found)
+            processes = parse_found(found, key.target)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         unknown = [name for name in key.exact_names if self.nodes.get(name) is None]
@@ -96,6 +96,7 @@ class Broker:
         for name in names:
             self.arming.arm(registration, name, request, message.event_mask)
         if not names:
+            registration.granted = True
             session.tell(
                 registered(
                     monitor_pb2.Registered(
@@ -158,7 +159,7 @@ class Broker:
         chosen = [node for node in self.nodes if node_matches(node.name, node.labels, selector.names, selector.labels)]
         return [node.describe() for node in sorted(chosen, key=lambda node: node.name)]
 
-    async def list_processes(self, name: str, wanted: monitor_pb2.ProcessFilter) -> list[events_pb2.Process]:
+    async def list_processes(self, name: str, wanted: monitor_pb2.ProcessFilter) -> monitor_pb2.ListProcessesResponse:
         """The processes of one node, from its agent. Raises RefusedError."""
         if not name:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
@@ -174,10 +175,11 @@ class Broker:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
         if node.link is None:
             raise RefusedError(Code.UNAVAILABLE, f"node {name} is not connected")
+        boot_id = node.boot_id  # of the agent that is asked; by the time it answers no other can have come
         answer = await node.link.list_processes(wanted)
         if answer.error:
             raise RefusedError(Code.UNAVAILABLE, f"node {name}: {answer.error}")
-        return list(answer.processes)
+        return monitor_pb2.ListProcessesResponse(node=name, processes=answer.processes, boot_id=boot_id)
 
     # -- what agents bring
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks to protobuf, column by column: each record is encoded at most once, whatever the number of monitors.
 
-The bytes are those of `Notification{events: EventBatch{node, epoch, events}}` (encoding: protobuf.dev/programming-guides/encoding).
+The bytes are those of `Notification{events: EventBatch{node, epoch, events, boot_id}}` (protobuf.dev/programming-guides/encoding).
 All fields of an Event but comm, killed_by.comm and an exec's strings have a fixed width when they are present, so the records
 are one byte array of shape (n, width), with a mask of what is present; the mask squeezes it.
 """
@@ -48,20 +48,20 @@ class Encoder:
         self._cached: OrderedDict[int, Block] = OrderedDict()
 
     def notifications(self, parts: Sequence[tuple[Block, Indices]]) -> list[bytes]:
-        """Serialised Notifications with the given rows (ascending), in order. All blocks are of one node and epoch."""
+        """Serialised Notifications with the given rows (ascending), in order. All blocks are of one node, boot and epoch."""
         pieces: list[bytes] = []
         size = 0
         out: list[bytes] = []
-        node, epoch = parts[0][0].node, parts[0][0].epoch
+        first = parts[0][0]
         for block, rows in parts:
             for piece in self._elements(block, rows):
                 if pieces and size + len(piece) > MAX_MESSAGE:
-                    out.append(_notification(node, epoch, pieces))
+                    out.append(_notification(first, pieces))
                     pieces, size = [], 0
                 pieces.append(piece)
                 size += len(piece)
         if pieces:
-            out.append(_notification(node, epoch, pieces))
+            out.append(_notification(first, pieces))
         return out
 
     def _elements(self, block: Block, rows: Indices) -> Iterable[bytes]:
@@ -305,8 +305,10 @@ def _gather(data: bytes, begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.
     return np.frombuffer(data, dtype=np.uint8)[index].tobytes()
 
 
-def _notification(node: str, epoch: int, pieces: list[bytes]) -> bytes:
-    name = node.encode()
-    head = b"\x0a" + varint(len(name)) + name + b"\x11" + epoch.to_bytes(8, "little")  # EventBatch.node, .epoch
-    size = len(head) + sum(map(len, pieces))
-    return b"".join((b"\x0a", varint(size), head, *pieces))  # Notification.events
+def _notification(block: Block, pieces: list[bytes]) -> bytes:
+    """Elements of this block, and of others of its node, boot and epoch."""
+    name, boot_id = block.node.encode(), block.boot_id.encode()
+    head = b"\x0a" + varint(len(name)) + name + b"\x11" + block.epoch.to_bytes(8, "little")  # EventBatch.node, .epoch
+    tail = b"\x22" + varint(len(boot_id)) + boot_id if boot_id else b""  # EventBatch.boot_id: behind .events, as protobuf has it
+    size = len(head) + sum(map(len, pieces)) + len(tail)
+    return b"".join((b"\x0a", varint(size), head, *pieces, tail))  # Notification.events

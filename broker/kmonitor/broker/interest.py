@@ -105,6 +105,10 @@ class NodeInterest(Generic[Ask]):
         if not entry.claims:
             self._remove(pid, asked)
 
+    def claims(self, claim: Claim, pid: int, start: int) -> bool:
+        """Whether this process is claimed under this name."""
+        return (pid, start) in self._claimed.get(claim, ())
+
     def remask(self, claim: Claim, mask: int) -> None:
         """Replace the mask of all that is claimed under this name."""
         for pid, start in self._claimed.get(claim, ()):

@@ -14,7 +14,7 @@ DEFAULT_LOG_BYTES = 256 << 20
 class EventLog(Protocol):
     """Blocks by offset. Offsets count blocks: 0, 1, 2, ... over all nodes, never used twice.
 
-    A form on disk keeps of a block node, epoch, position, data and boottime_to_unix_ns; all else is computed from them.
+    A form on disk keeps of a block node, boot_id, epoch, position, data and boottime_to_unix_ns; all else is computed from them.
     """
 
     on_evict: Callable[[Block], None] | None

@@ -185,7 +185,7 @@ class Outbox:
         return out
 
     def _take_rows(self) -> list[tuple[Block, Indices]]:
-        """The rows at the head, as far as they are of one node and make about one message."""
+        """The rows at the head, as far as they are of one node and boot and make about one message."""
         first: Block | None = None
         size = 0
         parts: list[tuple[Block, Indices]] = []
@@ -193,7 +193,7 @@ class Outbox:
             block, rows = item
             if first is None:
                 first = block
-            elif (block.node, block.epoch) != (first.node, first.epoch) or size > READ_SIZE:
+            elif block.source != first.source or size > READ_SIZE:
                 break
             self._items.popleft()
             self._rows_bytes -= block.size
@@ -226,7 +226,7 @@ class Outbox:
             stretch.start = block.offset + 1
             if len(block):
                 self._delivered[block.node] = (block.epoch, block.end, block.unix_ns(len(block) - 1))
-        for _, run in itertools.groupby(parts, key=lambda part: (part[0].node, part[0].epoch)):
+        for _, run in itertools.groupby(parts, key=lambda part: part[0].source):
             out += self._encoder.notifications(list(run))
         for block in blocks:
             block.trim()

@@ -13,6 +13,7 @@ from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import BadSelectorError
 from kmonitor.wire.masks import check_mask
 from kmonitor.wire.selectors import (
+    check_boot_id,
     check_cgroup_path,
     check_glob,
     check_node_selector,
@@ -33,6 +34,21 @@ class Process:
 
     pid: int
     start: int
+    boot_id: str = ""
+    """The boot that the start time is of; empty if that is not said."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(pid, start time), as a node's interest and records have it."""
+        return self.pid, self.start
+
+    def may_be(self, other: Process) -> bool:
+        """Whether this is the other process, as far as both say which they mean."""
+        return (
+            self.pid == other.pid
+            and (self.start == other.start or 0 in {self.start, other.start})
+            and (self.boot_id == other.boot_id or "" in {self.boot_id, other.boot_id})
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +112,8 @@ class Arm:
     """The one that the target, a pidfile, was found to name: what is asked of the agent from then on, until that process has ended."""
     spans: int = 0
     """Open spans of processes that live: the process itself, and those it made, if followed."""
+    asks: set[Ask] = field(default_factory=set)
+    """Those that the agent has not answered yet: until then what an earlier answer says is not the last word."""
 
 
 @dataclass(eq=False, slots=True)
@@ -110,17 +128,22 @@ class Registration:
     mask: int
     arms: dict[str, Arm] = field(default_factory=dict)
     found: dict[str, Process] = field(default_factory=dict)
-    """Node -> the process that its pidfile named, as a client knows it from an earlier stream."""
+    """Node -> the process that had the pid there, or that the pidfile named, as a client knows it from an earlier stream."""
+    granted: bool = False
+    """Whether any node has answered with anything but an error."""
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""
-        if not isinstance(self.key.target, Pidfile):
-            return self.key.target
         arm = self.arms.get(node)
         return (arm and arm.named) or self.found.get(node) or self.key.target
 
+    def of_another_boot(self, node: str, boot_id: str) -> bool:
+        """Whether it is of a process of the node that was there in another boot than this one."""
+        target = self.sought(node)
+        return isinstance(target, Process) and target.boot_id not in {"", boot_id}
+
     def forget_named(self, node: str) -> None:
-        """The process that the pidfile named has ended: who asks again means the one that it names then."""
+        """The process that had the pid, or that the pidfile named, has ended: who asks again means the one that is named then."""
         self.found.pop(node, None)
         if node in self.arms:
             self.arms[node].named = None
@@ -132,8 +155,6 @@ class Request:
 
     id: int
     outstanding: int
-    granted: bool = False
-    """Whether any node has answered with anything but an error."""
 
 
 @dataclass(eq=False, slots=True)
@@ -170,7 +191,7 @@ def parse_key(message: monitor_pb2.Registration) -> Key:
 def _target(message: monitor_pb2.Target) -> Target:
     kind = message.WhichOneof("kind")
     if kind == "process":
-        return Process(check_pid(message.process.pid), message.process.start_time)
+        return _process(message.process)
     if kind == "cgroup":
         return Group("cgroup", check_cgroup_path(message.cgroup))
     if kind == "unit":
@@ -180,6 +201,18 @@ def _target(message: monitor_pb2.Target) -> Target:
     return None
 
 
-def parse_found(messages: Iterable[monitor_pb2.RegisterRequest.FoundProcess]) -> dict[str, Process]:
-    """Node -> process. Raises BadSelectorError."""
-    return {item.node: Process(check_pid(item.pid), item.start_time) for item in messages if item.start_time}
+def _process(message: monitor_pb2.ProcessTarget | monitor_pb2.RegisterRequest.FoundProcess) -> Process:
+    pid, boot_id = check_pid(message.pid), message.boot_id
+    if boot_id and not message.start_time:
+        raise BadSelectorError("a boot id belongs to a start time: give both")
+    return Process(pid, message.start_time, check_boot_id(boot_id) if boot_id else "")
+
+
+def parse_found(messages: Iterable[monitor_pb2.RegisterRequest.FoundProcess], target: Target) -> dict[str, Process]:
+    """Node -> process that the target is there, as the client knows. Raises BadSelectorError."""
+    found = {item.node: process for item in messages if (process := _process(item)).start}
+    if isinstance(target, Process):
+        for node, process in found.items():
+            if not process.may_be(target):
+                raise BadSelectorError(f"the process found on {node!r} is not the one of the registration: leave it out")
+    return found if isinstance(target, Process | Pidfile) else {}

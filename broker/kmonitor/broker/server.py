@@ -154,10 +154,9 @@ class Server:
 
     async def _list_processes(self, request: monitor_pb2.ListProcessesRequest, context: Context) -> monitor_pb2.ListProcessesResponse:
         try:
-            processes = await self._broker.list_processes(request.node, request.filter)
+            return await self._broker.list_processes(request.node, request.filter)
         except RefusedError as refusal:
             await _abort(context, refusal)
-        return monitor_pb2.ListProcessesResponse(node=request.node, processes=processes)
 
     async def _connect(self, messages: AsyncIterator[agent_pb2.AgentMessage], context: Context) -> None:
         link: Link | None = None

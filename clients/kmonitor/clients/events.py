@@ -38,9 +38,15 @@ class Event:
     node: str
     epoch: int
     raw: events_pb2.Event
+    boot_id: str = ""
+    """With node, pid and start time it names the process for good; empty if the broker does not tell."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Event) and (self.node, self.epoch) == (other.node, other.epoch) and self.raw == other.raw
+        return isinstance(other, Event) and self._source == other._source and self.raw == other.raw
+
+    @property
+    def _source(self) -> tuple[str, str, int]:
+        return self.node, self.boot_id, self.epoch
 
     def __hash__(self) -> int:
         return hash((self.node, self.epoch, self.raw.position, self.raw.pid, self.raw.type))
@@ -189,10 +195,11 @@ class Batch:
     node: str
     epoch: int
     events: Sequence[events_pb2.Event]
+    boot_id: str = ""
 
     def __len__(self) -> int:
         return len(self.events)
 
     def __iter__(self) -> Iterator[Event]:
-        node, epoch = self.node, self.epoch
-        return (Event(node, epoch, raw) for raw in self.events)
+        node, epoch, boot_id = self.node, self.epoch, self.boot_id
+        return (Event(node, epoch, raw, boot_id) for raw in self.events)

@@ -100,7 +100,6 @@ class Monitor:
             wanted = monitor_pb2.Registration()
             wanted.CopyFrom(registration.wanted)
             wanted.event_mask = mask
-        wanted = self._stream.standing.as_sent(wanted)
         request = await self._stream.request(lambda message: message.deregister.registration.CopyFrom(wanted))
         answer = request.answer.result()
         assert answer is not None  # a register's answer is None
@@ -158,7 +157,7 @@ class Monitor:
             )
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from None
-        return sorted((Process.from_proto(process) for process in answer.processes), key=lambda process: process.pid)
+        return sorted((Process.from_proto(process, answer.boot_id) for process in answer.processes), key=lambda process: process.pid)
 
     async def wait(
         self,
@@ -166,13 +165,15 @@ class Monitor:
         node: str,
         pid: int | None = None,
         start_time: int = 0,
+        boot_id: str = "",
         pidfile: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - `async with asyncio.timeout` would not name the process
         on_notice: Callable[[Notice], None] | None = None,
     ) -> Event:
         """Wait for the end of a process: its PROCESS_EXIT, or with `inferred` one that nobody saw.
 
-        Which process: by `pid`, or the one that `pidfile`, a file of the node, names now. It uses a stream of its own, and takes
+        Which process: by `pid` (and no other than the one of `start_time` and `boot_id`), or the one that `pidfile`, a file of the
+        node, names now. It uses a stream of its own, and takes
         nothing from this monitor's iteration. A node that is not connected is waited for. `timeout` is in seconds. `on_notice` is
         called with each gap, node change and so on meanwhile. Raises ProcessExitedError, ProcessNotFoundError, WaitTimeoutError, and
         what `register` does.
@@ -187,6 +188,8 @@ class Monitor:
             which["pidfile"] = pidfile
         if start_time:
             which["start_time"] = start_time
+        if boot_id:
+            which["boot_id"] = boot_id
         own = Monitor(self._channel, Stream(self._channel, Cursor(), reconnect=self._stream.reconnect), Cursor(), owns_channel=False)
         try:
             async with asyncio.timeout(timeout), own:

@@ -58,7 +58,10 @@ class NodeState(_OpenEnum):
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of a node, now. `threads` 0 is one that ended and was not waited for."""
+    """A process of a node, now. `threads` 0 is one that ended and was not waited for.
+
+    With the node's name `boot_id`, `pid` and `start_time` name it for good: `boot_id` is empty if the broker does not tell.
+    """
 
     pid: int
     ppid: int
@@ -68,10 +71,11 @@ class Process:
     start_time: int
     cgroup_id: int
     threads: int
+    boot_id: str = ""
 
     @classmethod
-    def from_proto(cls, message: events_pb2.Process) -> Process:
-        """Of a kmonitor.v1.Process."""
+    def from_proto(cls, message: events_pb2.Process, boot_id: str = "") -> Process:
+        """Of a kmonitor.v1.Process, and the boot id that came beside it."""
         return cls(
             message.pid,
             message.ppid,
@@ -81,13 +85,15 @@ class Process:
             message.start_time,
             message.cgroup_id,
             message.threads,
+            boot_id,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
     """One node's answer to a registration: events from `position` on are delivered. `error` is set if this node could not take it
-    (others may have), or, with no node, if a registration that was brought again after a reconnect was refused."""
+    (others may have), or, with no node, if a registration that was brought again after a reconnect was refused. `boot_id` is the
+    node's now; empty if it is not known."""
 
     request_id: int
     registration_id: int
@@ -100,6 +106,7 @@ class Registered:
     event_mask: int
     target: str
     error: str | None = None
+    boot_id: str = ""
 
     @classmethod
     def from_proto(cls, message: monitor_pb2.Registered) -> Registered:
@@ -109,13 +116,14 @@ class Registered:
             message.registration_id,
             message.node,
             RegistrationState(message.state),
-            Process.from_proto(message.process) if message.HasField("process") else None,
+            Process.from_proto(message.process, message.boot_id) if message.HasField("process") else None,
             message.epoch,
             message.position,
             message.pending,
             message.event_mask,
             target_text(message.target),
             message.error.message if message.HasField("error") else None,
+            message.boot_id,
         )
 
 

@@ -15,8 +15,8 @@ class Selection(TypedDict, total=False):
     """The arguments of `register` and `deregister`. All may be left out.
 
     node, nodes: names or globs; none is every node, also those that join later. labels: a node must have them all.
-    pid (with start_time, in boot-time nanoseconds), pidfile (the process that this file of the node names now), cgroup, or unit:
-    at most one; none is every process.
+    pid, pidfile (the process that this file of the node names now), cgroup, or unit: at most one; none is every process.
+    start_time (in boot-time nanoseconds) and boot_id (the boot that it is of) with pid: that process, and no other that has the pid.
     events: "exit,abort", 0x50, or an EventType; left out it is every process event (for `deregister`, all bits).
     follow: also what the target forks. comms: globs; uids; failures_only: of exits and aborts only those that failed.
     """
@@ -26,6 +26,7 @@ class Selection(TypedDict, total=False):
     labels: Mapping[str, str]
     pid: int
     start_time: int
+    boot_id: str
     pidfile: str
     cgroup: str
     unit: str
@@ -63,12 +64,18 @@ def _target(selection: Selection, target: monitor_pb2.Target) -> None:
         raise BadSelectorError(f"{' and '.join(named)} exclude each other: make a registration for each")
     if "start_time" in selection and "pid" not in selection:
         raise BadSelectorError("a start time belongs to a pid: give both")
+    if "boot_id" in selection and "pid" not in selection:
+        raise BadSelectorError("a boot id belongs to a pid and its start time: give all three")
     if "pid" in selection:
         target.process.pid = selectors.check_pid(selection["pid"])
         start_time = selection.get("start_time", 0)
         if not 0 <= start_time < 1 << 64:
             raise BadSelectorError(f"start time {start_time}: give nanoseconds of the node's boot-time clock")
         target.process.start_time = start_time
+        if boot_id := selection.get("boot_id", ""):
+            if not start_time:
+                raise BadSelectorError("a boot id belongs to a start time: give both")
+            target.process.boot_id = selectors.check_boot_id(boot_id)
     elif "pidfile" in selection:
         target.pidfile = selectors.check_pidfile(selection["pidfile"])
     elif "cgroup" in selection:
@@ -80,8 +87,15 @@ def _target(selection: Selection, target: monitor_pb2.Target) -> None:
 
 
 def key(wanted: monitor_pb2.Registration) -> bytes:
-    """Equal for registrations that the broker takes for the same one: the same nodes, target and filter."""
-    same = monitor_pb2.Registration(nodes=wanted.nodes, target=wanted.target, filter=wanted.filter)
+    """Equal for registrations that the broker takes for the same one: the same nodes, target, filter and `follow`."""
+    same = monitor_pb2.Registration(target=wanted.target)
+    same.nodes.names.extend(sorted(set(wanted.nodes.names)))
+    same.nodes.labels.update(wanted.nodes.labels)
+    same.filter.comms.extend(sorted(set(wanted.filter.comms)))
+    same.filter.uids.extend(sorted(set(wanted.filter.uids)))
+    same.filter.failures_only = wanted.filter.failures_only
+    # All that a group's or a node's processes fork is in the group, or on the node, already.
+    same.follow = wanted.follow and wanted.target.WhichOneof("kind") in ("process", "pidfile")
     return same.SerializeToString(deterministic=True)
 
 

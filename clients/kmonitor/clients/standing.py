@@ -14,15 +14,28 @@ from kmonitor.wire.masks import EventType
 _PROCESS_EXIT = int(EventType.PROCESS_EXIT)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process of a node, for good. `start_time` in boot-time nanoseconds; the boot id is empty if the broker does not tell."""
+
+    boot_id: str
+    pid: int
+    start_time: int
+
+    def may_be(self, other: Identity) -> bool:
+        """Whether this is the other process, as far as both say which they mean."""
+        same_boot = self.boot_id == other.boot_id or "" in (self.boot_id, other.boot_id)
+        return same_boot and (self.pid, self.start_time) == (other.pid, other.start_time)
+
+
 @dataclass(slots=True, eq=False)
 class Kept:
     """A registration that stands, to be brought again after a reconnect."""
 
     registration_id: int
-    wanted: monitor_pb2.Registration  # as it is to be brought next time: with the start time, once that is known
-    sent: monitor_pb2.Registration  # as the broker has it on this connection
-    # node -> (pid, start time) of the process that was found there: after a reconnect the pid, or the pidfile, may be another's
-    found: dict[str, tuple[int, int]] = field(default_factory=dict)
+    wanted: monitor_pb2.Registration  # as the caller asked for it, and as the broker has it
+    # node -> the process that was found there: after a reconnect the pid, or what the pidfile names, may be another
+    found: dict[str, Identity] = field(default_factory=dict)
 
 
 class Standing:
@@ -30,7 +43,7 @@ class Standing:
 
     def __init__(self) -> None:
         self._kept: dict[bytes, Kept] = {}  # by selection.key of what the caller asked for
-        self._single: dict[tuple[str, int], bytes] = {}  # (node, pid) -> key of a registration that ends with that process
+        self._single: dict[tuple[str, int], set[bytes]] = {}  # (node, pid) -> keys of the registrations that end with that process
 
     def __bool__(self) -> bool:
         return bool(self._kept)
@@ -38,21 +51,10 @@ class Standing:
     def bring(self) -> Iterable[tuple[int, monitor_pb2.RegisterRequest]]:
         """Registration ids, and what to request on a new connection."""
         for kept in list(self._kept.values()):
-            kept.sent = _copy(kept.wanted)
-            request = monitor_pb2.RegisterRequest(registration=kept.sent)
-            if kept.wanted.target.WhichOneof("kind") == "pidfile":
-                for node, (pid, start_time) in kept.found.items():
-                    request.found.add(node=node, pid=pid, start_time=start_time)
+            request = monitor_pb2.RegisterRequest(registration=_copy(kept.wanted))
+            for node, found in kept.found.items():
+                request.found.add(node=node, pid=found.pid, start_time=found.start_time, boot_id=found.boot_id)
             yield kept.registration_id, request
-
-    def as_sent(self, wanted: monitor_pb2.Registration) -> monitor_pb2.Registration:
-        """The registration as the broker knows it: the same, but for a start time that was learnt."""
-        kept = self._kept.get(selection.key(wanted))
-        if kept is None:
-            return wanted
-        sent = _copy(kept.sent)
-        sent.event_mask = wanted.event_mask
-        return sent
 
     def answered(self, answer: Registered, wanted: monitor_pb2.Registration | None) -> Registered:
         """Take note of an answer; `wanted` is None for one that nobody awaits. Returns it as the caller is to see it."""
@@ -73,32 +75,30 @@ class Standing:
     def cleared(self, wanted: monitor_pb2.Registration) -> None:
         """The broker has cleared these bits."""
         for key, kept in list(self._kept.items()):
-            if selection.key(kept.sent) == selection.key(wanted):
+            if key == selection.key(wanted):
                 kept.wanted.event_mask &= ~wanted.event_mask
                 if not kept.wanted.event_mask:
                     self._forget(key)
 
-    def saw(self, node: str, events: Sequence[events_pb2.Event]) -> None:
+    def saw(self, node: str, boot_id: str, events: Sequence[events_pb2.Event]) -> None:
         """Registrations of processes that have ended are over."""
         if self._single:
             for event in events:
                 if event.type == _PROCESS_EXIT:
-                    self._forget(self._single.get((node, event.pid)), event.start_time)
+                    self._ended(node, Identity(boot_id, event.pid, event.start_time))
 
     def _keep(self, answer: Registered, wanted: monitor_pb2.Registration) -> tuple[bytes, Kept]:
         key = selection.key(wanted)
         kept = self._kept.get(key)
         if kept is None:
-            kept = self._kept[key] = Kept(answer.registration_id or answer.request_id, _copy(wanted), _copy(wanted))
+            kept = self._kept[key] = Kept(answer.registration_id or answer.request_id, _copy(wanted))
         kept.wanted.event_mask |= wanted.event_mask
-        kept.wanted.follow |= wanted.follow
         return key, kept
 
     def _same_process(self, answer: Registered, key: bytes, kept: Kept, *, asked_now: bool) -> Registered:
         """The answer; EXITED if a process was found that is not the one of before: nobody is told of the wrong process.
 
-        A registration for one node is brought again with the start time, and one of a pidfile with what was found on each node: there
-        the broker sees to it.
+        It is brought again with what was found on each node, so the broker sees to it. One that is older may not.
         """
         target = kept.wanted.target
         kind = target.WhichOneof("kind")
@@ -111,26 +111,33 @@ class Standing:
             self._forget(key)
         if answer.process is None:
             return answer
-        found = answer.process.pid, answer.process.start_time
-        if asked_now:
-            kept.found[answer.node] = found
-        if kept.found.setdefault(answer.node, found) != found:
-            return replace(answer, state=RegistrationState.EXITED, process=None)
-        if one_node:
-            if kind == "process":
-                target.process.start_time = answer.process.start_time
-            if not kept.wanted.follow and kept.wanted.event_mask & _PROCESS_EXIT:
-                self._single[answer.node, answer.process.pid] = key
+        found = Identity(answer.process.boot_id, answer.process.pid, answer.process.start_time)
+        before = kept.found.setdefault(answer.node, found)
+        if not before.may_be(found):
+            if not asked_now:
+                return replace(answer, state=RegistrationState.EXITED, process=None)
+            self._unlist(answer.node, before, key)
+        kept.found[answer.node] = found
+        if one_node and not kept.wanted.follow and kept.wanted.event_mask & _PROCESS_EXIT:
+            self._single.setdefault((answer.node, found.pid), set()).add(key)
         return answer
 
-    def _forget(self, key: bytes | None, start_time: int | None = None) -> None:
+    def _ended(self, node: str, process: Identity) -> None:
+        for key in list(self._single.get((node, process.pid), ())):
+            if self._kept[key].found[node].may_be(process):
+                self._forget(key)
+
+    def _forget(self, key: bytes) -> None:
         """A registration of one process is over with the process: a monitor that lives for months must not collect them."""
-        kept = None if key is None else self._kept.get(key)
-        if key is None or kept is None:
-            return
-        if start_time is None or start_time in {started for _, started in kept.found.values()}:
-            del self._kept[key]
-            self._single = {place: other for place, other in self._single.items() if other != key}
+        kept = self._kept.pop(key)
+        for node, found in kept.found.items():
+            self._unlist(node, found, key)
+
+    def _unlist(self, node: str, process: Identity, key: bytes) -> None:
+        keys = self._single.get((node, process.pid), set())
+        keys.discard(key)
+        if not keys:
+            self._single.pop((node, process.pid), None)
 
 
 def _copy(wanted: monitor_pb2.Registration) -> monitor_pb2.Registration:

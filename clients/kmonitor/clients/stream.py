@@ -211,6 +211,10 @@ class Stream:
             for registration_id, wanted in self._standing.bring():
                 if registration_id not in self._requests:
                     await self._write(monitor_pb2.WatchRequest(request_id=registration_id, register=wanted))
+                else:  # some nodes had answered, and the caller was told: there it is of those processes
+                    asked = self._requests[registration_id].message.register
+                    del asked.found[:]
+                    asked.found.extend(wanted.found)
             for request in list(self._requests.values()):
                 request.registered.clear()
                 request.held.clear()
@@ -259,7 +263,7 @@ class Stream:
         # Else it is a kind that a newer broker knows: what monitors see changes only by addition.
 
     def _put_events(self, message: events_pb2.EventBatch) -> None:
-        node, epoch = message.node, message.epoch
+        node, epoch, boot_id = message.node, message.epoch, message.boot_id
         events: Sequence[events_pb2.Event] = message.events
         if not len(events):
             return
@@ -272,9 +276,9 @@ class Stream:
                     return
             else:
                 del self._floor[node]  # positions only grow: the rest of this connection is new
-        self._standing.saw(node, events)
+        self._standing.saw(node, boot_id, events)
         self._queued_events += len(events)
-        self._put(Batch(node, epoch, events))
+        self._put(Batch(node, epoch, events, boot_id))
 
     def _put(self, item: Batch | Notice) -> None:
         self._received.take(item)

@@ -68,12 +68,17 @@ class Monitor:
         node: str,
         pid: int | None = None,
         start_time: int = 0,
+        boot_id: str = "",
         pidfile: str | None = None,
         timeout: float | None = None,
         on_notice: Callable[[Notice], None] | None = None,
     ) -> Event:
         """As `Monitor.wait`. `on_notice` is called in the loop's thread."""
-        return self._run(self._inner.wait(node=node, pid=pid, start_time=start_time, pidfile=pidfile, timeout=timeout, on_notice=on_notice))
+        return self._run(
+            self._inner.wait(
+                node=node, pid=pid, start_time=start_time, boot_id=boot_id, pidfile=pidfile, timeout=timeout, on_notice=on_notice
+            )
+        )
 
     def next(self, timeout: float | None = None) -> Notification:
         """The next notification. Raises TimeoutError if none came for `timeout` seconds; none is lost by that."""

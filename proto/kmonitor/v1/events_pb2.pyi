@@ -137,7 +137,9 @@ class Event(_message.Message):
     time: _builtins.int
     """Wall clock, Unix nanoseconds."""
     start_time: _builtins.int
-    """When the process started: nanoseconds of the node's boot-time clock. With node, boot id and pid it names a process for good."""
+    """When the process started: nanoseconds of the node's boot-time clock. With node, boot id (of the batch) and
+    pid it names a process for good.
+    """
     cgroup_id: _builtins.int
     """The control group (v2) it is in."""
     inferred: _builtins.bool
@@ -218,9 +220,12 @@ class EventBatch(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     epoch: _builtins.int
     """Changes when positions start anew."""
+    boot_id: _builtins.str
+    """The boot that the processes are of: with node, pid and start time it names each for good."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]: ...
     def __init__(
@@ -229,10 +234,11 @@ class EventBatch(_message.Message):
         node: _builtins.str = ...,
         epoch: _builtins.int = ...,
         events: _abc.Iterable[Global___Event] | None = ...,
+        boot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "events", b"events", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "epoch", b"epoch", "events", b"events", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,19 +171,25 @@ class ProcessTarget(_message.Message):
 
     PID_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     """1 or more."""
     start_time: _builtins.int
     """When it started: nanoseconds of the node's boot-time clock. 0 is whichever has the pid now."""
+    boot_id: _builtins.str
+    """The boot that `start_time` is of, as in Node, Registered and EventBatch: on a node with another one the process is EXITED, and
+    nothing is armed. Empty is whichever boot the node is in. Without `start_time` it is an error.
+    """
     def __init__(
         self,
         *,
         pid: _builtins.int = ...,
         start_time: _builtins.int = ...,
+        boot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,21 +339,25 @@ class RegisterRequest(_message.Message):
         NODE_FIELD_NUMBER: _builtins.int
         PID_FIELD_NUMBER: _builtins.int
         START_TIME_FIELD_NUMBER: _builtins.int
+        BOOT_ID_FIELD_NUMBER: _builtins.int
         node: _builtins.str
         pid: _builtins.int
         """1 or more."""
         start_time: _builtins.int
         """Nanoseconds of the node's boot-time clock. 0 is ignored."""
+        boot_id: _builtins.str
+        """The boot that `start_time` is of, as in ProcessTarget."""
         def __init__(
             self,
             *,
             node: _builtins.str = ...,
             pid: _builtins.int = ...,
             start_time: _builtins.int = ...,
+            boot_id: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "node", b"node", "pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,8 +367,9 @@ class RegisterRequest(_message.Message):
     def registration(self) -> Global___Registration: ...
     @_builtins.property
     def found(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegisterRequest.FoundProcess]:
-        """For a client that comes back, with a pidfile as the target: on these nodes the registration is of these processes still, whatever
-        the file says now. A process that has ended meanwhile is told as EXITED.
+        """For a client that comes back, with a process or a pidfile as the target: on these nodes the registration is of these processes
+        still, whichever has the pid now, or whatever the file says. A process that has ended meanwhile is told as EXITED. One that the
+        target cannot mean (another pid, start time or boot) is an error.
         """
 
     def __init__(
@@ -377,7 +388,7 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
 @_typing.final
 class DeregisterRequest(_message.Message):
-    """Clears the bits of `event_mask` from the registration with the same nodes, target and filter."""
+    """Clears the bits of `event_mask` from the registration with the same nodes, target, filter and `follow`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -589,6 +600,7 @@ class Registered(_message.Message):
     EVENT_MASK_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """As in the request; for Subscribe the index of the registration."""
     registration_id: _builtins.int
@@ -601,6 +613,8 @@ class Registered(_message.Message):
     """Answers to this request that are still to come from other nodes."""
     event_mask: _builtins.int
     """The mask that is registered now, with the bits of earlier requests."""
+    boot_id: _builtins.str
+    """The boot of the node that answers, and of `process`; for NODE_UNREACHABLE the last one known. Empty if none is."""
     @_builtins.property
     def process(self) -> _events_pb2.Process: ...
     @_builtins.property
@@ -623,10 +637,11 @@ class Registered(_message.Message):
         event_mask: _builtins.int = ...,
         target: Global___Target | None = ...,
         error: Global___RequestError | None = ...,
+        boot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "process", b"process", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "event_mask", b"event_mask", "node", b"node", "pending", b"pending", "position", b"position", "process", b"process", "registration_id", b"registration_id", "request_id", b"request_id", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "epoch", b"epoch", "error", b"error", "event_mask", b"event_mask", "node", b"node", "pending", b"pending", "position", b"position", "process", b"process", "registration_id", b"registration_id", "request_id", b"request_id", "state", b"state", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1012,7 +1027,10 @@ class ListProcessesResponse(_message.Message):
 
     NODE_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
+    boot_id: _builtins.str
+    """The boot that they are of."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Process]: ...
     def __init__(
@@ -1020,10 +1038,11 @@ class ListProcessesResponse(_message.Message):
         *,
         node: _builtins.str = ...,
         processes: _abc.Iterable[_events_pb2.Process] | None = ...,
+        boot_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "node", b"node", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

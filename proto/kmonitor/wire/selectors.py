@@ -68,6 +68,16 @@ def check_label_key(key: str) -> str:
     return key
 
 
+def check_boot_id(boot_id: str) -> str:
+    """Return `boot_id`, or raise BadSelectorError if it cannot be one: empty, longer than 128 characters, or with blanks in it.
+
+    Linux's is a UUID, but nothing here depends on that.
+    """
+    if not 0 < len(boot_id) <= 128 or any(letter.isspace() or not letter.isprintable() for letter in boot_id):
+        raise BadSelectorError(f"{boot_id[:40]!r} is no boot id: give it as `kmon ps --json` and `kmon nodes --json` show it")
+    return boot_id
+
+
 def check_uid(uid: int) -> int:
     """Return `uid`, or raise BadSelectorError if no user can have it."""
     if not 0 <= uid < 1 << 32:

@@ -14,6 +14,7 @@ import numpy as np
 from kmonitor.broker.block import Block
 from kmonitor.broker.elements import Encoded
 from kmonitor.broker.encode import Encoder
+from kmonitor.clients import Batch
 from kmonitor.clients.cli.jsonlines import event_line
 from kmonitor.v1 import events_pb2, monitor_pb2
 
@@ -52,7 +53,7 @@ def decode(stretch: Stretch) -> list[dict[str, Any]]:
     lines = []
     for message in Encoder().notifications([(block, np.arange(len(block)))]):
         batch = monitor_pb2.Notification.FromString(message).events
-        lines += [json.loads(event_line(batch.node, batch.epoch, event)) for event in batch.events]
+        lines += [_line(batch.node, batch.epoch, event) for event in batch.events]
     return lines
 
 
@@ -63,4 +64,10 @@ def decode_with(stretch: Stretch, encode: Callable[[Block], Encoded]) -> list[di
     events: list[events_pb2.Event] = []
     for begin, end in zip(encoded.offsets[:-1].tolist(), encoded.offsets[1:].tolist(), strict=True):
         events += events_pb2.EventBatch.FromString(encoded.data[begin:end]).events
-    return [json.loads(event_line(block.node, block.epoch, event)) for event in events]
+    return [_line(block.node, block.epoch, event) for event in events]
+
+
+def _line(node: str, epoch: int, event: events_pb2.Event) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(event_line(Batch(node, epoch, [event]), event))
+    del line["boot_id"]  # no record carries it
+    return line

@@ -10,14 +10,15 @@ from typing import Protocol
 from kmonitor.clients.cli.jsonlines import event_line
 from kmonitor.clients.cli.notify import Notifier
 from kmonitor.clients.cli.options import say
+from kmonitor.clients.events import Batch
 from kmonitor.v1 import events_pb2
 from kmonitor.wire.masks import TYPE_NAMES
 
 
 class Action(Protocol):
-    """Done once for each event, in order; the next event waits for it."""
+    """Done once for each event of a batch, in order; the next event waits for it."""
 
-    async def act(self, node: str, epoch: int, event: events_pb2.Event) -> None:
+    async def act(self, source: Batch, event: events_pb2.Event) -> None:
         """May raise a KmonitorError, which ends the watch."""
 
 
@@ -27,30 +28,30 @@ class Command:
     def __init__(self, command: str) -> None:
         self._command = command
 
-    async def act(self, node: str, epoch: int, event: events_pb2.Event) -> None:
+    async def act(self, source: Batch, event: events_pb2.Event) -> None:
         """Waits for the command, and reports one that fails. One that was begun is let end: it may be half way through a failover."""
-        running = asyncio.ensure_future(self._run(node, epoch, event))
+        running = asyncio.ensure_future(self._run(source, event))
         try:
             await asyncio.shield(running)
         except asyncio.CancelledError:
             await running
             raise
 
-    async def _run(self, node: str, epoch: int, event: events_pb2.Event) -> None:
-        line = event_line(node, epoch, event).encode() + b"\n"
+    async def _run(self, source: Batch, event: events_pb2.Event) -> None:
+        line = event_line(source, event).encode() + b"\n"
         process = await asyncio.create_subprocess_shell(
-            self._command, stdin=asyncio.subprocess.PIPE, env={**os.environ, **variables(node, event)}
+            self._command, stdin=asyncio.subprocess.PIPE, env={**os.environ, **variables(source, event)}
         )
         await process.communicate(line)
         if process.returncode:
-            say(f"--exec: the command ended with status {process.returncode} for pid {event.pid} on {node}")
+            say(f"--exec: the command ended with status {process.returncode} for pid {event.pid} on {source.node}")
 
 
-def variables(node: str, event: events_pb2.Event) -> dict[str, str]:
-    """KMON_NODE, _TYPE, _PID, _TID, _PPID, _UID, _GID, _COMM, _TIME, _START_TIME, _INFERRED, and by type _CHILD_PID, _CHILD_TID,
-    _FILENAME, _EXIT_CODE, _EXIT_SIGNAL."""
+def variables(source: Batch, event: events_pb2.Event) -> dict[str, str]:
+    """KMON_NODE, _TYPE, _PID, _TID, _PPID, _UID, _GID, _COMM, _TIME, _START_TIME, _BOOT_ID, _INFERRED, and by type _CHILD_PID,
+    _CHILD_TID, _FILENAME, _EXIT_CODE, _EXIT_SIGNAL."""
     found: dict[str, object] = {
-        "NODE": node,
+        "NODE": source.node,
         "TYPE": TYPE_NAMES.get(event.type, event.type),
         "PID": event.pid,
         "TID": event.tid,
@@ -60,6 +61,7 @@ def variables(node: str, event: events_pb2.Event) -> dict[str, str]:
         "COMM": event.comm,
         "TIME": event.time,
         "START_TIME": event.start_time,
+        "BOOT_ID": source.boot_id,
         "INFERRED": int(event.inferred),
     }
     if event.child_pid:
@@ -79,7 +81,7 @@ class Signal:
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
 
-    async def act(self, node: str, epoch: int, event: events_pb2.Event) -> None:
+    async def act(self, source: Batch, event: events_pb2.Event) -> None:
         """Raises UsageError if the receiver is gone. A full queue is told once, and then each time that the loss has doubled."""
         if not self._notifier.send(event.type, event.pid, event.uid):
             lost = self._notifier.lost

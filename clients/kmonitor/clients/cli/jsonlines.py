@@ -41,14 +41,14 @@ _quoted = Quoted()
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def event_line(node: str, epoch: int, event: events_pb2.Event) -> str:
-    """One event, without the line's end."""
+def event_line(source: Batch, event: events_pb2.Event) -> str:
+    """One event of a batch, without the line's end."""
     kind = event.type
     line = (
-        f'{{"kind":"event","node":{_quoted[node]},"type":"{TYPE_NAMES.get(kind, kind)}","pid":{event.pid},"tid":{event.tid},'
+        f'{{"kind":"event","node":{_quoted[source.node]},"type":"{TYPE_NAMES.get(kind, kind)}","pid":{event.pid},"tid":{event.tid},'
         f'"ppid":{event.ppid},"uid":{event.uid},"gid":{event.gid},"comm":{_quoted[event.comm]},"time":{event.time},'
-        f'"start_time":{event.start_time},"cgroup_id":{event.cgroup_id},"epoch":{epoch},"position":{event.position},'
-        f'"inferred":{_BOOL[event.inferred]}'
+        f'"start_time":{event.start_time},"cgroup_id":{event.cgroup_id},"epoch":{source.epoch},"position":{event.position},'
+        f'"inferred":{_BOOL[event.inferred]},"boot_id":{_quoted[source.boot_id]}'
     )
     if kind in (0x08, 0x01):
         return f'{line},"child_pid":{event.child_pid},"child_tid":{event.child_tid},"child_start_time":{event.child_start_time}}}'
@@ -92,8 +92,8 @@ class JsonLines:
 
     def batch(self, batch: Batch, limit: int) -> None:
         """The first `limit` events. Raises BrokenPipeError if the reader is gone."""
-        node, epoch, events = batch.node, batch.epoch, batch.events
-        lines = [event_line(node, epoch, event) for event in (events if limit >= len(events) else events[:limit])]
+        events = batch.events
+        lines = [event_line(batch, event) for event in (events if limit >= len(events) else events[:limit])]
         lines.append("")
         self._out.write("\n".join(lines).encode())
         self._out.flush()

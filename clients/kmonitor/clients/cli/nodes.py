@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_module
 import sys
 import time
@@ -104,7 +105,7 @@ def node_object(node: monitor_pb2.Node) -> dict[str, Any]:
 
 
 def _process_object(process: Process) -> dict[str, Any]:
-    return {name: getattr(process, name) for name in ("pid", "ppid", "uid", "gid", "comm", "start_time", "cgroup_id", "threads")}
+    return dataclasses.asdict(process)
 
 
 def since(unix_nano: int) -> str:

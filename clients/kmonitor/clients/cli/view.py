@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class Watched:
         self._open: dict[tuple[str, int], int] = {}
         self._running: dict[tuple[int, str], int] = {}  # registration and node -> pid, of those that were found
         self._armed: set[tuple[int, str]] = set()  # registrations by node that may yet come to something
-        self._early: set[tuple[str, int, int]] = set()  # exits that came before the answer that says RUNNING
+        self._early: set[tuple[str, str, int, int]] = set()  # exits that came before the answer that says RUNNING
         self._delivered = False
         self._found = False
         self._refusal: str | None = None
@@ -86,7 +87,7 @@ class Watched:
         elif notice.state is RegistrationState.RUNNING and notice.process is not None:
             self._found = True
             self._running[place] = notice.process.pid
-            if (notice.node, notice.process.pid, notice.process.start_time) not in self._early:
+            if (notice.node, notice.boot_id, notice.process.pid, notice.process.start_time) not in self._early:
                 self._open[notice.node, notice.process.pid] = notice.process.pid
         else:
             self._armed.add(place)
@@ -107,7 +108,7 @@ class Watched:
             if kind == _EXIT:
                 watched.pop((node, event.pid), None)
                 if self._unanswered:
-                    self._early.add((node, event.pid, event.start_time))
+                    self._early.add((node, batch.boot_id, event.pid, event.start_time))
                 self._delivered = True
             elif kind == _FORK and self._plan.follow and (node, event.pid) in watched:
                 watched[node, event.child_pid] = watched[node, event.pid]
@@ -200,7 +201,7 @@ class _View:
     async def _batch(self, batch: Batch) -> None:
         limit = min(self._left, len(batch))
         if limit < len(batch):
-            batch = Batch(batch.node, batch.epoch, batch.events[:limit])
+            batch = dataclasses.replace(batch, events=batch.events[:limit])
         self._left -= limit
         self._sink.batch(batch, limit)
         if not self._plan.actions:
@@ -208,7 +209,7 @@ class _View:
         else:
             for event in batch.events:
                 for action in self._plan.actions:
-                    await action.act(batch.node, batch.epoch, event)
+                    await action.act(batch, event)
                 self._cursor.advance(batch.node, batch.epoch, event.position)
         self._watched.batch(batch)
 

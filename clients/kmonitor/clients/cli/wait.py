@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def wait(
     start_time: Annotated[
         int, typer.Option("--start-time", metavar="NS", help="When it started (boot-time nanoseconds): no other process with this pid.")
     ] = 0,
+    boot_id: Annotated[
+        str, typer.Option("--boot-id", metavar="ID", help="With --start-time: the boot that it is of, as `kmon ps --json` shows it.")
+    ] = "",
     timeout: Annotated[str | None, typer.Option(metavar="TIME", help="Give up after 10s, 500ms, 2m, 1h: status 124.")] = None,
     broker: Broker = "127.0.0.1:7221",
 ) -> None:
@@ -36,23 +39,28 @@ def wait(
         raise typer.BadParameter("give one of --pid and --pidfile")
     if start_time and pid is None:
         raise typer.BadParameter("--start-time belongs to --pid")
+    if boot_id and not start_time:
+        raise typer.BadParameter("--boot-id belongs to --start-time")
     seconds = duration(timeout)
-    from kmonitor.wire.selectors import check_node_name, check_pid, check_pidfile  # noqa: PLC0415 - numpy and gRPC are not for --help
+    from kmonitor.wire.selectors import check_boot_id, check_node_name, check_pid, check_pidfile  # noqa: PLC0415 - numpy and gRPC are not for --help
 
     check_node_name(node)
     if pid is not None:
         check_pid(pid)
     if pidfile is not None:
         check_pidfile(pidfile)
-    run(_wait(broker, node, pid, start_time, pidfile, seconds), on_interrupt=130)
+    if boot_id:
+        check_boot_id(boot_id)
+    which = {"pid": pid, "start_time": start_time, "boot_id": boot_id, "pidfile": pidfile}
+    run(_wait(broker, node, which, seconds), on_interrupt=130)
 
 
-async def _wait(broker: str, node: str, pid: int | None, start_time: int, pidfile: str | None, seconds: float | None) -> int:
+async def _wait(broker: str, node: str, which: dict[str, Any], seconds: float | None) -> int:
     from kmonitor.clients.cli.screen import how_it_ended, plain_text  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
     async with connect(broker) as monitor:
-        event = await monitor.wait(node=node, pid=pid, start_time=start_time, pidfile=pidfile, timeout=seconds, on_notice=_tell)
+        event = await monitor.wait(node=node, **which, timeout=seconds, on_notice=_tell)
     text, _ = how_it_ended(event.raw)
     print(f"{node}: {plain_text(event.comm)} ({event.pid}) ended: {text}", flush=True)
     if event.exit_code is not None:

@@ -71,9 +71,9 @@ def watch(
             "--exec",
             metavar="COMMAND",
             help="Run a shell command for each event, one after the other: the event's JSON line on its stdin, and KMON_NODE, "
-            "KMON_TYPE, KMON_PID, KMON_TID, KMON_PPID, KMON_UID, KMON_GID, KMON_COMM, KMON_TIME, KMON_START_TIME, KMON_INFERRED, and by "
-            "type KMON_CHILD_PID, KMON_CHILD_TID, KMON_FILENAME, KMON_EXIT_CODE, KMON_EXIT_SIGNAL. Its own processes are events "
-            "too: watch something narrower than everything.",
+            "KMON_TYPE, KMON_PID, KMON_TID, KMON_PPID, KMON_UID, KMON_GID, KMON_COMM, KMON_TIME, KMON_START_TIME, KMON_BOOT_ID, "
+            "KMON_INFERRED, and by type KMON_CHILD_PID, KMON_CHILD_TID, KMON_FILENAME, KMON_EXIT_CODE, KMON_EXIT_SIGNAL. Its own "
+            "processes are events too: watch something narrower than everything.",
             rich_help_panel=_ACT,
         ),
     ] = None,
