@@ -7,6 +7,7 @@ NOT_FOUND will have no event for who asked. Never both, and never neither.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 
 from kmonitor.agent import cgroups, libbpf
@@ -16,10 +17,13 @@ from kmonitor.agent.maps import (
     ANY_WATCHED,
     CGROUP_KEY_SIZE,
     KEY_SIZE,
+    NO_ROOT,
     WATCHED_ENDED,
     WATCHED_FOLLOW,
+    WATCHED_ROOT,
     WATCHED_SIZE,
     Watched,
+    armed_at,
     cgroup_key,
     cgroup_of,
     pack_mask,
@@ -144,7 +148,7 @@ class InterestTable:
                 _answer(answer, process, _EXITED, found if found.start_boottime_ns == process.start_time or not pinned else None)
             else:
                 try:
-                    armed.append((process, found, self._set(process, found)))
+                    armed.append((process, found, self._set(process, found, armed_at(answer.position))))
                 except BpfError as error:
                     if error.errno != errno.E2BIG:
                         raise
@@ -157,15 +161,22 @@ class InterestTable:
             lives = lives or (again and was_there and self._will_tell(process))
             _answer(answer, process, _RUNNING if lives or not self._missed(found, was_there) else _EXITED, found)
 
-    def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
-        """Arm; True if it was armed before."""
-        mask, flags = process.event_mask, WATCHED_FOLLOW if process.follow else 0
+    def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found, now: int) -> bool:
+        """Arm; True if it was armed before. `now`: the ring's position, as entries have it."""
+        mask, flags, root, armed = process.event_mask, WATCHED_FOLLOW if process.follow else 0, NO_ROOT, now
         old = self._entry(found.pid)
         was_there = old is not None and old.start_boottime_ns == found.start_boottime_ns
-        if old is not None and was_there and not process.start_time:
-            # The broker cannot know yet that this is a process that it has armed by name and start time before.
-            mask, flags = mask | old.mask, flags | old.flags & WATCHED_FOLLOW
-        entry = Watched(found.start_boottime_ns, mask, flags)
+        if old is not None and was_there:
+            root = old.root  # what is above it stays above it, whoever asks for it too
+            if not process.start_time or old.root.pid:
+                # The broker cannot know yet that this is a process that it has armed by name and start time before, or one
+                # that a followed process forked and the ring had no room to tell.
+                mask, flags = mask | old.mask, flags | old.flags & WATCHED_FOLLOW
+            if not process.root:
+                flags, armed = flags | old.flags & WATCHED_ROOT, old.armed
+        if process.root:
+            flags |= WATCHED_ROOT
+        entry = Watched(found.start_boottime_ns, mask, flags, root, armed)
         # BPF_EXIST: if the probe took the entry away just now, the process has ended, and a new one would stay for ever.
         self._source.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
         return was_there
@@ -193,8 +204,8 @@ class InterestTable:
         entry = self._entry(process.pid)
         if entry is None or process.start_time not in (0, entry.start_boottime_ns) or entry.flags & WATCHED_ENDED:
             return
-        flags = WATCHED_FOLLOW if process.follow else 0
-        new = Watched(entry.start_boottime_ns, process.event_mask, flags)
+        flags = (WATCHED_FOLLOW if process.follow else 0) | entry.flags & WATCHED_ROOT
+        new = dataclasses.replace(entry, mask=process.event_mask, flags=flags)
         self._source.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
 
     def _apply_group(self, group: agent_pb2.Interest.GroupInterest, answer: agent_pb2.InterestApplied) -> None:

@@ -367,6 +367,7 @@ class Interest(_message.Message):
         EVENT_MASK_FIELD_NUMBER: _builtins.int
         FOLLOW_FIELD_NUMBER: _builtins.int
         LOOK_UP_FIELD_NUMBER: _builtins.int
+        ROOT_FIELD_NUMBER: _builtins.int
         pid: _builtins.int
         start_time: _builtins.int
         """0: whichever has the pid now."""
@@ -375,6 +376,8 @@ class Interest(_message.Message):
         follow: _builtins.bool
         look_up: _builtins.bool
         """Look the process up and say what became of it. False for one that is known to be armed already."""
+        root: _builtins.bool
+        """With look_up: a registration that follows is of this very process. What it forks from now on carries it as its root."""
         def __init__(
             self,
             *,
@@ -383,10 +386,11 @@ class Interest(_message.Message):
             event_mask: _builtins.int = ...,
             follow: _builtins.bool = ...,
             look_up: _builtins.bool = ...,
+            root: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["event_mask", b"event_mask", "follow", b"follow", "look_up", b"look_up", "pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["event_mask", b"event_mask", "follow", b"follow", "look_up", b"look_up", "pid", b"pid", "root", b"root", "start_time", b"start_time"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
