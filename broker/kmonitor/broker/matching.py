@@ -45,6 +45,14 @@ class Span:
     """Its process has ended; the span stays for what the process's threads may still record."""
     arm: Any = None
     """What the session keeps about registration and node; opaque here."""
+    root: bool = False
+    """Its process was armed by the agent, and not by the kernel when it was forked."""
+    since: int = -1
+    """The position from which on what the process forks is followed too: that of the first span of the tree. By default `first`."""
+
+    def __post_init__(self) -> None:
+        if self.since < 0:
+            self.since = self.first
 
     def narrow(self, block: Block, rows: Indices) -> Indices:
         """Those of the rows that are within the span, of a wanted type, and pass the filter."""
