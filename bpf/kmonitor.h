@@ -92,7 +92,7 @@ struct kmonitor_watched {
 	unsigned int mask;
 	unsigned int flags;
 	struct kmonitor_root root; /* zero unless the entry was copied at a fork */
-	unsigned int armed; /* the ring's position, in slots, when it was last armed for a registration of its own */
+	unsigned int armed; /* the agent's number of the change that last armed it for a registration of its own */
 	unsigned int unused;
 };
 #define KMONITOR_WATCHED_FOLLOW 0x1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from kmonitor.agent.interest import InterestTable
-from kmonitor.agent.maps import NO_ROOT, WATCHED_FOLLOW, WATCHED_ROOT, WATCHED_SIZE, Root, Watched, armed_at, pid_key
+from kmonitor.agent.maps import NO_ROOT, WATCHED_FOLLOW, WATCHED_ROOT, WATCHED_SIZE, Root, Watched, pid_key
 from kmonitor.agent.probe import ProbeOptions
 from kmonitor.agent.source import Source
 from kmonitor.agent.sources import open_source
@@ -36,6 +36,8 @@ class Family:
     process: subprocess.Popen[bytes]
     root: Root
     """What a child of the first one is to carry."""
+    number: int = 0
+    """Of the last change."""
 
     def say(self) -> bytes:
         """One more word; what is said to it."""
@@ -48,8 +50,10 @@ class Family:
     def arm(self, pid: int, *, reset: bool = False, **how: int) -> int:
         """As the broker would; returns the start time of the process."""
         want = agent_pb2.Interest.ProcessInterest(pid=pid, look_up=True, event_mask=how.pop("mask", ALL), **how)
-        (answer,) = self.table.apply(agent_pb2.Interest(version=1, reset=reset, processes=[want])).processes
-        return answer.process.start_time
+        applied = self.table.apply(agent_pb2.Interest(version=1, reset=reset, processes=[want]))
+        assert applied.number > self.number
+        self.number = applied.number
+        return applied.processes[0].process.start_time
 
     def entry(self, pid: int) -> Watched:
         """That of the kernel's map."""
@@ -73,7 +77,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     with subprocess.Popen(["/bin/sh", "-c", FAMILY], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         made = Family(source, InterestTable(source), process, NO_ROOT)
         start = made.arm(process.pid, follow=True, root=True)
-        made.root = Root(start, process.pid, 0)
+        made.root = Root(start, process.pid, made.number)
         yield made
         process.kill()
     source.close()
@@ -113,23 +117,21 @@ def test_a_child_that_is_registered_too_is_the_root_of_what_it_forks(family: Fam
     """And its own records still name what is above it."""
     child = int(family.say())
     start = family.entry(child).start_boottime_ns
-    now = armed_at(family.source.ring.producer)
-    assert now > 0
     # A broker that does not know yet that it is followed: what is there already stays.
     family.arm(child, start_time=start, mask=EXIT, root=True, follow=True)
-    assert family.entry(child) == Watched(start, ALL, WATCHED_FOLLOW | WATCHED_ROOT, family.root, now)
+    assert family.entry(child) == Watched(start, ALL, WATCHED_FOLLOW | WATCHED_ROOT, family.root, family.number)
     family.say()
     rows = family.end()
     assert roots(rows, child) == {family.root}
     (grandchild,) = rows["child_tgid"][(rows["tgid"] == child) & (rows["child_tgid"] != 0) & (rows["type"] == EventType.PROCESS_FORK)]
-    assert roots(rows, grandchild) == {Root(start, child, now)}
+    assert roots(rows, grandchild) == {Root(start, child, family.number)}
 
 
 def test_armed_again_by_another_registration(family: Family) -> None:
     """Children say before which arming they were made, and after which."""
     child = int(family.say())
-    now = armed_at(family.source.ring.producer)
     family.arm(family.process.pid, start_time=family.root.start_boottime_ns, follow=True, root=True)
-    assert family.entry(family.process.pid) == Watched(family.root.start_boottime_ns, ALL, WATCHED_FOLLOW | WATCHED_ROOT, NO_ROOT, now)
+    start = family.root.start_boottime_ns
+    assert family.entry(family.process.pid) == Watched(start, ALL, WATCHED_FOLLOW | WATCHED_ROOT, NO_ROOT, family.number)
     assert family.entry(child).root == family.root
     family.end()

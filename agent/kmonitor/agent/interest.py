@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import time
 
 from kmonitor.agent import cgroups, libbpf
 from kmonitor.agent.errors import BpfError, CaptureError
@@ -23,7 +24,6 @@ from kmonitor.agent.maps import (
     WATCHED_ROOT,
     WATCHED_SIZE,
     Watched,
-    armed_at,
     cgroup_key,
     cgroup_of,
     pack_mask,
@@ -51,11 +51,13 @@ class InterestTable:
         self._group_masks: dict[int, int] = {}
         self._masks_seen = 0
         """OR of every process mask since the last reset: bits in any_mask that may be of use."""
+        self._number = 0
+        """Of the last change."""
 
     def apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
         """Make the kernel let through what `interest` says. The answer has a result for each that was to be looked up."""
         self._source.catch_up()
-        answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer)
+        answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer, number=self._next_number())
         if interest.reset:
             self._forget_others(interest)
         removed = [process for process in interest.processes if not process.event_mask]
@@ -74,6 +76,12 @@ class InterestTable:
         if not wanted:
             self._set_any_mask(armed=self._any_watched())
         return answer
+
+    def _next_number(self) -> int:
+        """Of this change: entries have it, and outlive this agent. So it is larger than all that earlier agents gave, too."""
+        tenths = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 100_000_000
+        self._number = max(self._number + 1, tenths) & 0xFFFFFFFF
+        return self._number
 
     def _any_watched(self) -> bool:
         return next(self._source.watched.keys(KEY_SIZE), None) is not None
@@ -148,7 +156,7 @@ class InterestTable:
                 _answer(answer, process, _EXITED, found if found.start_boottime_ns == process.start_time or not pinned else None)
             else:
                 try:
-                    armed.append((process, found, self._set(process, found, armed_at(answer.position))))
+                    armed.append((process, found, self._set(process, found)))
                 except BpfError as error:
                     if error.errno != errno.E2BIG:
                         raise
@@ -161,9 +169,9 @@ class InterestTable:
             lives = lives or (again and was_there and self._will_tell(process))
             _answer(answer, process, _RUNNING if lives or not self._missed(found, was_there) else _EXITED, found)
 
-    def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found, now: int) -> bool:
-        """Arm; True if it was armed before. `now`: the ring's position, as entries have it."""
-        mask, flags, root, armed = process.event_mask, WATCHED_FOLLOW if process.follow else 0, NO_ROOT, now
+    def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
+        """Arm; True if it was armed before."""
+        mask, flags, root, armed = process.event_mask, WATCHED_FOLLOW if process.follow else 0, NO_ROOT, self._number
         old = self._entry(found.pid)
         was_there = old is not None and old.start_boottime_ns == found.start_boottime_ns
         if old is not None and was_there:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from kmonitor.wire.masks import TYPE_NAMES
-from kmonitor.wire.record import SLOT_SIZE
 
 ANY_WATCHED = 0x100
 ANY_CGROUP = 0x200
@@ -71,7 +70,7 @@ class Watched:
     root: Root = NO_ROOT
     """Where it was copied from at a fork."""
     armed: int = 0
-    """The ring's position when a registration of its own last armed it, as `armed_at` has it."""
+    """The number of the change that last armed it for a registration of its own."""
 
     def pack(self) -> bytes:
         """As in the map."""
@@ -82,11 +81,6 @@ class Watched:
         """From the map."""
         start_boottime_ns, mask, flags, root_start, root_pid, root_armed, armed, _ = _WATCHED.unpack(value)
         return cls(start_boottime_ns, mask, flags, Root(root_start, root_pid, root_armed), armed)
-
-
-def armed_at(position: int) -> int:
-    """A position of the ring as entries have it: slots, modulo 2^32."""
-    return position // SLOT_SIZE & 0xFFFFFFFF
 
 
 def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int) -> bytes:

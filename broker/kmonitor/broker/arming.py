@@ -202,6 +202,7 @@ class Arming:
         for result in message.groups:
             if result.cgroup_ids:
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
+        node.number = message.number
         for ask in node.interest.answered(message.version):
             arm = ask.arm
             if ask.request is not None:
@@ -403,7 +404,7 @@ class Arming:
         self._router.add(
             Span(
                 registration.session, arm, node.name, node.epoch, mask, position, process, cgroup_id,
-                key.follow, key.filter, arm=arm, root=process is not None,
+                key.follow, key.filter, arm=arm, root=process is not None, since=node.number,
             )
         )  # fmt: skip
         if process is not None:

@@ -47,12 +47,8 @@ class Span:
     """What the session keeps about registration and node; opaque here."""
     root: bool = False
     """Its process was armed by the agent, and not by the kernel when it was forked."""
-    since: int = -1
-    """The position from which on what the process forks is followed too: that of the first span of the tree. By default `first`."""
-
-    def __post_init__(self) -> None:
-        if self.since < 0:
-            self.since = self.first
+    since: int = 0
+    """The agent's number of the change with which the registration began to follow: the same for a whole tree."""
 
     def narrow(self, block: Block, rows: Indices) -> Indices:
         """Those of the rows that are within the span, of a wanted type, and pass the filter."""

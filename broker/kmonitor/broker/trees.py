@@ -11,9 +11,8 @@ from collections.abc import Hashable, Iterable
 
 from kmonitor.broker.block import ProcessKey
 from kmonitor.broker.matching import Span
-from kmonitor.wire.record import SLOT_SIZE
 
-_SLOTS = 1 << 32  # as many as `root_armed` has numbers for
+_NUMBERS = 1 << 32  # that agents have for changes
 
 
 class Trees:
@@ -62,11 +61,11 @@ class Trees:
                 del self._spans[root]
 
     def above(self, root: ProcessKey, armed: int, epoch: int) -> list[Span]:
-        """The spans that follow what `root` forked when it had been armed at `armed`, in slots, for the last time.
+        """The spans that follow what `root` forked while `armed` was the number of the change that had armed it last.
 
         Not of registrations that came later: children that were there before are not theirs.
         """
-        return [span for span in self._spans.get(root, ()) if span.epoch == epoch and (armed - span.since // SLOT_SIZE) % _SLOTS < _SLOTS // 2]
+        return [span for span in self._spans.get(root, ()) if span.epoch == epoch and (armed - span.since) % _NUMBERS < _NUMBERS // 2]
 
     def __len__(self) -> int:
         """How many roots are known."""
