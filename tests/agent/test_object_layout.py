@@ -31,7 +31,9 @@ def test_record(btf: Btf) -> None:
         ours.pop(name)
     theirs = btf.fields("kmonitor_record")
     assert theirs.pop("tail") == (record.RECORD_SIZE, 0)
-    renamed = {name.replace("child.", "child_").replace("killer.", "killer_").replace("root.", "root_"): place for name, place in theirs.items()}
+    renamed = {
+        name.replace("child.", "child_").replace("killer.", "killer_").replace("root.", "root_"): place for name, place in theirs.items()
+    }
     assert renamed == ours
     assert btf.size("kmonitor_record") == record.RECORD_SIZE == record.SLOT_SIZE - record.RING_HEADER_SIZE
 

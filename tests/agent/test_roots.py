@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ class Family:
         self.process.stdin.flush()
         return self.process.stdout.readline()
 
-    def arm(self, pid: int, *, reset: bool = False, **how: int) -> int:
+    def arm(self, pid: int, *, reset: bool = False, **how: Any) -> int:
         """As the broker would; returns the start time of the process."""
         want = agent_pb2.Interest.ProcessInterest(pid=pid, look_up=True, event_mask=how.pop("mask", ALL), **how)
         applied = self.table.apply(agent_pb2.Interest(version=1, reset=reset, processes=[want]))

@@ -199,7 +199,12 @@ class Router:
         ):
             if parent in adopted:
                 for span in list(route.processes.get(parent, ())):
-                    if span.follow and span.first <= position and span.epoch == block.epoch and self._adopt_one(route, span, child, position):
+                    if (
+                        span.follow
+                        and span.first <= position
+                        and span.epoch == block.epoch
+                        and self._adopt_one(route, span, child, position)
+                    ):
                         adopted.add(child)
 
     def _end_processes(self, route: Route, block: Block) -> None:
