@@ -173,6 +173,15 @@ def test_an_orphan_that_another_monitor_registered_before_it_was_heard_of() -> N
     assert outer.pids[-2:] == inner.pids[-2:] == [102, 107]
 
 
+def test_an_orphan_that_another_monitor_registered_and_left_again() -> None:
+    node = Node()
+    outer, brief, single = node.monitor(100), node.monitor(102), node.monitor(102, follow=False)
+    node.router.end(brief.matcher.spans("a")[0], 0, 0)
+    node.feed(own(EXEC, 102, 100), own(EXIT, 102, 100))
+    assert outer.pids == single.pids == [102, 102]
+    assert brief.pids == []
+
+
 def test_a_registration_that_is_over_gets_none() -> None:
     node = Node()
     node.router = Router(lambda _: None, lambda _: None, lambda _: False)

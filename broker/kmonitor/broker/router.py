@@ -92,7 +92,7 @@ class Router:
         if span.process is not None:
             _discard(route.processes, span.process, span)
             route.following -= span.follow
-            route.trees.ended(span, span.process)
+            route.trees.ended(span, span.process, last=span.process not in route.processes)
         elif span.cgroup_id is not None:
             _discard(route.cgroups, span.cgroup_id, span)
         else:

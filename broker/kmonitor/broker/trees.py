@@ -46,9 +46,10 @@ class Trees:
                     self._note(process, other)
         self._note(process, span)
 
-    def ended(self, span: Span, process: ProcessKey) -> None:
-        """The span of a process has ended."""
-        self.unchecked.discard(process)
+    def ended(self, span: Span, process: ProcessKey, *, last: bool) -> None:
+        """A span of a process has ended. `last`: it has no other."""
+        if last:
+            self.unchecked.discard(process)
         if not span.follow:
             return
         self._open[span.claim] -= 1
