@@ -121,3 +121,17 @@ async def test_of_the_bits_that_are_left(here: World) -> None:
     here.broker.deregister(session, 9, registration(EXEC, pid=100, follow=True))
     await agent.send([own(EXEC, 102, 100), own(EXIT, 102, 100), own(EXEC, 101, 100), own(EXIT, 101, 100)])
     assert [(event.pid, event.type) for event in (await next_of(call, "events")).events] == [(102, EXIT), (101, EXIT)]
+
+
+async def test_forked_while_the_agent_was_away(here: World) -> None:
+    agent, call = await following(here)
+    agent.call.cancel()
+    await next_of(call, "node")
+    await agent.connect()
+    interest = await agent.next_interest()
+    assert [(item.pid, item.start_time, item.root) for item in interest.processes] == [(100, 1000, True)]
+    await apply(agent, interest, NUMBER + 1)
+    # Armed before, and armed again: children of either time are this registration's.
+    later = rec(EXIT, 103, flags=F_MATCH_PROCESS, root_tgid=100, root_start_boottime_ns=1000, root_armed=NUMBER + 1)
+    await agent.send([own(EXIT, 102, 100), later, own(EXIT, 104)])
+    assert [event.pid for event in (await next_of(call, "events")).events] == [102, 103]
