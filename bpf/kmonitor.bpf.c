@@ -69,6 +69,8 @@ struct subject {
 	__u64 start_boottime_ns;
 	__u64 cgroup_id;
 	__u64 match_cgroup_id;
+	struct kmonitor_root root;       /* as its entry has it */
+	struct kmonitor_root child_root; /* of what it forks, if follow */
 	struct task_struct *task;
 	struct task_struct *leader;
 	__u32 tgid;
@@ -149,12 +151,24 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 	subject->process_mask = 0;
 	subject->cgroup_mask = 0;
 	subject->follow = 0;
+	__builtin_memset(&subject->root, 0, sizeof(subject->root));
+	__builtin_memset(&subject->child_root, 0, sizeof(subject->child_root));
 	if (any & KMONITOR_ANY_WATCHED) {
 		entry = bpf_map_lookup_elem(MAP(watched), &subject->tgid);
 		/* Another start time: the pid was given out again. Not the process that was meant. */
 		if (entry && (!entry->start_boottime_ns || entry->start_boottime_ns == subject->start_boottime_ns)) {
 			subject->process_mask = entry->mask;
 			subject->follow = entry->flags & KMONITOR_WATCHED_FOLLOW;
+			/* Not of one that has ended: nobody is to take it for a process that has yet to end. */
+			if (!(entry->flags & KMONITOR_WATCHED_ENDED))
+				subject->root = entry->root;
+			if (entry->flags & KMONITOR_WATCHED_ROOT || !entry->root.tgid) {
+				subject->child_root.start_boottime_ns = subject->start_boottime_ns;
+				subject->child_root.tgid = subject->tgid;
+				subject->child_root.armed = entry->armed;
+			} else {
+				subject->child_root = entry->root;
+			}
 		}
 	}
 	if (any & KMONITOR_ANY_CGROUP)
@@ -226,8 +240,7 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 	record->status = 0;
 	bpf_probe_read_kernel(record->comm, sizeof(record->comm), ADDRESS(named, task_struct, comm));
 	__builtin_memset(&record->killer, 0, sizeof(record->killer));
-	record->reserved[0] = 0;
-	record->reserved[1] = 0;
+	record->root = subject->root;
 	return record;
 }
 
@@ -260,6 +273,7 @@ PROBE(kmonitor_fork, sched_process_fork)
 			.start_boottime_ns = START_BOOTTIME(child),
 			.mask = subject.process_mask,
 			.flags = KMONITOR_WATCHED_FOLLOW,
+			.root = subject.child_root,
 		};
 		__u32 tgid = scoped_id(child);
 

@@ -48,6 +48,13 @@ struct kmonitor_child {
 	unsigned int tid;
 };
 
+/* Where a process that is followed has its entry from: the nearest process above it that was registered itself. */
+struct kmonitor_root {
+	unsigned long long start_boottime_ns;
+	unsigned int tgid;  /* 0: not known, or nothing above it is followed */
+	unsigned int armed; /* kmonitor_watched.armed of the root when the fork out of it was made */
+};
+
 struct kmonitor_killer {
 	unsigned int tgid; /* 0: the kernel */
 	unsigned int uid;
@@ -75,7 +82,7 @@ struct kmonitor_record {
 		struct kmonitor_child child;   /* fork, thread create */
 		struct kmonitor_killer killer; /* exit, abort, with KMONITOR_F_KILLED_BY */
 	};
-	unsigned long long reserved[2];
+	struct kmonitor_root root; /* of this process; zero unless its own entry was copied at a fork */
 	char tail[]; /* exec */
 };
 
@@ -84,10 +91,15 @@ struct kmonitor_watched {
 	unsigned long long start_boottime_ns; /* of the process the entry is for; 0 matches any */
 	unsigned int mask;
 	unsigned int flags;
+	struct kmonitor_root root; /* zero unless the entry was copied at a fork */
+	unsigned int armed; /* the agent's number of the change that last armed it for a registration of its own */
+	unsigned int unused;
 };
 #define KMONITOR_WATCHED_FOLLOW 0x1
 /* The process has ended; entry kept for threads of its that end at the same time. */
 #define KMONITOR_WATCHED_ENDED 0x2
+/* Registered itself, whatever it was copied from: the root of what it forks from now on. */
+#define KMONITOR_WATCHED_ROOT 0x4
 
 /* Losses are counted apart for what a process's own entry asked for, so that a monitor of
  * one process is not told of losses that cannot be its own. */

@@ -31,8 +31,9 @@ def test_record(btf: Btf) -> None:
         ours.pop(name)
     theirs = btf.fields("kmonitor_record")
     assert theirs.pop("tail") == (record.RECORD_SIZE, 0)
-    theirs.pop("reserved")
-    renamed = {name.replace("child.", "child_").replace("killer.", "killer_"): place for name, place in theirs.items()}
+    renamed = {
+        name.replace("child.", "child_").replace("killer.", "killer_").replace("root.", "root_"): place for name, place in theirs.items()
+    }
     assert renamed == ours
     assert btf.size("kmonitor_record") == record.RECORD_SIZE == record.SLOT_SIZE - record.RING_HEADER_SIZE
 
@@ -48,8 +49,13 @@ def test_process(btf: Btf) -> None:
 
 
 def test_watched(btf: Btf) -> None:
-    assert btf.fields("kmonitor_watched") == {"start_boottime_ns": (0, 8), "mask": (8, 4), "flags": (12, 4)}
-    assert maps.Watched.unpack(maps.Watched(1 << 40, 0x7F, 1).pack()) == maps.Watched(1 << 40, 0x7F, 1)
+    assert btf.fields("kmonitor_watched") == {
+        "start_boottime_ns": (0, 8), "mask": (8, 4), "flags": (12, 4),
+        "root.start_boottime_ns": (16, 8), "root.tgid": (24, 4), "root.armed": (28, 4),
+        "armed": (32, 4), "unused": (36, 4),
+    }  # fmt: skip
+    entry = maps.Watched(1 << 40, 0x7F, 1, maps.Root(1 << 41, 2, 3), 4)
+    assert maps.Watched.unpack(entry.pack()) == entry
     assert btf.size("kmonitor_watched") == maps.WATCHED_SIZE
 
 

@@ -8,6 +8,7 @@ it holds. Other processes must not blur the numbers: node-wide watches are those
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,6 +231,66 @@ def test_a_followed_tree(small: Cluster, scene: Scene, lab: Lab, kind: str) -> N
     assert follow.wait() == 0
     lab.stop(unconcerned)
     assert {line["kind"] for line in unconcerned.records} == {"registered"}, "of the types that it asked for none was lost"
+
+
+FILL = 400
+ORPHANAGE = f"""
+echo "{{\\"ready\\":$$}}"; read go
+i=0; while [ $i -lt {FILL} ]; do (:); i=$((i+1)); done
+"$0" "$@"; exit $?
+"""
+"""Fills the ring with children of no interest, and then runs a storm: as one more child, of whose fork there is no record."""
+
+
+@pytest.mark.parametrize("kind", ["fork", "exec", "threads"])
+def test_a_child_whose_fork_was_lost(small: Cluster, scene: Scene, lab: Lab, kind: str) -> None:
+    """It is followed all the same: all that it and its children do from then on is told."""
+    stage = scene.stage
+    fence, stranger = stage.fence(), stage.fence()
+    folder = Path(stage.folder, "storm")
+    folder.mkdir()
+    root = stage.prepare(Path("/bin/sh"), "-c", ORPHANAGE, str(stage.programs.storm), kind, "40", str(WORKERS), str(folder))
+    follow = stage.watch(root.root_pid, fence.pid, options=["--follow", "--events", "all"])
+    other = stage.watch(stranger.pid, options=["--follow", "--events", "all"])
+    with stopped(small.agents["small"]):
+        root.say("go")
+        at = root.wait_line(lambda text: b"ready" in text, "the storm's pid", start=1)
+    orphan = json.loads(root.lines[at])["ready"]
+    truth = Counter({"PROCESS_FORK": FILL + 1, "PROCESS_EXIT": FILL, "PROCESS_EXEC": 1})
+    wait_all_told(follow, truth)
+    assert received(follow) + lost(follow) == truth
+    assert orphan not in {line.get("child_pid") for line in follow.events()}, "its fork was to be lost"
+    assert orphan not in {line["pid"] for line in follow.events()}
+    before, missing = received(follow), lost(follow)
+    # The end of the fence is told: there is room again.
+    scene.end(fence)
+    follow.wait_end_of(fence.pid)
+
+    begun = len(follow.events())
+    told = run(root, folder)
+    follow.wait_end_of(root.root_pid)
+    assert follow.wait() == 0, "the last of the tree was told, and nothing is waited for"
+    events = follow.events()[begun:]
+    ends = Counter({"PROCESS_EXIT": 1})
+    assert received(follow) - before == truth_of(kind, told) + ends + Counter({"PROCESS_EXIT": 1}), "and those of fence and root"
+    assert lost(follow) == missing, "nothing else was lost"
+    assert in_order(follow)
+    assert [line["type"] for line in events if line["pid"] == orphan] == ["PROCESS_FORK"] * WORKERS + ["PROCESS_EXIT"]
+    workers = {line["child_pid"] for line in events if line["pid"] == orphan and line["type"] == "PROCESS_FORK"}
+    assert workers == set(told.ends)
+    if kind == "threads":
+        made = Counter((line["pid"], line["child_tid"]) for line in events if line["type"] == "THREAD_CREATE")
+        assert made == Counter((line["pid"], line["tid"]) for line in events if line["type"] == "THREAD_EXIT") == told.started()
+    else:
+        made = Counter((line["pid"], line["child_pid"]) for line in events if line["type"] == "PROCESS_FORK" and line["pid"] in workers)
+        assert made == told.started()
+        children = {child for _, child in made}
+        codes = Counter((line["pid"], line["exit_code"]) for line in events if line["type"] == "PROCESS_EXIT" and line["pid"] in children)
+        assert codes == told.statuses()
+    scene.end(stranger)
+    other.wait_end_of(stranger.pid)
+    assert {line["pid"] for line in other.events()} == {stranger.pid}
+    assert other.wait() == 0
 
 
 def test_a_control_group(lab: Lab, programs: Programs, tmp_path: Path) -> None:

@@ -24,6 +24,17 @@ def test_decoded_as_before(name: str) -> None:
     assert decode_with(stretch, lambda block: encode_few(block, range(len(block)))) == expected
 
 
+@pytest.mark.parametrize("name", names())
+def test_all_but_the_first_carry_it_as_their_root(name: str) -> None:
+    slots = slots_of(load(name)[0].data)
+    rows = slots[check_records(slots)]
+    first = rows["tgid"] == rows["tgid"][0]
+    carried = rows[["root_tgid", "root_start_boottime_ns"]]
+    assert {row.item() for row in carried[first]} == {(0, 0)}
+    assert {row.item() for row in carried[~first]} <= {rows[0][["tgid", "start_boottime_ns"]].item()}
+    assert bool((rows["root_armed"] != 0).any()) == bool((~first).any())
+
+
 def test_there_is_one_of_each() -> None:
     """So that renewing them cannot leave anything out."""
     assert sum(path.stat().st_size for path in HERE.iterdir() if path.is_file()) < SIZE_LIMIT

@@ -160,7 +160,7 @@ def test_nothing_is_no_records() -> None:
 
 
 def test_the_fields_lie_within_the_slot_and_do_not_overlap() -> None:
-    for fields in (record.COMMON_FIELDS + record.CHILD_FIELDS, record.COMMON_FIELDS + record.KILLER_FIELDS):
+    for fields in (record.COMMON_FIELDS + record.CHILD_FIELDS, record.COMMON_FIELDS + record.KILLER_FIELDS + record.ROOT_FIELDS):
         end = 0
         for name, kind, offset in fields:
             assert offset == end, name

@@ -7,7 +7,9 @@ NOT_FOUND will have no event for who asked. Never both, and never neither.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import time
 
 from kmonitor.agent import cgroups, libbpf
 from kmonitor.agent.errors import BpfError, CaptureError
@@ -16,8 +18,10 @@ from kmonitor.agent.maps import (
     ANY_WATCHED,
     CGROUP_KEY_SIZE,
     KEY_SIZE,
+    NO_ROOT,
     WATCHED_ENDED,
     WATCHED_FOLLOW,
+    WATCHED_ROOT,
     WATCHED_SIZE,
     Watched,
     cgroup_key,
@@ -47,11 +51,13 @@ class InterestTable:
         self._group_masks: dict[int, int] = {}
         self._masks_seen = 0
         """OR of every process mask since the last reset: bits in any_mask that may be of use."""
+        self._number = 0
+        """Of the last change."""
 
     def apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
         """Make the kernel let through what `interest` says. The answer has a result for each that was to be looked up."""
         self._source.catch_up()
-        answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer)
+        answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer, number=self._next_number())
         if interest.reset:
             self._forget_others(interest)
         removed = [process for process in interest.processes if not process.event_mask]
@@ -70,6 +76,12 @@ class InterestTable:
         if not wanted:
             self._set_any_mask(armed=self._any_watched())
         return answer
+
+    def _next_number(self) -> int:
+        """Of this change: entries have it, and outlive this agent. So it is larger than all that earlier agents gave, too."""
+        tenths = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 100_000_000
+        self._number = max(self._number + 1, tenths) & 0xFFFFFFFF
+        return self._number
 
     def _any_watched(self) -> bool:
         return next(self._source.watched.keys(KEY_SIZE), None) is not None
@@ -159,13 +171,20 @@ class InterestTable:
 
     def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
         """Arm; True if it was armed before."""
-        mask, flags = process.event_mask, WATCHED_FOLLOW if process.follow else 0
+        mask, flags, root, armed = process.event_mask, WATCHED_FOLLOW if process.follow else 0, NO_ROOT, self._number
         old = self._entry(found.pid)
         was_there = old is not None and old.start_boottime_ns == found.start_boottime_ns
-        if old is not None and was_there and not process.start_time:
-            # The broker cannot know yet that this is a process that it has armed by name and start time before.
-            mask, flags = mask | old.mask, flags | old.flags & WATCHED_FOLLOW
-        entry = Watched(found.start_boottime_ns, mask, flags)
+        if old is not None and was_there:
+            root = old.root  # what is above it stays above it, whoever asks for it too
+            if not process.start_time or old.root.pid:
+                # The broker cannot know yet that this is a process that it has armed by name and start time before, or one
+                # that a followed process forked and the ring had no room to tell.
+                mask, flags = mask | old.mask, flags | old.flags & WATCHED_FOLLOW
+            if not process.root:
+                flags, armed = flags | old.flags & WATCHED_ROOT, old.armed
+        if process.root:
+            flags |= WATCHED_ROOT
+        entry = Watched(found.start_boottime_ns, mask, flags, root, armed)
         # BPF_EXIST: if the probe took the entry away just now, the process has ended, and a new one would stay for ever.
         self._source.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
         return was_there
@@ -193,8 +212,8 @@ class InterestTable:
         entry = self._entry(process.pid)
         if entry is None or process.start_time not in (0, entry.start_boottime_ns) or entry.flags & WATCHED_ENDED:
             return
-        flags = WATCHED_FOLLOW if process.follow else 0
-        new = Watched(entry.start_boottime_ns, process.event_mask, flags)
+        flags = (WATCHED_FOLLOW if process.follow else 0) | entry.flags & WATCHED_ROOT
+        new = dataclasses.replace(entry, mask=process.event_mask, flags=flags)
         self._source.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
 
     def _apply_group(self, group: agent_pb2.Interest.GroupInterest, answer: agent_pb2.InterestApplied) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import struct
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ ANY_CGROUP = 0x200
 ANY_LEARN = 0x400
 WATCHED_FOLLOW = 0x1
 WATCHED_ENDED = 0x2
+WATCHED_ROOT = 0x4
 LOST_NODE = 0
 LOST_PROCESS = 1
 LOST_FOLLOW = 7
@@ -37,7 +39,7 @@ PROCESS_DTYPE: np.dtype[Any] = np.dtype(
         "itemsize": 56,
     }
 )
-_WATCHED = struct.Struct("<QII")
+_WATCHED = struct.Struct("<QIIQIIII")
 _CONFIG = struct.Struct("<IIII")
 _KEY = struct.Struct("<I")
 _CGROUP_KEY = struct.Struct("<Q")
@@ -47,21 +49,38 @@ CGROUP_KEY_SIZE = _CGROUP_KEY.size
 
 
 @dataclass(frozen=True, slots=True)
+class Root:
+    """Where an entry has its follow from: the nearest process above it that was registered itself. Zero: nothing above it is followed."""
+
+    start_boottime_ns: int
+    pid: int
+    armed: int
+
+
+NO_ROOT = Root(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Watched:
     """An entry of the map `watched`."""
 
     start_boottime_ns: int
     mask: int
     flags: int
+    root: Root = NO_ROOT
+    """Where it was copied from at a fork."""
+    armed: int = 0
+    """The number of the change that last armed it for a registration of its own."""
 
     def pack(self) -> bytes:
         """As in the map."""
-        return _WATCHED.pack(self.start_boottime_ns, self.mask, self.flags)
+        return _WATCHED.pack(self.start_boottime_ns, self.mask, self.flags, *dataclasses.astuple(self.root), self.armed, 0)
 
     @classmethod
     def unpack(cls, value: bytes) -> Watched:
         """From the map."""
-        return cls(*_WATCHED.unpack(value))
+        start_boottime_ns, mask, flags, root_start, root_pid, root_armed, armed, _ = _WATCHED.unpack(value)
+        return cls(start_boottime_ns, mask, flags, Root(root_start, root_pid, root_armed), armed)
 
 
 def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int) -> bytes:

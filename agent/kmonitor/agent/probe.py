@@ -16,7 +16,7 @@ from pathlib import Path
 from kmonitor.agent import libbpf
 from kmonitor.agent.capabilities import missing, refusal
 from kmonitor.agent.errors import BpfError, CaptureError
-from kmonitor.agent.maps import ANY_LEARN, Control, pack_config
+from kmonitor.agent.maps import ANY_LEARN, CONTROL_DTYPE, WATCHED_SIZE, Control, pack_config
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.processes import ProcessTable
 from kmonitor.agent.procfs import ProcTable
@@ -102,7 +102,7 @@ class Probe:
         self.watched_cgroups = maps["watched_cgroups"]
         self.processes = ProcTable() if iterator is None else ProcessTable(iterator)
         self.control = Control(maps["control"].fd)
-        self.ring = Ring(maps["events"].fd, _ring_size(maps["events"].fd), self.control)
+        self.ring = Ring(maps["events"].fd, _map_info(maps["events"].fd, "max_entries"), self.control)
 
     @property
     def epoch(self) -> int:
@@ -205,6 +205,14 @@ def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
     # Programs are pinned before links: with all links there, an iterator that is missing was never there.
     iterator = libbpf.open_pinned(pins.path / f"prog_{ITERATOR}") if f"prog_{ITERATOR}" in found else None
     maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in _MAPS}
+    if _map_info(maps["watched"].fd, "value_size") != WATCHED_SIZE or _map_info(maps["control"].fd, "value_size") != CONTROL_DTYPE.itemsize:
+        for each in maps.values():
+            each.close()
+        if iterator is not None:
+            os.close(iterator)
+        raise CaptureError(
+            f"the probe pinned in {pins.path} is another version's, whose tables this one cannot read: remove it with --unpin"
+        )
     probe = Probe("bcc" if iterator is None else "core", maps, iterator, [], adopted=True)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()
@@ -242,10 +250,10 @@ def image() -> bytes:
         raise CaptureError("kmonitor.bpf.o is not built: run 'make build' in the source tree, or install a wheel") from None
 
 
-def _ring_size(fd: int) -> int:
-    """max_entries of the map, in bytes, as proc(5) shows it in fdinfo."""
+def _map_info(fd: int, name: str) -> int:
+    """A number of a map, as proc(5) shows it in fdinfo: "max_entries" (of a ring: its bytes), "value_size"."""
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == "max_entries":
+        found, _, value = line.partition(":")
+        if found == name:
             return int(value)
-    raise BpfError("the pinned ring is not a map", 22)
+    raise BpfError("what is pinned as a map is none", errno.EINVAL)

@@ -77,13 +77,14 @@ class Arming:
             if node is None:
                 continue
             for span in self._spans(arm):
-                self._router.end(span, node.position, self._log.end)
                 left = span.mask & ~bits
                 if left and not span.lingers:
+                    # Before the old one ends: with its last span a registration's tree is forgotten.
                     first = max(span.first, node.position)
                     self._router.add(dataclasses.replace(span, mask=left, first=first, end=None))
                 elif span.process and not span.lingers:
                     arm.spans -= 1
+                self._router.end(span, node.position, self._log.end)
             if registration.mask:
                 node.interest.remask(arm, registration.mask)
             else:
@@ -201,7 +202,8 @@ class Arming:
             registration = arm.registration
             if span.process is not None and arm.state is ArmState.ARMED:
                 ask = Ask(arm, None, registration.mask, Process(*span.process), child=arm.process != Process(*span.process))
-                node.interest.want_process(arm, *span.process, mask=registration.mask, follow=registration.key.follow, ask=ask)
+                follow, root = registration.key.follow, not ask.child
+                node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=ask, root=root)
         self.flush_soon(node)
 
     def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
@@ -211,6 +213,7 @@ class Arming:
         for result in message.groups:
             if result.cgroup_ids:
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
+        node.number = message.number
         for ask in node.interest.answered(message.version):
             arm = ask.arm
             arm.asks.discard(ask)
@@ -354,6 +357,24 @@ class Arming:
         if node is not None and span.process is not None:
             node.interest.learn_process(arm, *span.process, mask=arm.registration.mask, follow=True)
 
+    def orphan_found(self, span: Span) -> bool:
+        """A process turned up that a followed one has forked, which was not told. False: its registration was made anew since."""
+        arm: Arm = span.arm
+        registration = arm.registration
+        # A registration whose last known process ended a moment ago was not over.
+        if _session(arm).registrations.setdefault(registration.key, registration) is not registration:
+            return False
+        span.mask &= registration.mask  # of a root that has ended: bits may have been deregistered since
+        if not span.mask:
+            return False
+        if arm.state is ArmState.OVER:
+            arm.state = ArmState.ARMED
+        self.child_made(span)
+        node = self._nodes.get(span.node)
+        if node is not None:
+            self.ends_lost(node)  # so may its end have been, or that of a child of its
+        return True
+
     def process_ended(self, span: Span) -> None:
         """A registered process has ended, and the kernel has dropped its entry."""
         node = self._nodes.get(span.node)
@@ -375,7 +396,8 @@ class Arming:
             arm.asks.add(ask)
         if isinstance(ask.target, Process):
             follow = arm.registration.key.follow
-            node.interest.want_process(arm, ask.target.pid, ask.target.start, mask=mask, follow=follow, ask=waiting)
+            root = not ask.child
+            node.interest.want_process(arm, ask.target.pid, ask.target.start, mask=mask, follow=follow, ask=waiting, root=root)
         elif isinstance(ask.target, Group):
             node.interest.want_group(arm, ask.target, mask, waiting)
         elif isinstance(ask.target, Pidfile):
@@ -399,7 +421,7 @@ class Arming:
         self._router.add(
             Span(
                 registration.session, arm, node.name, node.epoch, mask, position, process, cgroup_id,
-                key.follow, key.filter, arm=arm,
+                key.follow, key.filter, arm=arm, root=process is not None, since=node.number,
             )
         )  # fmt: skip
         if process is not None:

@@ -37,7 +37,7 @@ class Broker:
         self.lagging: set[Outbox] = set()
         self.sessions: dict[Session, None] = {}
         self.nodes = Nodes(asyncio.get_running_loop().time() + lease)
-        self.router = Router(self._child_made, self._process_ended)
+        self.router = Router(self._child_made, self._process_ended, self._orphan_found)
         self.arming = Arming(self.nodes, self.router, log)
         self.agents = Agents(self, lease)
         self._progress_interval = progress_interval
@@ -213,6 +213,9 @@ class Broker:
 
     def _child_made(self, span: Span) -> None:
         self.arming.child_made(span)
+
+    def _orphan_found(self, span: Span) -> bool:
+        return self.arming.orphan_found(span)
 
     def _process_ended(self, span: Span) -> None:
         self.arming.process_ended(span)

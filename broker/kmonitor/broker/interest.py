@@ -34,6 +34,8 @@ class _Process:
 
     claims: dict[Claim, tuple[int, bool]] = field(default_factory=dict)
     sent: tuple[int, bool] = (0, False)
+    roots: set[Claim] = field(default_factory=set)
+    """Those of the claims that are of this very process, and follow."""
 
 
 class NodeInterest(Generic[Ask]):
@@ -75,9 +77,15 @@ class NodeInterest(Generic[Ask]):
         """Whether there is anything to tell the agent."""
         return bool(self._dirty_processes or self._dirty_groups or self._dirty_node or self._asks)
 
-    def want_process(self, claim: Claim, pid: int, start: int, *, mask: int, follow: bool, ask: Ask | None) -> None:
-        """Claim a process, with all of `mask` from now on. With an ask it is looked up, even if the kernel is armed for it."""
-        self._entry(pid, start).claims[claim] = (mask, follow)
+    def want_process(self, claim: Claim, pid: int, start: int, *, mask: int, follow: bool, ask: Ask | None, root: bool = False) -> None:
+        """Claim a process, with all of `mask` from now on. With an ask it is looked up, even if the kernel is armed for it.
+
+        `root`: the registration is of this process, and not of one that has forked it.
+        """
+        entry = self._entry(pid, start)
+        entry.claims[claim] = (mask, follow)
+        if root and follow:
+            entry.roots.add(claim)
         self._claimed.setdefault(claim, set()).add((pid, start))
         self._touch(pid, start, look_up=ask is not None)
         if ask is not None:
@@ -101,6 +109,9 @@ class NodeInterest(Generic[Ask]):
         self._claimed[claim].add((pid, actual))
         before, followed = settled.claims.get(claim, (0, False))
         settled.claims[claim] = (mask | before, follow or followed)
+        if claim in entry.roots:
+            entry.roots.discard(claim)
+            settled.roots.add(claim)
         settled.sent = (settled.sent[0] | entry.sent[0], settled.sent[1] or entry.sent[1])
         if not entry.claims:
             self._remove(pid, asked)
@@ -175,7 +186,8 @@ class NodeInterest(Generic[Ask]):
                     continue
                 entry.sent = union
             mask, follow = union
-            message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=look_up)
+            root = look_up and entry is not None and bool(entry.roots)
+            message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=look_up, root=root)
         for group in self._dirty_groups:
             self._add_group(message, group)
         self._clean()
@@ -190,7 +202,9 @@ class NodeInterest(Generic[Ask]):
         for pid, starts in self._processes.items():
             for start, entry in starts.items():
                 entry.sent = self._union(pid, start)
-                message.processes.add(pid=pid, start_time=start, event_mask=entry.sent[0], follow=entry.sent[1], look_up=True)
+                mask, follow = entry.sent
+                root = bool(entry.roots)
+                message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=True, root=root)
         for group in self._groups:
             self._add_group(message, group)
         self._clean()
@@ -248,6 +262,7 @@ class NodeInterest(Generic[Ask]):
         entry = self._processes.get(pid, {}).get(start)
         if entry is None or entry.claims.pop(claim, None) is None:
             return
+        entry.roots.discard(claim)
         self._unclaim(claim, pid, start)
         if not entry.claims:
             self._remove(pid, start)

@@ -45,6 +45,10 @@ class Span:
     """Its process has ended; the span stays for what the process's threads may still record."""
     arm: Any = None
     """What the session keeps about registration and node; opaque here."""
+    root: bool = False
+    """Its process was armed by the agent, and not by the kernel when it was forked."""
+    since: int = 0
+    """The agent's number of the change with which the registration began to follow: the same for a whole tree."""
 
     def narrow(self, block: Block, rows: Indices) -> Indices:
         """Those of the rows that are within the span, of a wanted type, and pass the filter."""

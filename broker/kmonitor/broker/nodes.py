@@ -105,6 +105,8 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
+        self.number = 0
+        """Of the last change to its interest, as its agent counts them."""
         self.received_bytes = 0
         self.since_ns = time.time_ns()
         self.link: Link | None = None

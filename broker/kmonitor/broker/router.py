@@ -11,6 +11,7 @@ import numpy as np
 
 from kmonitor.broker.block import Block, ProcessKey
 from kmonitor.broker.matching import CgroupTree, Matcher, Span, rows_of_cgroups
+from kmonitor.broker.trees import Trees
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, Indices
 
@@ -40,14 +41,21 @@ class Route:
     everything: list[Span] = field(default_factory=list)
     following: int = 0
     """How many of the process spans follow."""
+    trees: Trees = field(default_factory=Trees)
 
 
 class Router:
     """Index of open spans, and the life of the processes they are for, as the records tell it."""
 
-    def __init__(self, on_child: Callable[[Span], None], on_end: Callable[[Span], None]) -> None:
-        """`on_child`: a followed process made a child, and this is its span. `on_end`: the span's process has ended."""
+    def __init__(
+        self, on_child: Callable[[Span], None], on_end: Callable[[Span], None], on_orphan: Callable[[Span], bool] = lambda _: True
+    ) -> None:
+        """`on_child`: a followed process made a child, and this is its span. `on_end`: the span's process has ended.
+
+        `on_orphan`: like `on_child`, of a child whose fork was not told; False if its registration cannot have it any more.
+        """
         self._on_child = on_child
+        self._on_orphan = on_orphan
         self._on_end = on_end
         self._routes: dict[str, Route] = {}
         self._lingering: list[Span] = []
@@ -63,7 +71,9 @@ class Router:
         """From now on blocks are held against this span too."""
         route = self.route_of(span.node)
         if span.process is not None:
-            route.processes.setdefault(span.process, []).append(span)
+            spans = route.processes.setdefault(span.process, [])
+            route.trees.opened(span, span.process, spans)
+            spans.append(span)
             route.following += span.follow
         elif span.cgroup_id is not None:
             route.cgroups.setdefault(span.cgroup_id, []).append(span)
@@ -82,6 +92,7 @@ class Router:
         if span.process is not None:
             _discard(route.processes, span.process, span)
             route.following -= span.follow
+            route.trees.ended(span, span.process, last=span.process not in route.processes)
         elif span.cgroup_id is not None:
             _discard(route.cgroups, span.cgroup_id, span)
         else:
@@ -115,7 +126,10 @@ class Router:
         if route.processes:
             if route.following:
                 self._follow(route, block)
-            for key in block.processes.keys() & route.processes.keys():
+            known = block.processes.keys() & route.processes.keys()
+            if route.following and (len(known) < len(block.processes) or route.trees.unchecked) and self._adopt(route, block, known):
+                known = block.processes.keys() & route.processes.keys()
+            for key in known:
                 receivers.update((span.owner, None) for span in route.processes[key])
         for receiver in receivers:
             rows = receiver.matcher.select(block, route.cgroup_tree)
@@ -134,12 +148,64 @@ class Router:
         for position, parent, child in zip(block.positions[rows].tolist(), parents, children, strict=True):
             for span in list(route.processes.get(parent, ())):
                 if span.follow and span.first <= position and span.epoch == block.epoch:
-                    made = Span(
-                        span.owner, span.claim, span.node, span.epoch, span.mask, position, child,
-                        follow=True, filter=span.filter, arm=span.arm,
-                    )  # fmt: skip
+                    made = _child(span, child, position)
                     self.add(made)
                     self._on_child(made)
+
+    def _adopt(self, route: Route, block: Block, known: set[ProcessKey]) -> bool:
+        """Give spans to followed processes whose forks were not told, from their first record on. Whether there were any.
+
+        `known`: those of the block's processes that have a span. Only of the others, and of those that were registered since
+        the last block, can that be so.
+        """
+        processes = block.processes
+        registered = route.trees.unchecked & processes.keys()
+        route.trees.unchecked -= registered
+        suspects = sorted((processes.keys() - known) | registered, key=lambda key: int(processes[key][0]))
+        if not suspects:
+            return False
+        first = np.fromiter((processes[key][0] for key in suspects), dtype=np.intp, count=len(suspects))
+        pids = block.column("root_tgid")[first]
+        roots = zip(pids.tolist(), block.column("root_start_boottime_ns")[first].tolist(), strict=True)
+        armed = block.column("root_armed")[first].tolist()
+        adopted: set[ProcessKey] = set()
+        for key, position, root, when in zip(suspects, block.positions[first].tolist(), roots, armed, strict=True):
+            if root[0]:
+                for span in route.trees.above(root, when, block.epoch):
+                    if self._adopt_one(route, span, key, position):
+                        adopted.add(key)
+        if adopted:
+            self._follow_adopted(route, block, adopted)
+        return bool(adopted)
+
+    def _adopt_one(self, route: Route, above: Span, process: ProcessKey, position: int) -> bool:
+        """Whether a process that belongs to the same registration as the span `above` it had to be given a span."""
+        made = _child(above, process, position)
+        for span in route.processes.get(process, ()):
+            if span.claim == above.claim:
+                made.mask &= ~span.mask
+        if not made.mask or not self._on_orphan(made):
+            return False
+        self.add(made)
+        return True
+
+    def _follow_adopted(self, route: Route, block: Block, adopted: set[ProcessKey]) -> None:
+        """What `_follow` does, for parents that were not known then, and their children."""
+        rows = _watched(block, _FORK)
+        names = ("tgid", "start_boottime_ns", "child_tgid", "child_start_boottime_ns")
+        pids, starts, child_pids, child_starts = (block.column(name)[rows].tolist() for name in names)
+        for position, parent, child in zip(
+            block.positions[rows].tolist(), zip(pids, starts, strict=True), zip(child_pids, child_starts, strict=True), strict=True
+        ):
+            if parent in adopted:
+                for span in list(route.processes.get(parent, ())):
+                    if (
+                        span.follow
+                        and span.first <= position
+                        and span.epoch == block.epoch
+                        and self._adopt_one(route, span, child, position)
+                    ):
+                        adopted.add(child)
 
     def _end_processes(self, route: Route, block: Block) -> None:
         """The kernel has forgotten the processes that ended in this block; so do we."""
@@ -154,6 +220,13 @@ class Router:
                     span.lingers = True
                     self._lingering.append(span)
                     self._on_end(span)
+
+
+def _child(parent: Span, process: ProcessKey, position: int) -> Span:
+    return Span(
+        parent.owner, parent.claim, parent.node, parent.epoch, parent.mask, position, process,
+        follow=True, filter=parent.filter, arm=parent.arm, since=parent.since,
+    )  # fmt: skip
 
 
 def _watched(block: Block, kind: int) -> Indices:

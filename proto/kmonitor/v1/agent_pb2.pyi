@@ -367,6 +367,7 @@ class Interest(_message.Message):
         EVENT_MASK_FIELD_NUMBER: _builtins.int
         FOLLOW_FIELD_NUMBER: _builtins.int
         LOOK_UP_FIELD_NUMBER: _builtins.int
+        ROOT_FIELD_NUMBER: _builtins.int
         pid: _builtins.int
         start_time: _builtins.int
         """0: whichever has the pid now."""
@@ -375,6 +376,8 @@ class Interest(_message.Message):
         follow: _builtins.bool
         look_up: _builtins.bool
         """Look the process up and say what became of it. False for one that is known to be armed already."""
+        root: _builtins.bool
+        """With look_up: a registration that follows is of this very process. What it forks from now on carries it as its root."""
         def __init__(
             self,
             *,
@@ -383,10 +386,11 @@ class Interest(_message.Message):
             event_mask: _builtins.int = ...,
             follow: _builtins.bool = ...,
             look_up: _builtins.bool = ...,
+            root: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["event_mask", b"event_mask", "follow", b"follow", "look_up", b"look_up", "pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["event_mask", b"event_mask", "follow", b"follow", "look_up", b"look_up", "pid", b"pid", "root", b"root", "start_time", b"start_time"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -524,11 +528,16 @@ class InterestApplied(_message.Message):
     PROCESSES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     END_POSITION_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
     """Events from this position on were filtered with this version."""
     end_position: _builtins.int
     """The end of a process that is told as EXITED or NOT_FOUND here lies before this position, if it was recorded at all."""
+    number: _builtins.int
+    """Of this change; the next one's is larger (modulo 2^32), also if another agent of the same boot makes it. Records of what a process
+    forks that it armed with `root` carry it.
+    """
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterestApplied.ProcessResult]: ...
     @_builtins.property
@@ -541,10 +550,11 @@ class InterestApplied(_message.Message):
         processes: _abc.Iterable[Global___InterestApplied.ProcessResult] | None = ...,
         groups: _abc.Iterable[Global___InterestApplied.GroupResult] | None = ...,
         end_position: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "groups", b"groups", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "groups", b"groups", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,7 +64,13 @@ KILLER_FIELDS: list[tuple[str, str, int]] = [
     ("killer_uid", "<u4", 92),
     ("killer_comm", "S16", 96),
 ]
-_FIELDS = COMMON_FIELDS + CHILD_FIELDS + KILLER_FIELDS
+# Where a process that is followed has that from; zero: not known, or it was registered itself, or nothing above it was.
+ROOT_FIELDS: list[tuple[str, str, int]] = [
+    ("root_start_boottime_ns", "<u8", 112),
+    ("root_tgid", "<u4", 120),
+    ("root_armed", "<u4", 124),
+]
+_FIELDS = COMMON_FIELDS + CHILD_FIELDS + KILLER_FIELDS + ROOT_FIELDS
 
 SLOT_DTYPE: np.dtype[Any] = np.dtype(
     {
