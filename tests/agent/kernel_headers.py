@@ -10,42 +10,20 @@ import re
 from pathlib import Path
 
 from kmonitor.agent.kernel_btf import KernelBtf
+from kmonitor.agent.sources import bcc_headers
 
 _KERNEL_H = Path(__file__).resolve().parents[2] / "bpf" / "kernel.h"
-_TYPES = """
-#ifndef TYPES
-#define TYPES
-typedef unsigned char __u8, u8;
-typedef unsigned short __u16, u16, __be16, __sum16;
-typedef unsigned int __u32, u32, __be32, __wsum;
-typedef unsigned long long __u64, u64, __be64;
-typedef signed char __s8, s8;
-typedef signed short __s16, s16;
-typedef signed int __s32, s32;
-typedef signed long long __s64, s64;
-typedef __SIZE_TYPE__ size_t;
-typedef __UINTPTR_TYPE__ uintptr_t;
-#define __aligned_u64 __u64 __attribute__((aligned(8)))
-#define __always_inline inline __attribute__((always_inline))
-#endif
-"""
-_VERSION = """
-#define KERNEL_VERSION(a, b, c) (((a) << 16) + ((b) << 8) + (c))
-#define LINUX_VERSION_CODE KERNEL_VERSION(5, 15, 0)
-"""
-_OTHERS = """bpf_common.h binfmts.h cgroup-defs.h cred.h kernfs.h log2.h mm_types.h pid.h pid_namespace.h sched/signal.h signal_types.h"""
+_OTHERS = "binfmts.h cgroup-defs.h cred.h kernfs.h mm_types.h pid.h pid_namespace.h sched/signal.h signal_types.h"
 
 
 def make(folder: Path) -> None:
     """Fill `folder` so that BCC_KERNEL_SOURCE may name it."""
-    include = folder / "include"
-    for name in ("uapi/linux/bpf.h", "uapi/linux/if_packet.h", "asm/page.h", *(f"linux/{name}" for name in _OTHERS.split())):
-        (include / name).parent.mkdir(parents=True, exist_ok=True)
+    bcc_headers.write(folder)
+    include = folder / "include" / "linux"
+    for name in _OTHERS.split():
+        (include / name).parent.mkdir(exist_ok=True)
         (include / name).write_text("", encoding="ascii")
-    (include / "linux/types.h").write_text(_TYPES, encoding="ascii")
-    (include / "linux/version.h").write_text(_VERSION, encoding="ascii")
-    (include / "linux/kconfig.h").write_text("#include <linux/types.h>\n#define CONFIG_BPF_SYSCALL 1\n", encoding="ascii")
-    (include / "linux/sched.h").write_text(_structs(), encoding="ascii")
+    (include / "sched.h").write_text(_structs(), encoding="ascii")
 
 
 def _structs() -> str:

@@ -92,6 +92,13 @@ def test_a_kernel_with_neither_btf_nor_headers() -> None:
     )
 
 
+def test_where_there_is_btf_headers_do_not_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "include/linux").mkdir(parents=True)
+    (tmp_path / "include/linux/kconfig.h").write_text("#error not these", encoding="ascii")
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tmp_path))
+    open_source("bcc", SMALL, None).close()
+
+
 def test_it_says_which_version_it_found() -> None:
     assert bcc.version()[0].isdigit()
 

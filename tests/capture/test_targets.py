@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.lab.control_groups import Group, control_group, hierarchy_lack
+from tests.lab.process import Running
 from tests.lab.requires import Lack, need, tools_lack
-from tests.lab.services import Lab
+from tests.lab.services import Agent, Lab
+from tests.lab.stopped import stopped
 from tests.lab.watch import Line, Watch
 from tests.lab.worker import Worker, worker
 from tests.lab.workload import Stage
@@ -24,8 +26,9 @@ Seen = list[tuple[str, int]]
 class Scene:
     """Watches of groups, and a fence in a group of its own that tells them how far they are."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, agent: Running) -> None:
         self.stage = stage
+        self.agent = agent
         self.fence = stage.fence()
 
     def worker(self) -> Worker:
@@ -51,9 +54,9 @@ class Scene:
 
 
 @pytest.fixture
-def scene(stage: Stage) -> Scene:
+def scene(stage: Stage, module_lab: Lab) -> Scene:
     need(hierarchy_lack)
-    return Scene(stage)
+    return Scene(stage, next(process for process in module_lab.running if isinstance(process, Agent)))
 
 
 def short(lines: list[Line]) -> Seen:
@@ -118,31 +121,51 @@ def test_groups_within_groups(scene: Scene) -> None:
         assert [line["position"] for line in of_part] == [line["position"] for line in of_whole[4:8]]
 
 
+def answers(watch: Watch, target: str) -> list[str]:
+    """What was said of a target, in order."""
+    return [line["state"] for line in watch.of_kind("registered") if line["target"] == target]
+
+
 @pytest.mark.knows("control groups")
 def test_a_group_that_is_removed(scene: Scene) -> None:
-    """Its registration stays, and means that group: not a later one of its name."""
+    """Who watches it is told that it is over."""
     with control_group() as group:
         inner = group.group("inner")
-        first, second = scene.worker(), scene.worker()
+        first = scene.worker()
         inner.take(first.pid)
         watch = scene.watch("--cgroup", inner.path)
         first.end(1)
-        was = inner.id
         inner.remove()
-        again = group.group("inner")
-        assert again.id != was
-        again.take(second.pid)
-        second.end(2)
-        late = scene.stage.lab.watch(scene.stage.broker, "--node", scene.stage.node, "--cgroup", inner.path, "--events", "exit")
-        late.wait_registered(1, "ARMED")
-        third = scene.worker()
-        again.take(third.pid)
-        third.end(3)
-        late.wait_end_of(third.pid)
-        scene.stage.lab.stop(late)
+        watch.wait_for(lambda line: line["kind"] == "registered" and line["state"] == "EXITED", "the group's end")
         (events,) = scene.finish(watch)
         assert short(events) == [("PROCESS_EXIT", first.pid)]
-        assert short(late.events()) == [("PROCESS_EXIT", third.pid)]
+        assert answers(watch, f"cgroup {inner.path}") == ["ARMED", "EXITED"]
+
+
+@pytest.mark.knows("control groups")
+@pytest.mark.parametrize("by", ["path", "unit"])
+def test_a_group_that_is_made_anew(scene: Scene, by: str) -> None:
+    """As systemd does when it restarts a unit: the name goes on to be watched, from when that is said."""
+    with unit("system.slice/kmtest.service") as first:
+        worker = scene.worker()
+        first.take(worker.pid)
+        target = ("--cgroup", first.path) if by == "path" else ("--unit", "kmtest.service")
+        watch = scene.watch(*target)
+        worker.end(1)
+        # The two at once, as far as the agent can see: it looks every so often.
+        with stopped(scene.agent):
+            was = first.id
+            first.remove()
+            second = first.again()
+            assert second.id != was
+        said = watch.wait_for(lambda line: line["kind"] == "registered" and line["state"] == "ARMED", "the first answer")
+        watch.wait_for(lambda line: line["kind"] == "registered" and line["state"] == "ARMED", "the second", start=said + 1)
+        later = scene.worker()
+        second.take(later.pid)
+        later.end(2)
+        (events,) = scene.finish(watch)
+        assert short(events) == [("PROCESS_EXIT", worker.pid), ("PROCESS_EXIT", later.pid)]
+        assert answers(watch, " ".join(target).removeprefix("--")) == ["ARMED", "ARMED"]
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ class Group:
         made.mkdir(parents=True)
         return Group(made, self._root)
 
+    def again(self) -> Group:
+        """Made anew, after it was removed: another group of the same name."""
+        self.folder.mkdir()
+        return self
+
     def take(self, *pids: int) -> None:
         """Move processes, with all their threads, into it."""
         for pid in pids:

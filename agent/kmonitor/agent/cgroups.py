@@ -21,16 +21,16 @@ def hierarchy_root() -> Path:
     raise CaptureError("no cgroup2 is mounted on this node: control groups and units can be watched with version 2 only")
 
 
-def find_cgroup(path: str) -> list[int] | None:
-    """Ids of the group at `path` below the root, then of those above it; None if there is no such group."""
+def find_cgroup(path: str) -> tuple[Path, list[int]] | None:
+    """The folder of the group at `path` below the root, and its id, then those of the groups above it; None if there is no such group."""
     root = hierarchy_root()
-    folder = root / path.lstrip("/")
+    found = folder = root / path.lstrip("/")
     ids = []
     try:
         while True:
             ids.append(folder.stat().st_ino)
             if folder == root:
-                return ids
+                return found, ids
             folder = folder.parent
     except OSError:
         return None

@@ -36,6 +36,9 @@ _DRAIN_TIMEOUT = 1.0
 _NAME_TAKEN_TIMEOUT = 10.0
 """Longer than a lease: the one that holds the name may be this node's last stream, which the broker has not missed yet."""
 
+_GROUPS_SECONDS = 0.1
+"""How often each watched group is looked at: some 3 us. While nobody watches one there is nothing to do."""
+
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 5000),
@@ -170,6 +173,7 @@ class Connection:
             asyncio.create_task(self._receive(call, forwarder), name="receive"),
             asyncio.create_task(forwarder.run(), name="forward"),
             asyncio.create_task(forwarder.heartbeat(lease / 3), name="heartbeat"),
+            asyncio.create_task(self._watch_groups(forwarder), name="groups"),
             asyncio.create_task(self._stopping.wait(), name="stopping"),
         ]
         try:
@@ -220,6 +224,14 @@ class Connection:
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
+
+    async def _watch_groups(self, forwarder: Forwarder) -> None:
+        """Say so when a control group or unit that is watched went away, or came anew, for ever."""
+        while True:
+            await asyncio.sleep(_GROUPS_SECONDS)
+            changed = self._interest.groups.changed()
+            if changed is not None:
+                await forwarder.send(agent_pb2.AgentMessage(groups_changed=changed))
 
     def _list(self, asked: agent_pb2.ListProcessesCall) -> agent_pb2.ProcessList:
         return agent_pb2.ProcessList(call_id=asked.call_id, processes=select(self._source.processes.all(), asked.filter))

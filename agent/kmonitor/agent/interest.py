@@ -11,12 +11,12 @@ import dataclasses
 import errno
 import time
 
-from kmonitor.agent import cgroups, libbpf
-from kmonitor.agent.errors import BpfError, CaptureError
+from kmonitor.agent import libbpf
+from kmonitor.agent.errors import BpfError
+from kmonitor.agent.groups import GroupTable
 from kmonitor.agent.maps import (
     ANY_CGROUP,
     ANY_WATCHED,
-    CGROUP_KEY_SIZE,
     KEY_SIZE,
     NO_ROOT,
     WATCHED_ENDED,
@@ -24,9 +24,6 @@ from kmonitor.agent.maps import (
     WATCHED_ROOT,
     WATCHED_SIZE,
     Watched,
-    cgroup_key,
-    cgroup_of,
-    pack_mask,
     pid_key,
     pid_of,
 )
@@ -41,14 +38,12 @@ _ARMED = monitor_pb2.REGISTRATION_STATE_ARMED
 
 
 class InterestTable:
-    """The maps `watched` and `watched_cgroups` and the masks in `control`. All calls are synchronous, and made from one thread."""
+    """The map `watched`, and the masks in `control`; `groups` has the rest. All calls are synchronous, and made from one thread."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._processes = source.processes
-        self._cgroups = source.watched_cgroups
-        self._group_ids: dict[str, int] = {}
-        self._group_masks: dict[int, int] = {}
+        self.groups = GroupTable(source)
         self._masks_seen = 0
         """OR of every process mask since the last reset: bits in any_mask that may be of use."""
         self._number = 0
@@ -65,7 +60,7 @@ class InterestTable:
         for process in wanted:
             self._masks_seen |= process.event_mask
         for group in interest.groups:
-            self._apply_group(group, answer)
+            self.groups.apply(group, answer)
         self._source.control["all_mask"] = interest.node_mask
         # Before the entries: one that is there already when its process ends must be seen.
         self._set_any_mask(armed=bool(wanted) or self._any_watched())
@@ -92,7 +87,7 @@ class InterestTable:
         mask = self._source.control["all_mask"]
         if armed:
             mask |= ANY_WATCHED | self._masks_seen
-        for group_mask in self._group_masks.values():
+        if group_mask := self.groups.mask():
             mask |= group_mask | ANY_CGROUP
         self._source.control["any_mask"] = mask
 
@@ -119,18 +114,7 @@ class InterestTable:
                 self._masks_seen |= entry.mask
                 continue
             self._source.watched.delete(key)
-        self._group_ids.clear()
-        self._group_masks.clear()
-        if self._cgroups is None:
-            return
-        for key in list(self._cgroups.keys(CGROUP_KEY_SIZE)):
-            self._group_masks[cgroup_of(key)] = 0  # until _apply_group says otherwise: no moment without
-        wanted = [group for group in interest.groups if group.event_mask]
-        found = {cgroup_id for group in wanted if (ids := _group_ids(group)[1]) for cgroup_id in ids[:1]}
-        for cgroup_id in list(self._group_masks):
-            if cgroup_id not in found:
-                self._cgroups.delete(cgroup_key(cgroup_id))
-                del self._group_masks[cgroup_id]
+        self.groups.reset(interest.groups)
 
     def _remove(self, process: agent_pb2.Interest.ProcessInterest) -> None:
         entry = self._entry(process.pid)
@@ -215,53 +199,6 @@ class InterestTable:
         flags = (WATCHED_FOLLOW if process.follow else 0) | entry.flags & WATCHED_ROOT
         new = dataclasses.replace(entry, mask=process.event_mask, flags=flags)
         self._source.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
-
-    def _apply_group(self, group: agent_pb2.Interest.GroupInterest, answer: agent_pb2.InterestApplied) -> None:
-        name = group.cgroup or group.unit
-        if not group.event_mask:
-            cgroup_id = self._group_ids.pop(name, None)
-            if self._cgroups is not None and cgroup_id is not None and cgroup_id not in self._group_ids.values():
-                self._cgroups.delete(cgroup_key(cgroup_id))
-                self._group_masks.pop(cgroup_id, None)
-            return
-        result = answer.groups.add()
-        if group.unit:
-            result.unit = group.unit
-        else:
-            result.cgroup = group.cgroup
-        if self._cgroups is None:
-            result.error = f"source {self._source.name} does not know in which control group a process is: register single processes"
-            return
-        error, ids = _group_ids(group)
-        if error:
-            result.error = error
-        if ids is None:
-            result.state = _NOT_FOUND
-            return
-        self._group_ids[name] = ids[0]
-        # The same group may be asked for by path and by unit.
-        mask = group.event_mask
-        if ids[0] in self._group_masks and list(self._group_ids.values()).count(ids[0]) > 1:
-            mask |= self._group_masks[ids[0]]
-        try:
-            self._cgroups.update(cgroup_key(ids[0]), pack_mask(mask))
-        except BpfError as failure:
-            if failure.errno != errno.E2BIG:
-                raise
-            result.error = "the node's table of watched control groups is full"
-            return
-        self._group_masks[ids[0]] = mask
-        result.state = _ARMED
-        result.cgroup_ids.extend(ids)
-
-
-def _group_ids(group: agent_pb2.Interest.GroupInterest) -> tuple[str, list[int] | None]:
-    """(what is wrong, ids of the group and of those above it)."""
-    try:
-        path = cgroups.find_unit(group.unit) if group.unit else group.cgroup
-        return "", cgroups.find_cgroup(path) if path is not None else None
-    except CaptureError as error:
-        return str(error), None
 
 
 def _answer(

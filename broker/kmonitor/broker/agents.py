@@ -103,6 +103,8 @@ class Agents:
             self._broker.arming.applied(node, message.applied)
         elif kind == "pidfile_read":
             self._broker.arming.pidfile_read(node, message.pidfile_read)
+        elif kind == "groups_changed":
+            self._broker.arming.groups_changed(node, message.groups_changed)
         elif kind == "lost":
             self._lost(node, message.lost)
         elif kind == "heartbeat":

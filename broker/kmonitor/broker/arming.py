@@ -233,6 +233,18 @@ class Arming:
                 if ask.request is not None or new:
                     self._tell(arm, ask.request, ARMED, node, position=message.position)
 
+    def groups_changed(self, node: Node, message: agent_pb2.GroupsChanged) -> None:
+        """Groups that are watched have gone, or were made anew under the same name: ask after them again."""
+        for item in message.groups:
+            kind = item.WhichOneof("kind")
+            if kind is None:
+                continue
+            group = Group(kind, getattr(item, kind))
+            for arm in node.interest.claims_of(group):
+                assert isinstance(arm, Arm)
+                self._claim(node, Ask(arm, None, arm.registration.mask, group), waits=True)
+        self.flush_soon(node)
+
     def pidfile_read(self, node: Node, answer: agent_pb2.PidfileRead) -> None:
         """The agent has found out which process a file names: from here on the registration is of that one."""
         for ask in node.pidfiles.answered(answer.call_id):
@@ -329,13 +341,15 @@ class Arming:
             if ask.request is not None or new:
                 self._tell(arm, ask.request, ARMED, node, position=position)
             return
+        was_there = bool(self._spans(arm))
         if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that
             node.interest.drop(arm)
             self.flush_soon(node)
             for span in self._spans(arm):
                 self._router.end(span, position, self._log.end)
         if result is not None and not result.error:
-            self._tell(arm, ask.request, NOT_FOUND, node, position=position)
+            # Who has watched it hears that it is over; who asks now, that there is none.
+            self._tell(arm, ask.request, EXITED if was_there and ask.request is None else NOT_FOUND, node, position=position)
             self._over(arm)
         else:
             self._failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)

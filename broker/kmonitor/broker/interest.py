@@ -168,6 +168,10 @@ class NodeInterest(Generic[Ask]):
         if ask is not None:
             self._asks.append(ask)
 
+    def claims_of(self, group: Group) -> list[Claim]:
+        """Who claims a group."""
+        return list(self._groups.get(group, ()))
+
     def want_node(self, claim: Claim, mask: int, ask: Ask | None) -> None:
         """Claim every process of the node, with all of `mask` from now on."""
         self._node[claim] = mask

@@ -40,6 +40,7 @@ from kmonitor.agent.probe import (
     open_object,
     run,
 )
+from kmonitor.agent.sources import bcc_headers
 
 INTERPRETERS = (sys.executable, "/usr/bin/python3")
 """Which are asked for bcc. A distribution's package belongs to the distribution's interpreter, which need not be the one that runs this."""
@@ -57,28 +58,6 @@ _MAPS = {
     "control": ".data.control",
 }
 """All that the programs use: as the source names it, and as the object file does."""
-
-_STUBS = {
-    "linux/kconfig.h": """
-#include <linux/types.h>
-typedef __u8 u8;
-typedef __u16 u16;
-typedef __u32 u32;
-typedef __u64 u64;
-typedef __s8 s8;
-typedef __s16 s16;
-typedef __s32 s32;
-typedef __s64 s64;
-typedef __SIZE_TYPE__ size_t;
-typedef __UINTPTR_TYPE__ uintptr_t;
-#define CONFIG_BPF_SYSCALL 1
-""",
-    "uapi/linux/bpf.h": "",
-    "uapi/linux/if_packet.h": "",
-    "linux/log2.h": "",
-    "asm/page.h": "",
-}
-"""What bcc's own prelude takes from the kernel's headers, for where there are none."""
 
 
 def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
@@ -135,7 +114,8 @@ def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int]
     """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, which the caller owns."""
     with contextlib.ExitStack() as stack:
         maps = {name: stack.enter_context(contextlib.closing(obj.map(real))).fd for name, real in _MAPS.items()}
-        headers = None if _has_kernel_headers() else str(stack.enter_context(_stub_headers()))
+        # With offsets at hand the kernel's headers are not wanted, even if there are some: they define what kernel.h does.
+        headers = None if offsets is None else str(stack.enter_context(_stub_headers()))
         flags = ["-DKMONITOR_BCC", "-Wno-everything", f"-I{sources}"]
         flags += [f"-DKMONITOR_FD_{name}={fd}" for name, fd in maps.items()]
         flags.append(f"-DKMONITOR_CONFIG={{{','.join(str(int(value)) for value in astuple(config))}}}")
@@ -143,8 +123,6 @@ def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int]
             flags.append("-DKMONITOR_KERNEL_HEADERS")
         else:
             flags += [f"-DKMONITOR_OFFSET_{name}={offset}" for name, offset in offsets.items()]
-        if headers is not None:
-            flags += ["-isystem", "/usr/include", "-isystem", f"/usr/include/{platform.machine()}-linux-gnu"]
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         order = {
             "source": sources.joinpath("kmonitor.bpf.c").read_text(encoding="utf-8"),
@@ -205,9 +183,5 @@ def _has_kernel_headers() -> bool:
 @contextlib.contextmanager
 def _stub_headers() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="kmonitor-headers-") as name:
-        folder = Path(name)
-        for path, text in _STUBS.items():
-            file = folder / "include" / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-        yield folder
+        bcc_headers.write(Path(name))
+        yield Path(name)
