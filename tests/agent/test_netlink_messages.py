@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kmonitor.agent.errors import BpfError, CaptureError, ConnectorMessageError, MissingCapabilityError
 from kmonitor.agent.libbpf import BPF_EXIST, BPF_NOEXIST
 from kmonitor.agent.maps import LOST_NODE, LOST_PROCESS, WATCHED_SIZE, Watched, pid_key
+from kmonitor.agent.procfs import TICK_NS
 from kmonitor.agent.sources import proc_messages as pm
 from kmonitor.agent.sources.connector import refusal
 from kmonitor.agent.sources.lineage import Kin
@@ -278,14 +279,15 @@ def test_any_order_of_messages_gives_whole_records_and_each_end_once(messages: l
     bench = Bench(ALL, flags=1, node_mask=EXIT)
     bench.events.wide = True
     now = 1_000_000_000_000
-    bench.events.take(parse(*(datagram(what, *words, ns=now + at) for at, (what, *words) in enumerate(messages))), 0) if messages else None
-    ended: set[int] = set()
+    # Each in a clock tick of its own, so that whoever gets a pid anew has another start time.
+    told = [datagram(what, *words, ns=now + 2 * TICK_NS * at) for at, (what, *words) in enumerate(messages)]
+    bench.events.take(parse(*told), 0) if told else None
+    ended: set[tuple[int, int]] = set()
     for row in bench.rows():
-        if row["type"] == FORK:
-            ended.discard(int(row["child_tgid"]))
-        elif row["type"] == EXIT and int(row["tgid"]) == PID:
-            assert PID not in ended
-            ended.add(PID)
+        if row["type"] == EXIT and int(row["tgid"]) == PID:
+            process = (PID, int(row["start_boottime_ns"]))
+            assert process not in ended
+            ended.add(process)
     bench.close()
 
 

@@ -29,7 +29,7 @@ NOT_FOUND = RegistrationState.NOT_FOUND
 LIMIT = 10.0
 NO_PID = PID_MAX
 """Never given: the highest pid is one less. That of a process that has ended may be another's by the time it is looked up."""
-ROUNDS = 600
+ROUNDS = 300
 LONGEST = (LONGEST_US, 10 * LONGEST_US)
 
 

@@ -42,7 +42,7 @@ def ids(events: list[Line], kind: str, field: str) -> Counter[int]:
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize(("kind", "count"), [("fork", 20_000), ("exec", 6_000)])
 def test_processes(stage: Stage, kind: str, count: int) -> None:
-    told, watch = run(stage, kind, count)
+    told, watch = run(stage, kind, int(count * stage.knowledge.share))
     of_children = [line for line in watch.events() if line["pid"] not in told.ends and line["pid"] != told.root]
     workers = [line for line in watch.events() if line["pid"] in told.ends]
     assert Counter((line["pid"], line["child_pid"]) for line in check.of_type(workers, "PROCESS_FORK")) == told.started()
@@ -61,7 +61,7 @@ def test_processes(stage: Stage, kind: str, count: int) -> None:
 def test_threads(stage: Stage) -> None:
     """At 45,000 a second, for some seconds: most of what two cores do flat out with nobody to watch them. Or at what the source takes."""
     rate = stage.knowledge.thread_rate
-    told, watch = run(stage, "threads", 4 * rate, str(rate))
+    told, watch = run(stage, "threads", int(4 * rate * stage.knowledge.share), str(rate))
     made = Counter((line["pid"], line["child_tid"]) for line in check.of_type(watch.events(), "THREAD_CREATE"))
     assert made == told.started()
     ended = Counter((line["pid"], line["tid"]) for line in check.of_type(watch.events(), "THREAD_EXIT"))

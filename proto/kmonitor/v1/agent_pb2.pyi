@@ -31,6 +31,7 @@ class AgentMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     PIDFILE_READ_FIELD_NUMBER: _builtins.int
+    GROUPS_CHANGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Always the first."""
@@ -47,6 +48,8 @@ class AgentMessage(_message.Message):
     def processes(self) -> Global___ProcessList: ...
     @_builtins.property
     def pidfile_read(self) -> Global___PidfileRead: ...
+    @_builtins.property
+    def groups_changed(self) -> Global___GroupsChanged: ...
     def __init__(
         self,
         *,
@@ -57,12 +60,13 @@ class AgentMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         processes: Global___ProcessList | None = ...,
         pidfile_read: Global___PidfileRead | None = ...,
+        groups_changed: Global___GroupsChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "pidfile_read", b"pidfile_read", "processes", b"processes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "groups_changed", b"groups_changed", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "pidfile_read", b"pidfile_read", "processes", b"processes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "pidfile_read", b"pidfile_read", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "block", b"block", "groups_changed", b"groups_changed", "heartbeat", b"heartbeat", "hello", b"hello", "kind", b"kind", "lost", b"lost", "pidfile_read", b"pidfile_read", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "block", "applied", "lost", "heartbeat", "processes", "pidfile_read"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "block", "applied", "lost", "heartbeat", "processes", "pidfile_read", "groups_changed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -559,6 +563,50 @@ class InterestApplied(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InterestApplied: _TypeAlias = InterestApplied  # noqa: Y015
+
+@_typing.final
+class GroupsChanged(_message.Message):
+    """These names, which an Interest has asked for, have no control group any more, or another one: ask again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Group(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CGROUP_FIELD_NUMBER: _builtins.int
+        UNIT_FIELD_NUMBER: _builtins.int
+        cgroup: _builtins.str
+        unit: _builtins.str
+        def __init__(
+            self,
+            *,
+            cgroup: _builtins.str = ...,
+            unit: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "kind", b"kind", "unit", b"unit"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "kind", b"kind", "unit", b"unit"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["cgroup", "unit"]  # noqa: Y015
+        _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupsChanged.Group]: ...
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___GroupsChanged.Group] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupsChanged: _TypeAlias = GroupsChanged  # noqa: Y015
 
 @_typing.final
 class ListProcessesCall(_message.Message):
