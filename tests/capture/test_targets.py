@@ -139,7 +139,7 @@ def test_a_group_that_is_removed(scene: Scene) -> None:
         watch.wait_for(lambda line: line["kind"] == "registered" and line["state"] == "EXITED", "the group's end")
         (events,) = scene.finish(watch)
         assert short(events) == [("PROCESS_EXIT", first.pid)]
-        assert answers(watch, f"cgroup {inner.path}") == ["ARMED", "EXITED"]
+        assert answers(watch, f"control group {inner.path}") == ["ARMED", "EXITED"]
 
 
 @pytest.mark.knows("control groups")
@@ -149,8 +149,8 @@ def test_a_group_that_is_made_anew(scene: Scene, by: str) -> None:
     with unit("system.slice/kmtest.service") as first:
         worker = scene.worker()
         first.take(worker.pid)
-        target = ("--cgroup", first.path) if by == "path" else ("--unit", "kmtest.service")
-        watch = scene.watch(*target)
+        what, name = ("control group", first.path) if by == "path" else ("unit", "kmtest.service")
+        watch = scene.watch("--cgroup" if by == "path" else "--unit", name)
         worker.end(1)
         # The two at once, as far as the agent can see: it looks every so often.
         with stopped(scene.agent):
@@ -165,7 +165,7 @@ def test_a_group_that_is_made_anew(scene: Scene, by: str) -> None:
         later.end(2)
         (events,) = scene.finish(watch)
         assert short(events) == [("PROCESS_EXIT", worker.pid), ("PROCESS_EXIT", later.pid)]
-        assert answers(watch, " ".join(target).removeprefix("--")) == ["ARMED", "ARMED"]
+        assert answers(watch, f"{what} {name}") == ["ARMED", "ARMED"]
 
 
 @contextlib.contextmanager
