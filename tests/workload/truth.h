@@ -42,6 +42,8 @@ void nap_ms(int ms);
 /* truth_signals.c */
 void fall(int number); /* Die of the signal as programs do. Returns for one that has no cause but somebody who sends it. */
 
+void stay_on_one(void); /* of the processors that it may have */
+
 /* truth_threads.c */
 struct worker {
 	pid_t tid;

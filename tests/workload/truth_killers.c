@@ -512,17 +512,11 @@ static void bury_while_busy(void)
 
 static void timers(char order, int number)
 {
-	cpu_set_t all, one;
-	int cpu = 0;
+	cpu_set_t all;
 
 	if (sched_getaffinity(0, sizeof(all), &all))
 		die("sched_getaffinity");
-	while (!CPU_ISSET(cpu, &all))
-		cpu++;
-	CPU_ZERO(&one);
-	CPU_SET(cpu, &one);
-	if (sched_setaffinity(0, sizeof(one), &one))
-		die("sched_setaffinity");
+	stay_on_one();
 	for (int i = 0; i < 10; i++) {
 		start_victim();
 		send_last(order, number);

@@ -265,7 +265,7 @@ static int play_oom(int argc, char **argv)
 	return 0;
 }
 
-static void stay_on_one(void)
+void stay_on_one(void)
 {
 	cpu_set_t all, one;
 	int cpu = 0;

@@ -37,7 +37,9 @@ _NAME_TAKEN_TIMEOUT = 10.0
 """Longer than a lease: the one that holds the name may be this node's last stream, which the broker has not missed yet."""
 
 _GROUPS_SECONDS = 0.1
-"""How often each watched group is looked at: some 3 us. While nobody watches one there is nothing to do."""
+"""How often watched groups are looked at; some 3 us for each."""
+_NO_GROUPS_SECONDS = 1.0
+"""How often it is looked whether there are any."""
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
@@ -228,7 +230,7 @@ class Connection:
     async def _watch_groups(self, forwarder: Forwarder) -> None:
         """Say so when a control group or unit that is watched went away, or came anew, for ever."""
         while True:
-            await asyncio.sleep(_GROUPS_SECONDS)
+            await asyncio.sleep(_GROUPS_SECONDS if self._interest.groups.mask() else _NO_GROUPS_SECONDS)
             changed = self._interest.groups.changed()
             if changed is not None:
                 await forwarder.send(agent_pb2.AgentMessage(groups_changed=changed))
