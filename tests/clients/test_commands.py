@@ -165,6 +165,17 @@ async def test_up_shows_the_line_of_a_part_that_fails(parts: Path) -> None:
         os.kill(int((parts / "pid").read_text()), 0)
 
 
+async def test_up_says_when_it_is_not_the_best_source(broker: FakeBroker, parts: Path) -> None:
+    stand_in(parts / "kmonitor-broker", f"echo kmonitor-broker: listening on {broker.address}; exec sleep 1000")
+    agent = 'echo "kmonitor-agent: $4 is connected to $2 (source netlink, scope host)"'
+    stand_in(parts / "kmonitor-agent", f"{agent}; exec sleep 1000")
+    process = await create_subprocess_exec(parts / "kmon", "up", "--json", stdout=PIPE, stderr=PIPE)
+    assert process.stderr is not None
+    assert b"source netlink, since core does not work here" in await process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    await ended(process)
+
+
 async def test_up_takes_its_parts_along(broker: FakeBroker, parts: Path) -> None:
     stand_in(parts / "kmonitor-broker", f"echo $$ >{parts}/pid1; echo kmonitor-broker: listening on {broker.address}; exec sleep 1000")
     agent = 'echo "kmonitor-agent: $4 is connected to $2 (source core, scope host)"'

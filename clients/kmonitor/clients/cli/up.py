@@ -26,7 +26,7 @@ _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _BROKER_LINE = re.compile(r"kmonitor-broker: listening on (\S+)")
-_AGENT_LINE = re.compile(r"kmonitor-agent: (\S+) is connected to (.*)")
+_AGENT_LINE = re.compile(r"kmonitor-agent: (\S+) is connected to \S+ \(source (\w+)")
 _libc = ctypes.CDLL(None)
 
 
@@ -40,7 +40,7 @@ def up(
 ) -> None:
     """Start a broker and an agent for this host, and show what happens on it. They end with it.
 
-    Needs root, or CAP_BPF and CAP_PERFMON (kmon doctor tells). Exit status: that of the one that failed, else 0.
+    Needs root, or CAP_BPF and CAP_PERFMON (kmon doctor tells what else will do). Exit status: that of the one that failed, else 0.
     """
     seconds = duration(for_)
     mask = masks.parse_mask(events)
@@ -60,6 +60,10 @@ async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
         from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
         match = await agent.line(_AGENT_LINE)
+        if match[2] != "core":
+            say(
+                f"this machine's events come from source {match[2]}, since core does not work here: kmon doctor says why, docs/events.md what it knows"
+            )
         say(f"broker and agent of {match[1]} run at {address}: what you start in another terminal shows here; kmon --help works there")
         plan = Plan([{"events": mask}], seconds=seconds)
         monitor = await stack.enter_async_context(connect(address))
