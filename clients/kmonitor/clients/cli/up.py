@@ -61,9 +61,7 @@ async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
 
         match = await agent.line(_AGENT_LINE)
         if match[2] != "core":
-            say(
-                f"this machine's events come from source {match[2]}, since core does not work here: kmon doctor says why, docs/events.md what it knows"
-            )
+            say(f"this machine's events come from source {match[2]}, since core does not work here: kmon doctor says why")
         say(f"broker and agent of {match[1]} run at {address}: what you start in another terminal shows here; kmon --help works there")
         plan = Plan([{"events": mask}], seconds=seconds)
         monitor = await stack.enter_async_context(connect(address))
