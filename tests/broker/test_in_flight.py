@@ -142,3 +142,16 @@ async def test_the_agent_goes_away_in_between(here: World) -> None:
     assert (await watch.registered()).state == EXITED
     assert (await watch.deregister(3, one)).error.code == 5
     assert watched(here) == 0
+
+
+async def test_deregistered_before_the_answer(here: World) -> None:
+    """Nothing is delivered, and who has asked does not wait for ever."""
+    watch, agent = Watch(here), await agent_of(here)
+    one = registration(0x40, pid=100, node="a")
+    await watch.register(1, one)
+    version = (await agent.next_interest()).version
+    assert (await watch.deregister(2, one)).event_mask == 0
+    await armed(agent, version)
+    told = await watch.registered()
+    assert (told.request_id, told.pending, told.error.code) == (1, 0, 10)
+    assert watched(here) == 0

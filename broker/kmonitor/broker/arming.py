@@ -220,7 +220,8 @@ class Arming:
             if ask.request is not None:
                 _session(arm).pends(-1)
             if not ask.mask & arm.registration.mask:
-                continue  # deregistered meanwhile
+                self._withdrawn(ask, node)
+                continue
             # Before the answer, and whatever it is: a process that ended in between may be the one that the client waits for.
             self._tell_of_absence(node, _session(arm), message.position)
             if isinstance(ask.target, Process):
@@ -250,7 +251,7 @@ class Arming:
         for ask in node.pidfiles.answered(answer.call_id):
             arm = ask.arm
             arm.asks.discard(ask)
-            wanted = bool(ask.mask & arm.registration.mask)  # else it was deregistered meanwhile
+            wanted = bool(ask.mask & arm.registration.mask)
             if wanted and answer.state == RUNNING and answer.process.start_time:
                 arm.named = Process(answer.process.pid, answer.process.start_time)
                 self._claim(node, dataclasses.replace(ask, target=arm.named), waits=True)
@@ -258,6 +259,7 @@ class Arming:
             if ask.request is not None:
                 _session(arm).pends(-1)
             if not wanted:
+                self._withdrawn(ask, node)
                 continue
             self._tell_of_absence(node, _session(arm), node.position)
             if answer.state in {EXITED, NOT_FOUND}:
@@ -269,6 +271,12 @@ class Arming:
                 self._failed(arm, ask, f"pidfile {arm.registration.target.pidfile!r} {what}", node, Code.FAILED_PRECONDITION)
                 self._refused(arm.registration, ask.request)
         self.flush_soon(node)
+
+    def _withdrawn(self, ask: Ask, node: Node) -> None:
+        """It was deregistered before the agent had answered. Who has asked waits for an answer all the same."""
+        if ask.request is not None:
+            error = monitor_pb2.RequestError(code=Code.ABORTED, message=f"deregistered before node {node.name} had answered")
+            self._tell(ask.arm, ask.request, monitor_pb2.REGISTRATION_STATE_UNSPECIFIED, node, error=error)
 
     def _refused(self, registration: Registration, request: Request | None) -> None:
         """If no node has taken what was asked for, nothing is registered: nor on nodes that join later."""
