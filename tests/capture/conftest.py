@@ -17,7 +17,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "source" in metafunc.fixturenames:
         about = {word for mark in metafunc.definition.iter_markers("knows") for word in mark.args}
         assert about <= knowledge.EVERYTHING, about
-        metafunc.parametrize("source", [name for name in knowledge.SOURCES if about <= knowledge.of(name).knows], scope="module")
+        names = [name for name in knowledge.SOURCES if about <= knowledge.of(name).knows]
+        if metafunc.definition.get_closest_marker("one_source"):
+            names = names[:1]
+        metafunc.parametrize("source", names, scope="module")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,6 +53,7 @@ async def next_exit(monitor: Monitor) -> Event:
     raise AssertionError("the stream has ended")
 
 
+@pytest.mark.one_source
 @pytest.mark.parametrize("text", ["{}", "{}\n", " {} \n", "\t{}\r\n", "{}\nmore\n" + "x" * 5000, "000{}\n"])
 async def test_what_the_file_names_is_watched(lab: Lab, service: tuple[str, str], tmp_path: Path, text: str) -> None:
     address, node = service
@@ -71,6 +72,7 @@ async def test_what_the_file_names_is_watched(lab: Lab, service: tuple[str, str]
         assert (event.pid, event.start_time, event.exit_code, event.inferred) == (process.pid, found.start_time, 7, False)
 
 
+@pytest.mark.one_source
 async def test_the_registration_is_the_process_s_and_not_the_file_s(lab: Lab, service: tuple[str, str], tmp_path: Path) -> None:
     address, node = service
     first, second, file = idler(lab), idler(lab), tmp_path / "daemon.pid"
@@ -92,6 +94,7 @@ async def test_the_registration_is_the_process_s_and_not_the_file_s(lab: Lab, se
         assert (event.pid, event.exit_code) == (second.pid, 2)
 
 
+@pytest.mark.one_source
 async def test_deregistered_by_the_file(lab: Lab, service: tuple[str, str], tmp_path: Path) -> None:
     address, node = service
     watched, fence, file = idler(lab), idler(lab), tmp_path / "daemon.pid"
@@ -196,6 +199,7 @@ async def test_another_broker_is_told_which_process_it_was(lab: Lab, tmp_path: P
         assert (event.pid, event.exit_code) == (first.pid, 1)
 
 
+@pytest.mark.one_source
 async def test_no_such_file(service: tuple[str, str], tmp_path: Path) -> None:
     address, node = service
     (tmp_path / "file").write_text("1\n")
@@ -248,6 +252,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.one_source
 @pytest.mark.parametrize(("make", "why"), BAD.values(), ids=BAD)
 async def test_files_that_name_no_process(service: tuple[str, str], tmp_path: Path, make: Callable[[Path], object], why: str) -> None:
     """One line that says it; nothing stays registered; and the node lives on."""
@@ -264,6 +269,7 @@ async def test_files_that_name_no_process(service: tuple[str, str], tmp_path: Pa
         assert (await monitor.list_nodes(node))[0].watched_processes == 0
 
 
+@pytest.mark.one_source
 def test_commands(lab: Lab, service: tuple[str, str], tmp_path: Path) -> None:
     address, node = service
     process, other, file = idler(lab), idler(lab), tmp_path / "daemon.pid"
