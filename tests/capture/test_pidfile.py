@@ -289,7 +289,9 @@ def test_commands(lab: Lab, service: tuple[str, str], tmp_path: Path) -> None:
     with sync.connect(address) as monitor:
         until = time.monotonic() + LIMIT
         while monitor.list_nodes(node)[0].watched_processes == 0 and time.monotonic() < until:
-            time.sleep(0.01)  # `kmon wait` does not say when it is armed
+            time.sleep(0.01)  # `kmon wait` does not say when it has asked
+        # The agent takes one after the other: when this is armed, that is.
+        assert monitor.register(node=node, pid=waited.pid, events="exit").states == {node: RUNNING}
         end(waited, 9)
     assert waiting.wait() == 9
     assert waiting.lines == [f"{node}: sh ({waited.pid}) ended: code 9".encode()]
