@@ -40,7 +40,7 @@
 #define KMONITOR_F_MATCH_PROCESS 0x0010 /* this bit was asked for by the process's own entry */
 #define KMONITOR_F_MATCH_NODE 0x0020    /* ... by the node-wide mask */
 #define KMONITOR_F_MATCH_CGROUP 0x0040  /* ... by the mask of match_cgroup_id or of a cgroup above it */
-#define KMONITOR_F_INFERRED 0x0080      /* made by the agent: found gone, no status */
+#define KMONITOR_F_INFERRED 0x0080      /* made by the agent: found, not seen; an exit has no status */
 
 struct kmonitor_child {
 	unsigned long long start_boottime_ns; /* of the child process; of the thread itself for a thread */

@@ -111,7 +111,7 @@ class Event:
 
     @property
     def inferred(self) -> bool:
-        """An exit that was found, not seen: there is no status."""
+        """It was found, not seen happening. An exit then has no status; with source netlink a fork may be inferred too."""
         return self.raw.inferred
 
     @property

@@ -143,7 +143,9 @@ class Event(_message.Message):
     cgroup_id: _builtins.int
     """The control group (v2) it is in."""
     inferred: _builtins.bool
-    """PROCESS_EXIT only: found gone, not seen going. No status is known, and `time` is when it was found."""
+    """Found to have happened, not seen happening; `time` is when it was found. PROCESS_EXIT: found gone, no status is known.
+    PROCESS_FORK (source netlink only): a child that was found after messages were lost.
+    """
     child_pid: _builtins.int
     """PROCESS_FORK: the child process, and its first thread. THREAD_CREATE: this process, and the new thread."""
     child_tid: _builtins.int
