@@ -112,7 +112,7 @@ def checkout(tmp_path: Path) -> Path:
         ("clients/kmonitor/clients/planted.py", "from kmonitor.broker import cli\n", "stay apart, above wire, above v1 BROKEN"),
         ("proto/kmonitor/wire/planted.py", "from kmonitor.agent import cli\n", "stay apart, above wire, above v1 BROKEN"),
         ("proto/kmonitor/wire/errors.py", "import grpc\n", "knows nothing of gRPC BROKEN"),
-        ("broker/kmonitor/broker/log.py", "import grpc.aio\n", "knows nothing of gRPC BROKEN"),
+        ("broker/kmonitor/broker/log/__init__.py", "import grpc.aio\n", "knows nothing of gRPC BROKEN"),
     ],
 )
 def test_the_import_contracts_catch(checkout: Path, module: str, line: str, contract: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kmonitor.broker import outbox as outbox_module
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
-from kmonitor.broker.log import MemoryLog
+from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.matching import Span
 from kmonitor.broker.notices import node_change
 from kmonitor.broker.outbox import Outbox

@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 
 from kmonitor.broker.broker import Broker
-from kmonitor.broker.log import MemoryLog
+from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.server import Server
 from kmonitor.v1 import agent_pb2, agent_pb2_grpc, events_pb2, monitor_pb2, monitor_pb2_grpc
 from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, F_MATCH_PROCESS, RECORD_SIZE, RECORD_VERSION, SLOT_SIZE

@@ -60,7 +60,7 @@ class Agents:
         node.labels = dict(hello.labels)
         node.forget_waiting()
         if new or restarted:
-            known = self._broker.log.end_of(node.name)
+            known = self._broker.log.ends(node.name).get(hello.epoch)
             node.lost = _totals(hello.lost)
         link = Link(node)
         link.heard = self._loop.time()
@@ -75,8 +75,7 @@ class Agents:
         interest = self._broker.arming.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, restarted=restarted)
         if new or restarted:
             node.epoch = hello.epoch
-            has = known is not None and known[0] == hello.epoch
-            node.expected = max(hello.position, known[1] if has and known else 0)
+            node.expected = max(hello.position, known.position if known is not None else 0)
             node.position = node.expected
         else:
             self._lost(node, hello.lost)

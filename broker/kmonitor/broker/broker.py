@@ -220,10 +220,14 @@ class Broker:
     def _process_ended(self, span: Span) -> None:
         self.arming.process_ended(span)
 
-    def _evicting(self, block: Block) -> None:
-        for outbox in list(self.lagging):
-            outbox.evicting(block)
-        self.encoder.drop(block)
+    def _evicting(self, until: int) -> None:
+        for block in self.log.read(self.log.oldest, 1 << 62):
+            if block.offset >= until:
+                break
+            if isinstance(block, Block):
+                for outbox in list(self.lagging):
+                    outbox.evicting(block)
+                self.encoder.drop(block)
 
     def _tick(self) -> None:
         """Every `progress_interval`: progress for all, and what is kept for late records goes."""

@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 
 from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_PROGRESS_INTERVAL, Broker
-from kmonitor.broker.log import DEFAULT_LOG_BYTES, MemoryLog
+from kmonitor.broker.log import DEFAULT_LOG_BYTES
+from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 

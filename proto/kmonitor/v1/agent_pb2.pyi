@@ -81,6 +81,7 @@ class BrokerMessage(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     LIST_PROCESSES_FIELD_NUMBER: _builtins.int
     READ_PIDFILE_FIELD_NUMBER: _builtins.int
+    INFER_EXITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """Always the first."""
@@ -93,6 +94,8 @@ class BrokerMessage(_message.Message):
     def list_processes(self) -> Global___ListProcessesCall: ...
     @_builtins.property
     def read_pidfile(self) -> Global___ReadPidfileCall: ...
+    @_builtins.property
+    def infer_exits(self) -> Global___InferExits: ...
     def __init__(
         self,
         *,
@@ -101,12 +104,13 @@ class BrokerMessage(_message.Message):
         ack: Global___Ack | None = ...,
         list_processes: Global___ListProcessesCall | None = ...,
         read_pidfile: Global___ReadPidfileCall | None = ...,
+        infer_exits: Global___InferExits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "read_pidfile", b"read_pidfile", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "infer_exits", b"infer_exits", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "read_pidfile", b"read_pidfile", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "read_pidfile", b"read_pidfile", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "infer_exits", b"infer_exits", "interest", b"interest", "kind", b"kind", "list_processes", b"list_processes", "read_pidfile", b"read_pidfile", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "interest", "ack", "list_processes", "read_pidfile"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "interest", "ack", "list_processes", "read_pidfile", "infer_exits"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -150,6 +154,9 @@ class Hello(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     READS_PIDFILES_FIELD_NUMBER: _builtins.int
+    INFERS_EXITS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    RING_BYTES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
@@ -165,6 +172,14 @@ class Hello(_message.Message):
     agent_version: _builtins.str
     reads_pidfiles: _builtins.bool
     """It answers ReadPidfileCall."""
+    infers_exits: _builtins.bool
+    """It does what InferExits says."""
+    draining: _builtins.bool
+    """This stream brings what is left in the ring of a probe that is about to be replaced: blocks, losses and heartbeats only, and no
+    Interest is wanted. The node's own stream comes after it.
+    """
+    ring_bytes: _builtins.int
+    """What the ring holds, bytes; 0 if that is not said."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -188,10 +203,13 @@ class Hello(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lost: Global___Lost | None = ...,
         reads_pidfiles: _builtins.bool = ...,
+        infers_exits: _builtins.bool = ...,
+        draining: _builtins.bool = ...,
+        ring_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "epoch", b"epoch", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "draining", b"draining", "epoch", b"epoch", "infers_exits", b"infers_exits", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "ring_bytes", b"ring_bytes", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,7 +224,7 @@ class Welcome(_message.Message):
     lease_ms: _builtins.int
     """The agent is held to be lost when nothing came for so long."""
     position: _builtins.int
-    """The broker has everything before this position: the agent goes on from the later of this and its own."""
+    """All before this position is in the log: the agent goes on from the later of this and its own."""
     def __init__(
         self,
         *,
@@ -252,20 +270,23 @@ Global___Block: _TypeAlias = Block  # noqa: Y015
 
 @_typing.final
 class Ack(_message.Message):
-    """All before `position` is in the log."""
-
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    """All before it is in the log: the agent may forget it."""
+    received: _builtins.int
+    """All before it has come, and was routed, but may not be in the log yet. Less than `position` says nothing."""
     def __init__(
         self,
         *,
         position: _builtins.int = ...,
+        received: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "received", b"received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -607,6 +628,51 @@ class GroupsChanged(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupsChanged: _TypeAlias = GroupsChanged  # noqa: Y015
+
+@_typing.final
+class InferExits(_message.Message):
+    """Watched processes that are not there any more, and whose ends were not among the records that the broker got: the agent makes a
+    record of each end, inferred, unless it finds that the process lives. It is tried again while the ring has no room.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Process(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PID_FIELD_NUMBER: _builtins.int
+        START_TIME_FIELD_NUMBER: _builtins.int
+        pid: _builtins.int
+        start_time: _builtins.int
+        """Nanoseconds of the node's boot-time clock."""
+        def __init__(
+            self,
+            *,
+            pid: _builtins.int = ...,
+            start_time: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid", "start_time", b"start_time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___InferExits.Process]: ...
+    def __init__(
+        self,
+        *,
+        processes: _abc.Iterable[Global___InferExits.Process] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["processes", b"processes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InferExits: _TypeAlias = InferExits  # noqa: Y015
 
 @_typing.final
 class ListProcessesCall(_message.Message):

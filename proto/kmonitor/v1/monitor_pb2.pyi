@@ -415,13 +415,26 @@ class WatchRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REGISTER_FIELD_NUMBER: _builtins.int
     DEREGISTER_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    RESUMING_FIELD_NUMBER: _builtins.int
+    LINGER_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """The client's choice; comes back in the answer."""
+    resuming: _builtins.int
+    """With `cursor`: how many register requests, this one included, bring again what the earlier stream had registered. Events and answers
+    come once all of them have come. 0 is 1.
+    """
+    linger_ms: _builtins.int
+    """With the first request only: see SubscribeRequest."""
     @_builtins.property
     def register(self) -> Global___RegisterRequest: ...
     @_builtins.property
     def deregister(self) -> Global___DeregisterRequest: ...
+    @_builtins.property
+    def close(self) -> Global___CloseRequest:
+        """The last request: everything that the stream has registered is removed at once, and the stream ends with OK."""
+
     @_builtins.property
     def cursor(self) -> Global___Cursor:
         """With the first request only: see SubscribeRequest."""
@@ -432,17 +445,40 @@ class WatchRequest(_message.Message):
         request_id: _builtins.int = ...,
         register: Global___RegisterRequest | None = ...,
         deregister: Global___DeregisterRequest | None = ...,
+        close: Global___CloseRequest | None = ...,
         cursor: Global___Cursor | None = ...,
+        resuming: _builtins.int = ...,
+        linger_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "deregister", b"deregister", "kind", b"kind", "register", b"register"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_linger_ms", b"_linger_ms", "close", b"close", "cursor", b"cursor", "deregister", b"deregister", "kind", b"kind", "linger_ms", b"linger_ms", "register", b"register"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "deregister", b"deregister", "kind", b"kind", "register", b"register", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_linger_ms", b"_linger_ms", "close", b"close", "cursor", b"cursor", "deregister", b"deregister", "kind", b"kind", "linger_ms", b"linger_ms", "register", b"register", "request_id", b"request_id", "resuming", b"resuming"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "deregister"]  # noqa: Y015
+    _WhichOneofReturnType__linger_ms: _TypeAlias = _typing.Literal["linger_ms"]  # noqa: Y015
+    _WhichOneofArgType__linger_ms: _TypeAlias = _typing.Literal["_linger_ms", b"_linger_ms"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "deregister", "close"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__linger_ms) -> _WhichOneofReturnType__linger_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class CloseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseRequest: _TypeAlias = CloseRequest  # noqa: Y015
 
 @_typing.final
 class SubscribeRequest(_message.Message):
@@ -450,23 +486,33 @@ class SubscribeRequest(_message.Message):
 
     REGISTRATIONS_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    LINGER_MS_FIELD_NUMBER: _builtins.int
+    linger_ms: _builtins.int
+    """For so long after the stream's end what it registered stays registered, for a stream with its cursor to come, unless the stream
+    was closed by CloseRequest. Absent is the broker's default, 0 is not at all. At most an hour.
+    """
     @_builtins.property
     def registrations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Registration]: ...
     @_builtins.property
     def cursor(self) -> Global___Cursor:
-        """Deliver what came after this, then what comes."""
+        """Deliver what came after this to the same registrations (with the same nodes, target, filter and `follow`) of a stream that has
+        ended, then what comes. What cannot be delivered is told as a gap.
+        """
 
     def __init__(
         self,
         *,
         registrations: _abc.Iterable[Global___Registration] | None = ...,
         cursor: Global___Cursor | None = ...,
+        linger_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_linger_ms", b"_linger_ms", "cursor", b"cursor", "linger_ms", b"linger_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "registrations", b"registrations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_linger_ms", b"_linger_ms", "cursor", b"cursor", "linger_ms", b"linger_ms", "registrations", b"registrations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__linger_ms: _TypeAlias = _typing.Literal["linger_ms"]  # noqa: Y015
+    _WhichOneofArgType__linger_ms: _TypeAlias = _typing.Literal["_linger_ms", b"_linger_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__linger_ms) -> _WhichOneofReturnType__linger_ms | None: ...
 
 Global___SubscribeRequest: _TypeAlias = SubscribeRequest  # noqa: Y015
 
@@ -501,16 +547,23 @@ class Cursor(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     POSITIONS_FIELD_NUMBER: _builtins.int
+    LOG_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    log_id: _builtins.int
+    """Of the last Gap or Progress taken; 0 if there was none: gaps behind the positions may then be told a second time."""
+    number: _builtins.int
     @_builtins.property
     def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cursor.Position]: ...
     def __init__(
         self,
         *,
         positions: _abc.Iterable[Global___Cursor.Position] | None = ...,
+        log_id: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id", "number", b"number", "positions", b"positions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -717,6 +770,8 @@ class Gap(_message.Message):
     FROM_TIME_UNIX_NANO_FIELD_NUMBER: _builtins.int
     TO_TIME_UNIX_NANO_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LOG_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     reason: Global___GapReason.ValueType
     epoch: _builtins.int
@@ -727,6 +782,10 @@ class Gap(_message.Message):
     from_time_unix_nano: _builtins.int
     """Unix nanoseconds."""
     to_time_unix_nano: _builtins.int
+    number: _builtins.int
+    """Where the gap stands in the broker's log: larger for later ones. 0 if it is not in the log: it is this stream's alone."""
+    log_id: _builtins.int
+    """Names the log."""
     @_builtins.property
     def lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostCount]:
         """How many, by type. Reason RING: of all that was lost there, of which some may not have been this monitor's."""
@@ -742,10 +801,12 @@ class Gap(_message.Message):
         from_time_unix_nano: _builtins.int = ...,
         to_time_unix_nano: _builtins.int = ...,
         lost: _abc.Iterable[Global___LostCount] | None = ...,
+        number: _builtins.int = ...,
+        log_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "from_position", b"from_position", "from_time_unix_nano", b"from_time_unix_nano", "lost", b"lost", "node", b"node", "reason", b"reason", "to_position", b"to_position", "to_time_unix_nano", b"to_time_unix_nano"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "from_position", b"from_position", "from_time_unix_nano", b"from_time_unix_nano", "log_id", b"log_id", "lost", b"lost", "node", b"node", "number", b"number", "reason", b"reason", "to_position", b"to_position", "to_time_unix_nano", b"to_time_unix_nano"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -824,16 +885,23 @@ class Progress(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     NODES_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LOG_ID_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The gaps up to this number of the log `log_id` were told."""
+    log_id: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Progress.NodeProgress]: ...
     def __init__(
         self,
         *,
         nodes: _abc.Iterable[Global___Progress.NodeProgress] | None = ...,
+        number: _builtins.int = ...,
+        log_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id", "nodes", b"nodes", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -966,6 +1034,40 @@ class ListNodesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListNodesResponse: _TypeAlias = ListNodesResponse  # noqa: Y015
+
+@_typing.final
+class RemoveNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveNodeRequest: _TypeAlias = RemoveNodeRequest  # noqa: Y015
+
+@_typing.final
+class RemoveNodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveNodeResponse: _TypeAlias = RemoveNodeResponse  # noqa: Y015
 
 @_typing.final
 class ProcessFilter(_message.Message):

@@ -55,6 +55,11 @@ class MonitorServiceStub:
                 request_serializer=kmonitor_dot_v1_dot_monitor__pb2.ListProcessesRequest.SerializeToString,
                 response_deserializer=kmonitor_dot_v1_dot_monitor__pb2.ListProcessesResponse.FromString,
                 _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/kmonitor.v1.MonitorService/RemoveNode',
+                request_serializer=kmonitor_dot_v1_dot_monitor__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=kmonitor_dot_v1_dot_monitor__pb2.RemoveNodeResponse.FromString,
+                _registered_method=True)
 
 
 class MonitorServiceServicer:
@@ -89,6 +94,14 @@ class MonitorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveNode(self, request, context):
+        """For operators: a node that is not connected will not come back. Monitors are told that it is GONE; its registrations are over.
+        FAILED_PRECONDITION if it is connected, NOT_FOUND if there is none of this name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MonitorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +124,11 @@ def add_MonitorServiceServicer_to_server(servicer, server):
                     servicer.ListProcesses,
                     request_deserializer=kmonitor_dot_v1_dot_monitor__pb2.ListProcessesRequest.FromString,
                     response_serializer=kmonitor_dot_v1_dot_monitor__pb2.ListProcessesResponse.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=kmonitor_dot_v1_dot_monitor__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=kmonitor_dot_v1_dot_monitor__pb2.RemoveNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +240,33 @@ class MonitorService:
             '/kmonitor.v1.MonitorService/ListProcesses',
             kmonitor_dot_v1_dot_monitor__pb2.ListProcessesRequest.SerializeToString,
             kmonitor_dot_v1_dot_monitor__pb2.ListProcessesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kmonitor.v1.MonitorService/RemoveNode',
+            kmonitor_dot_v1_dot_monitor__pb2.RemoveNodeRequest.SerializeToString,
+            kmonitor_dot_v1_dot_monitor__pb2.RemoveNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

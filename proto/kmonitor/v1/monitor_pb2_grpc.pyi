@@ -41,6 +41,10 @@ class MonitorServiceStub:
     """The nodes that the broker knows."""
     ListProcesses: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.ListProcessesRequest, _monitor_pb2.ListProcessesResponse]
     """The processes that run on a node now."""
+    RemoveNode: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.RemoveNodeRequest, _monitor_pb2.RemoveNodeResponse]
+    """For operators: a node that is not connected will not come back. Monitors are told that it is GONE; its registrations are over.
+    FAILED_PRECONDITION if it is connected, NOT_FOUND if there is none of this name.
+    """
 
 @_typing.type_check_only
 class MonitorServiceAsyncStub(MonitorServiceStub):
@@ -55,6 +59,10 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     """The nodes that the broker knows."""
     ListProcesses: _aio.UnaryUnaryMultiCallable[_monitor_pb2.ListProcessesRequest, _monitor_pb2.ListProcessesResponse]  # type: ignore[assignment]
     """The processes that run on a node now."""
+    RemoveNode: _aio.UnaryUnaryMultiCallable[_monitor_pb2.RemoveNodeRequest, _monitor_pb2.RemoveNodeResponse]  # type: ignore[assignment]
+    """For operators: a node that is not connected will not come back. Monitors are told that it is GONE; its registrations are over.
+    FAILED_PRECONDITION if it is connected, NOT_FOUND if there is none of this name.
+    """
 
 class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
     """What monitors call."""
@@ -90,5 +98,15 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_monitor_pb2.ListProcessesResponse, _abc.Awaitable[_monitor_pb2.ListProcessesResponse]]:
         """The processes that run on a node now."""
+
+    @_abc_1.abstractmethod
+    def RemoveNode(
+        self,
+        request: _monitor_pb2.RemoveNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.RemoveNodeResponse, _abc.Awaitable[_monitor_pb2.RemoveNodeResponse]]:
+        """For operators: a node that is not connected will not come back. Monitors are told that it is GONE; its registrations are over.
+        FAILED_PRECONDITION if it is connected, NOT_FOUND if there is none of this name.
+        """
 
 def add_MonitorServiceServicer_to_server(servicer: MonitorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

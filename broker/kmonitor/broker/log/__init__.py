@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was: the blocks of all nodes and the marks between them, in the order in which they came; and what the broker must remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kmonitor.broker.block import Block
+from kmonitor.broker.mark import Mark
+
+Entry = Block | Mark
+
+DEFAULT_LOG_BYTES = 256 << 20
+"""Of the log in memory."""
+
+
+@dataclass(slots=True)
+class End:
+    """How far the log has, or has had, one node and epoch."""
+
+    position: int
+    """Behind the last byte."""
+    offset: int
+    """Of the last entry."""
+    dropped: Dropped | None = None
+    """Where what retention took ends; None if it took nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The end of what retention took of one node and epoch."""
+
+    last: int
+    """The position of its last record. Who has taken that one misses nothing."""
+    end: int
+    """The first position behind it."""
+    time_ns: int
+    """Of its last record, Unix nanoseconds; 0 if that is not known."""
+
+
+class EventLog(Protocol):
+    """Entries by offset: 0, 1, 2, ... over all nodes, never used twice. And a store of small values, for what the broker must know again.
+
+    All calls come from the event loop's thread and return at once; so do the callbacks. An entry can be read from its `append` on.
+    What is appended and put is committed in this order: what comes after something is never there without it.
+    """
+
+    on_evict: Callable[[int], None] | None
+    """Called with an offset before the entries below it are dropped: while it is called, they can still be read."""
+    on_commit: Callable[[int], None] | None
+    """Called with `committed` whenever it has grown."""
+    on_trouble: Callable[[str], None] | None
+    """Called with one line when writing fails, and with an empty one when it works again."""
+
+    @property
+    def log_id(self) -> int:
+        """Names this log, for as long as offsets go on: random, not 0, below 2^63."""
+        ...
+
+    @property
+    def oldest(self) -> int:
+        """Offset of the first entry that is still there; `end` if there is none."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """Offset that the next entry will get."""
+        ...
+
+    @property
+    def committed(self) -> int:
+        """All entries below it are safe: they outlive a crash, as far as this form of log promises that."""
+        ...
+
+    def append(self, entry: Entry) -> int:
+        """Put an entry in, set its `offset` and return it."""
+        ...
+
+    def read(self, offset: int, max_bytes: int) -> list[Entry]:
+        """Entries from `offset` (or `oldest`, if that is later) on, about `max_bytes` of them; at least one if there is one."""
+        ...
+
+    def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
+        """From which offset on all entries of the node lie that hold anything behind `position`, those of later epochs too.
+
+        May be below `oldest`; then some of them are gone. None if the log has never known this epoch, or has forgotten it.
+        """
+        ...
+
+    def ends(self, node: str) -> dict[int, End]:
+        """Epoch -> how far it has come, of the node's last 16 epochs, oldest first. Not to be changed."""
+        ...
+
+    def put(self, space: str, key: str, value: bytes | None) -> None:
+        """Remember a value under a key of a space; None forgets it."""
+        ...
+
+    def values(self, space: str) -> dict[str, bytes]:
+        """All that is remembered in a space, what was put just now too."""
+        ...
+
+    async def flush(self) -> None:
+        """Until all that was appended and put so far is committed, or cannot be: see `on_trouble`."""
+        ...
+
+    async def close(self) -> None:
+        """Flush, and give everything back."""
+        ...

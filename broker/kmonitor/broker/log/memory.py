@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log in memory. Gone with the broker."""
+
+from __future__ import annotations
+
+import bisect
+import secrets
+from collections import deque
+from collections.abc import Callable
+
+from kmonitor.broker.block import Block
+from kmonitor.broker.log import DEFAULT_LOG_BYTES, Dropped, End, Entry
+
+EPOCHS = 16
+"""How many epochs of a node are remembered."""
+
+
+class MemoryLog:
+    """At most `max_bytes`, the newest entry always. What is appended is committed at once. See EventLog."""
+
+    def __init__(self, max_bytes: int = DEFAULT_LOG_BYTES) -> None:
+        self.on_evict: Callable[[int], None] | None = None
+        self.on_commit: Callable[[int], None] | None = None
+        self.on_trouble: Callable[[str], None] | None = None
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._id = secrets.randbits(62) | 1
+        self._entries: deque[Entry] = deque()
+        self._oldest = 0
+        self._end = 0
+        self._ends: dict[str, dict[int, End]] = {}
+        self._index: dict[tuple[str, int], _Index] = {}
+        self._values: dict[str, dict[str, bytes]] = {}
+
+    @property
+    def log_id(self) -> int:
+        return self._id
+
+    @property
+    def oldest(self) -> int:
+        return self._oldest
+
+    @property
+    def end(self) -> int:
+        return self._end
+
+    @property
+    def committed(self) -> int:
+        return self._end
+
+    def append(self, entry: Entry) -> int:
+        entry.offset = self._end
+        self._entries.append(entry)
+        self._end += 1
+        self.bytes += entry.size
+        ends = self._ends.setdefault(entry.node, {})
+        end = ends.get(entry.epoch)
+        if end is None:
+            ends[entry.epoch] = End(entry.end, entry.offset)
+            self._forget_epochs(entry.node, ends)
+        else:
+            end.position, end.offset = max(end.position, entry.end), entry.offset
+        self._index.setdefault((entry.node, entry.epoch), _Index()).add(entry)
+        self._evict()
+        if self.on_commit is not None:
+            self.on_commit(self._end)
+        return entry.offset
+
+    def read(self, offset: int, max_bytes: int) -> list[Entry]:
+        found: list[Entry] = []
+        size = 0
+        for at in range(max(offset, self._oldest), self._end):
+            entry = self._entries[at - self._oldest]
+            if found and size + entry.size > max_bytes:
+                break
+            found.append(entry)
+            size += entry.size
+        return found
+
+    def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
+        end = self._ends.get(node, {}).get(epoch)
+        if end is None:
+            return None
+        if position >= end.position:
+            return end.offset + 1
+        if end.dropped is not None and position < end.dropped.last:
+            return -1
+        index = self._index.get((node, epoch))
+        return end.offset + 1 if index is None else index.first_behind(position, end.offset + 1)
+
+    def ends(self, node: str) -> dict[int, End]:
+        return self._ends.get(node, {})
+
+    def put(self, space: str, key: str, value: bytes | None) -> None:
+        if value is None:
+            self._values.get(space, {}).pop(key, None)
+        else:
+            self._values.setdefault(space, {})[key] = value
+
+    def values(self, space: str) -> dict[str, bytes]:
+        return dict(self._values.get(space, {}))
+
+    async def flush(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    def _evict(self) -> None:
+        if self.bytes <= self.max_bytes or len(self._entries) == 1:
+            return
+        size, until = self.bytes, self._oldest
+        for entry in self._entries:
+            if size <= self.max_bytes or until == self._end - 1:
+                break
+            size -= entry.size
+            until += 1
+        if self.on_evict is not None:
+            self.on_evict(until)
+        while self._oldest < until:
+            entry = self._entries.popleft()
+            self._oldest += 1
+            self.bytes -= entry.size
+            self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        key = (entry.node, entry.epoch)
+        index = self._index[key]
+        index.drop()
+        if not len(index):
+            del self._index[key]
+        end = self._ends.get(entry.node, {}).get(entry.epoch)
+        if end is not None and isinstance(entry, Block) and len(entry):
+            end.dropped = Dropped(int(entry.positions[-1]), entry.end, entry.unix_ns(len(entry) - 1))
+            entry.trim()
+
+    def _forget_epochs(self, node: str, ends: dict[int, End]) -> None:
+        for epoch in list(ends)[:-EPOCHS]:
+            del ends[epoch]
+
+
+class _Index:
+    """Where the entries of one node and epoch end, ascending, and their offsets."""
+
+    def __init__(self) -> None:
+        self._ends: list[int] = []
+        self._offsets: list[int] = []
+        self._dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._ends) - self._dropped
+
+    def add(self, entry: Entry) -> None:
+        self._ends.append(entry.end)
+        self._offsets.append(entry.offset)
+
+    def drop(self) -> None:
+        self._dropped += 1
+        if self._dropped > 1024 and self._dropped * 2 > len(self._ends):
+            del self._ends[: self._dropped], self._offsets[: self._dropped]
+            self._dropped = 0
+
+    def first_behind(self, position: int, otherwise: int) -> int:
+        """Offset of the first entry that ends behind a position."""
+        at = bisect.bisect_right(self._ends, position, lo=self._dropped)
+        return self._offsets[at] if at < len(self._offsets) else otherwise
