@@ -2,13 +2,15 @@
 """Which rows of a block a session wants.
 
 A span says from where to where in a node's ring a registration holds. Spans are kept after their end for as long as the session
-has still to read blocks from before it, so that live delivery and reading the log give the same rows.
+has still to read blocks from before it, so that live delivery and reading the log give the same rows; and some longer, for a stream
+that comes back and has not received all that was sent.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,8 @@ from kmonitor.broker.filters import NO_FILTER, Filter
 from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, Indices
 
 NO_ROWS: Indices = np.empty(0, dtype=np.intp)
+PAST = 1024
+"""Ended spans that a session keeps after it has read past them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +53,10 @@ class Span:
     """Its process was armed by the agent, and not by the kernel when it was forked."""
     since: int = 0
     """The agent's number of the change with which the registration began to follow: the same for a whole tree."""
+    end_offset: int = -1
+    """Log offset from which on no block can match it; -1 while it is open."""
+    id: int = 0
+    """Under which it is remembered, where it is."""
 
     def narrow(self, block: Block, rows: Indices) -> Indices:
         """Those of the rows that are within the span, of a wanted type, and pass the filter."""
@@ -113,28 +121,64 @@ class _Table:
 class Matcher:
     """All spans of one session, open and ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[Span, bool], None] = lambda _span, _there: None) -> None:
+        """`on_change`: called with a span when it is there or has ended (True), and when it is forgotten (False)."""
+        self._on_change = on_change
         self._tables: dict[str, _Table] = {}
         self._ended: deque[tuple[int, Span]] = deque()
         """(log offset from which on the span means nothing, span), ascending."""
+        self._past: deque[tuple[int, Span]] = deque()
+        """The same, of those that the session has passed."""
+        self.remembers_from = 0
+        """Log offset from which on no span was forgotten."""
 
     def add(self, span: Span) -> None:
         """Take a span up."""
         self._tables.setdefault(span.node, _Table()).bucket(span).append(span)
+        self._on_change(span, True)
 
     def ended(self, span: Span, offset: int) -> None:
         """The span has got its `end`: no block at or behind this log offset can match it."""
+        span.end_offset = offset
         self._ended.append((offset, span))
+        self._on_change(span, True)
 
-    def prune(self, offset: int) -> None:
-        """The session has passed all blocks before this log offset: forget the spans that ended before it."""
+    def prune(self, offset: int, *, keep: int = 0) -> None:
+        """The session has passed all blocks before this log offset: forget the spans that ended before it, all but the last `keep`."""
         while self._ended and self._ended[0][0] <= offset:
-            span = self._ended.popleft()[1]
-            self._tables[span.node].discard(span)
+            item = self._ended.popleft()
+            self._tables[item[1].node].discard(item[1])
+            self._past.append(item)
+        while len(self._past) > keep:
+            ended, span = self._past.popleft()
+            self.remembers_from = max(self.remembers_from, ended)
+            self._on_change(span, False)
+
+    def forget_before(self, offset: int) -> None:
+        """The log does not reach back behind this offset: nor need the spans that were passed."""
+        while self._past and self._past[0][0] <= offset:
+            self._on_change(self._past.popleft()[1], False)
 
     def spans(self, node: str) -> list[Span]:
         """The open spans on a node."""
         return [span for span in self._tables.get(node, ()) if span.end is None]
+
+    def all_spans(self) -> list[Span]:
+        """Open ones, ended ones, and those that are kept for a stream that comes back: those that ended come in that order."""
+        open_spans = [span for table in self._tables.values() for span in table if span.end is None]
+        return [span for _, span in itertools.chain(self._past, self._ended)] + open_spans
+
+    def spans_between(self, node: str, epoch: int, position: int, end: int) -> list[Span]:
+        """The spans that hold anywhere between two positions of a node's ring, both included."""
+        return [
+            span
+            for span in self._tables.get(node, ())
+            if span.epoch == epoch and span.first <= end and (span.end is None or span.end > position)
+        ]
+
+    def spans_on(self, node: str) -> list[Span]:
+        """The spans on a node that are open, or ended where the session has still to read."""
+        return list(self._tables.get(node, ()))
 
     def watches(self, node: str) -> bool:
         """Whether there are open spans on a node."""

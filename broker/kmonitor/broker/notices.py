@@ -17,8 +17,13 @@ def gap(
     positions: tuple[int, int],
     times: tuple[int, int],
     counts: Mapping[int, int],
+    number: int = 0,
+    log_id: int = 0,
 ) -> bytes:
-    """Events are missing: `positions` [from, to) in bytes, `times` in Unix nanoseconds, `counts` by event type."""
+    """Events are missing: `positions` [from, to) in bytes, `times` in Unix nanoseconds, `counts` by event type.
+
+    `number` and `log_id`: of the mark in the log that says so, if there is one.
+    """
     message = monitor_pb2.Gap(
         node=node,
         reason=reason,
@@ -27,6 +32,8 @@ def gap(
         to_position=positions[1],
         from_time_unix_nano=max(times[0], 0),
         to_time_unix_nano=max(times[1], 0),
+        number=number,
+        log_id=log_id,
     )
     for kind in sorted(counts):
         message.lost.add(type=events_pb2.EventType.Name(kind), count=counts[kind])  # type: ignore[arg-type]
@@ -41,9 +48,9 @@ def node_change(node: str, state: monitor_pb2.NodeState.ValueType, boot_id: str,
     return monitor_pb2.Notification(node=message).SerializeToString()
 
 
-def progress(nodes: Iterable[tuple[str, int, int, int]]) -> bytes:
-    """(node, epoch, position, Unix nanoseconds): all before it was delivered."""
-    message = monitor_pb2.Progress()
+def progress(nodes: Iterable[tuple[str, int, int, int]], number: int, log_id: int, stream_id: int = 0) -> bytes:
+    """(node, epoch, position, Unix nanoseconds): all before it was delivered; and the marks of the log up to `number` were told."""
+    message = monitor_pb2.Progress(number=number, log_id=log_id, stream_id=stream_id)
     for node, epoch, position, unix_ns in nodes:
         message.nodes.add(node=node, epoch=epoch, position=position, time_unix_nano=max(unix_ns, 0))
     return monitor_pb2.Notification(progress=message).SerializeToString()

@@ -3,6 +3,7 @@
 
 A session that does not keep up holds no rows but a stretch of log offsets, and finds its rows again when it reads on. What
 happens meanwhile is put behind the stretch, so the order is the same for all. When it has read to the end it is live again.
+A session that takes up where an earlier stream ended begins with such a stretch.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
-from kmonitor.broker.log import EventLog
-from kmonitor.broker.matching import Matcher
+from kmonitor.broker.log import Entry, EventLog
+from kmonitor.broker.losses import number_of, told
+from kmonitor.broker.mark import Mark, MarkKind
+from kmonitor.broker.matching import PAST, Matcher
 from kmonitor.broker.notices import gap, progress
 from kmonitor.broker.router import Router
 from kmonitor.v1 import monitor_pb2
@@ -55,6 +59,14 @@ class _Stretch:
     start: int
     end: int
     missed: dict[tuple[str, int], Missed] = field(default_factory=dict)
+    notices: list[bytes] = field(default_factory=list)
+    """Of marks that the log evicted."""
+    floors: Mapping[str, int] = field(default_factory=dict)
+    """Node -> log offset before which its client has taken everything."""
+    number: int = 0
+    """The client was told of the marks up to this number."""
+    resumed: bool = False
+    """It is what an earlier stream has not brought: what was told beside the log meanwhile was told to nobody."""
 
 
 _Item = bytes | tuple[Block, Indices] | _Stretch
@@ -67,15 +79,29 @@ class OverflowedError(Exception):
 class Outbox:
     """Ordered and bounded; written by the broker, emptied by one task of the session."""
 
-    def __init__(self, log: EventLog, encoder: Encoder, router: Router, matcher: Matcher, lagging: set[Outbox]) -> None:
-        """`lagging`: shared by all outboxes; those that have to read the log are in it."""
+    def __init__(
+        self,
+        log: EventLog,
+        encoder: Encoder,
+        router: Router,
+        matcher: Matcher,
+        lagging: set[Outbox],
+        on_rebooted: Callable[[Mark], bytes | None] = lambda _: None,
+    ) -> None:
+        """`lagging`: shared by all outboxes; those that have to read the log are in it. `on_rebooted`: what to tell of a reboot that
+        nobody was told of."""
         self._log = log
         self._encoder = encoder
         self._router = router
         self._matcher = matcher
         self._lagging = lagging
+        self._on_rebooted = on_rebooted
+        self.keeps = PAST
+        """How many ended spans are kept for a stream that comes back."""
         self._items: deque[_Item] = deque()
         self._stretches: deque[_Stretch] = deque()
+        self._gathering: _Stretch | None = None
+        """What is to be read first, while it is not known yet whose rows it is to be searched for."""
         self._rows_bytes = 0
         self.messages_bytes = 0
         self._delivered: dict[str, tuple[int, int, int]] = {}
@@ -91,8 +117,32 @@ class Outbox:
         """Whether it has to read the log."""
         return bool(self._stretches)
 
+    @property
+    def reads_from(self) -> int | None:
+        """Log offset of the next entry that it reads; None if it has not to read the log."""
+        return self._stretches[0].start if self._stretches else None
+
     def __len__(self) -> int:
         return len(self._items)
+
+    def gather(self, start: int, floors: Mapping[str, int], number: int) -> None:
+        """Begin with the log from an offset on, once `gathered` was called: till then all that comes waits.
+
+        `floors`: node -> log offset before which the client has taken everything. `number`: the marks that it was told of.
+        """
+        end = self._log.end
+        stretch = _Stretch(min(max(start, self._log.oldest), end), end, floors=floors, number=number, resumed=True)
+        self._gathering = stretch
+        self._items.append(stretch)
+        self._stretches.append(stretch)
+        self._lagging.add(self)
+
+    def gathered(self) -> None:
+        """What is to be delivered from the log is known now."""
+        if self._gathering is not None:
+            self._gathering.end = self._log.end
+            self._gathering = None
+            self.filled.set()
 
     def put(self, message: bytes) -> None:
         """A message, behind all that is there. Raises OverflowedError."""
@@ -100,7 +150,7 @@ class Outbox:
             raise OverflowedError
         self._items.append(message)
         self.messages_bytes += len(message)
-        self.filled.set()
+        self._fill()
 
     def put_progress(self, message: bytes) -> None:
         """How far all nodes are now. Left out while one waits to be sent; a session that is behind says how far it is itself."""
@@ -114,12 +164,13 @@ class Outbox:
         """Drop everything."""
         self._items.clear()
         self._stretches.clear()
+        self._gathering = None
         self._lagging.discard(self)
         self.filled.set()
 
     def offer(self, block: Block, rows: Indices) -> None:
         """Rows of a block that was just put into the log."""
-        last = self._items[-1] if self._items else None
+        last = self._gathering or (self._items[-1] if self._items else None)
         if isinstance(last, _Stretch):
             last.end = block.offset + 1
         elif self._rows_bytes + block.size > ROWS_LIMIT and self._rows_bytes:
@@ -130,41 +181,47 @@ class Outbox:
         else:
             self._items.append((block, rows))
             self._rows_bytes += block.size
-        self.filled.set()
+        self._fill()
 
-    def evicting(self, block: Block) -> None:
-        """The log is about to drop this block, its oldest. If it has not been read yet, count what is missed of it."""
+    def offer_mark(self, mark: Mark) -> None:
+        """A mark that was just put into the log. Raises OverflowedError."""
+        last = self._gathering or (self._items[-1] if self._items else None)
+        if isinstance(last, _Stretch):
+            last.end = mark.offset + 1
+        elif mark.kind is not MarkKind.UNLOGGED:  # what could not be logged is told to those who look for it in the log
+            message = told(mark, self._matcher, self._log.log_id)
+            if message is not None:
+                self.put(message)
+
+    def evicting(self, entry: Entry) -> None:
+        """The log is about to drop this entry, its oldest. If it has not been read yet, count what is missed of it."""
         for stretch in self._stretches:
-            if stretch.start > block.offset:
+            if stretch.start > entry.offset:
                 break
-            if stretch.end <= block.offset:
+            if stretch.end <= entry.offset:
                 continue
-            stretch.start = block.offset + 1
-            rows = self._select(block)
-            if len(rows):
-                kinds, counts = np.unique(block.column("type")[rows], return_counts=True)
-                missed = Missed(
-                    int(block.positions[rows[0]]),
-                    block.end,
-                    block.unix_ns(int(rows[0])),
-                    block.unix_ns(int(rows[-1])),
-                    dict(zip(kinds.tolist(), counts.tolist(), strict=True)),
-                )
-                before = stretch.missed.setdefault((block.node, block.epoch), missed)
-                if before is not missed:
-                    before.add(missed)
-            block.trim()
-        self.prune(block.offset + 1)
+            stretch.start = entry.offset + 1
+            if isinstance(entry, Mark):
+                stretch.notices += self._read_mark(stretch, entry)
+            elif entry.offset >= stretch.floors.get(entry.node, 0):
+                rows = self.select(entry)
+                if len(rows):
+                    missed = missed_rows(entry, rows)
+                    before = stretch.missed.setdefault((entry.node, entry.epoch), missed)
+                    if before is not missed:
+                        before.add(missed)
+                entry.trim()
+        self.prune(entry.offset + 1)
 
     def prune(self, end: int) -> None:
         """Forget ended spans that no block still to be read can match. `end`: the log offset before which all is past."""
-        self._matcher.prune(self._stretches[0].start if self._stretches else end)
+        self._matcher.prune(self._stretches[0].start if self._stretches else end, keep=self.keeps)
 
     def take(self) -> list[bytes]:
         """The next messages to send, about READ_SIZE bytes. May be empty though more is to come: look at `len`."""
         out: list[bytes] = []
         size = 0
-        while self._items and size < READ_SIZE:
+        while self._items and size < READ_SIZE and self._gathering is None:
             item = self._items[0]
             if isinstance(item, bytes):
                 self._items.popleft()
@@ -180,9 +237,17 @@ class Outbox:
                 break  # one reading a turn: others have their turn too
             out += made
             size += sum(map(len, made))
-        if not self._items:
+        if not self._items or self._gathering is not None:
             self.filled.clear()
         return out
+
+    def select(self, block: Block) -> Indices:
+        """The session's rows of a block."""
+        return self._matcher.select(block, self._router.route_of(block.node).cgroup_tree)
+
+    def _fill(self) -> None:
+        if self._gathering is None:
+            self.filled.set()
 
     def _take_rows(self) -> list[tuple[Block, Indices]]:
         """The rows at the head, as far as they are of one node and boot and make about one message."""
@@ -203,37 +268,37 @@ class Outbox:
 
     def _read(self, stretch: _Stretch) -> list[bytes]:
         """Read on in the log. First tell what it dropped."""
-        out = [
-            gap(
-                node,
-                monitor_pb2.GAP_REASON_SUBSCRIBER,
-                epoch,
-                positions=(missed.first, missed.end),
-                times=(missed.first_time, missed.end_time),
-                counts=missed.counts,
-            )
-            for (node, epoch), missed in stretch.missed.items()
-        ]
+        reason = monitor_pb2.GAP_REASON_LOG if stretch.resumed else monitor_pb2.GAP_REASON_SUBSCRIBER
+        out = [gap_of(missed, node, epoch, reason) for (node, epoch), missed in stretch.missed.items()]
+        out += stretch.notices
         stretch.missed.clear()
-        blocks = self._log.read(stretch.start, READ_SIZE) if stretch.start < stretch.end else []
+        stretch.notices.clear()
+        entries = self._log.read(stretch.start, READ_SIZE) if stretch.start < stretch.end else []
         parts: list[tuple[Block, Indices]] = []
-        for block in blocks:
-            if block.offset >= stretch.end:
+        for entry in entries:
+            if entry.offset >= stretch.end:
                 break
-            rows = self._select(block)
-            if len(rows):
-                parts.append((block, rows))
-            stretch.start = block.offset + 1
-            if len(block):
-                self._delivered[block.node] = (block.epoch, block.end, block.unix_ns(len(block) - 1))
-        for _, run in itertools.groupby(parts, key=lambda part: part[0].source):
-            out += self._encoder.notifications(list(run))
-        for block in blocks:
-            block.trim()
+            if isinstance(entry, Mark):
+                out += self._messages(parts)
+                parts = []
+                out += self._read_mark(stretch, entry)
+            elif len(entry) and entry.offset >= stretch.floors.get(entry.node, 0):
+                rows = self.select(entry)
+                if len(rows):
+                    parts.append((entry, rows))
+                self._delivered[entry.node] = (entry.epoch, entry.end, entry.unix_ns(len(entry) - 1))
+            stretch.start = entry.offset + 1
+        if not entries:
+            stretch.start = stretch.end
+        out += self._messages(parts)
+        for entry in entries:
+            if isinstance(entry, Block):
+                entry.trim()
         if self._progress_due:
             self._progress_due = False
             nodes = set(self._matcher.nodes())
-            out.append(progress((node, *at) for node, at in self._delivered.items() if node in nodes))
+            done = ((node, *at) for node, at in self._delivered.items() if node in nodes)
+            out.append(progress(done, min(stretch.start, stretch.end), self._log.log_id))
         if stretch.start >= stretch.end:
             self._items.popleft()
             self._stretches.popleft()
@@ -243,5 +308,42 @@ class Outbox:
         self.prune(self._log.end)
         return out
 
-    def _select(self, block: Block) -> Indices:
-        return self._matcher.select(block, self._router.route_of(block.node).cgroup_tree)
+    def _messages(self, parts: list[tuple[Block, Indices]]) -> list[bytes]:
+        out: list[bytes] = []
+        for _, run in itertools.groupby(parts, key=lambda part: part[0].source):
+            out += self._encoder.notifications(list(run))
+        return out
+
+    def _read_mark(self, stretch: _Stretch, mark: Mark) -> list[bytes]:
+        if number_of(mark) <= stretch.number or mark.offset < stretch.floors.get(mark.node, 0):
+            return []
+        message = told(mark, self._matcher, self._log.log_id)
+        out = [] if message is None else [message]
+        if stretch.resumed and mark.rebooted:
+            message = self._on_rebooted(mark)
+            out += [] if message is None else [message]
+        return out
+
+
+def missed_rows(block: Block, rows: Indices) -> Missed:
+    """What is missed if these rows of a block are."""
+    kinds, counts = np.unique(block.column("type")[rows], return_counts=True)
+    return Missed(
+        int(block.positions[rows[0]]),
+        block.end,
+        block.unix_ns(int(rows[0])),
+        block.unix_ns(int(rows[-1])),
+        dict(zip(kinds.tolist(), counts.tolist(), strict=True)),
+    )
+
+
+def gap_of(missed: Missed, node: str, epoch: int, reason: monitor_pb2.GapReason.ValueType) -> bytes:
+    """The notice of what the log has dropped."""
+    return gap(
+        node,
+        reason,
+        epoch,
+        positions=(missed.first, missed.end),
+        times=(missed.first_time, missed.end_time),
+        counts=missed.counts,
+    )

@@ -1,66 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One monitor's stream: its registrations, its spans, and what is still to be sent to it."""
+"""One monitor's registrations and spans, and what is still to be sent to it. May outlive its stream: see resume.py."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
-from kmonitor.broker.log import EventLog
-from kmonitor.broker.matching import Matcher
+from kmonitor.broker.log import Entry, EventLog
+from kmonitor.broker.losses import told
+from kmonitor.broker.mark import Mark
+from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
-from kmonitor.broker.notices import progress
-from kmonitor.broker.outbox import Outbox, OverflowedError
+from kmonitor.broker.notices import node_change, progress
+from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, missed_rows
 from kmonitor.broker.registrations import ArmState, Key, Registration
 from kmonitor.broker.router import Router
+from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.record import Indices
 
 REQUESTS_HELD_ABOVE = 256 << 10
 """Bytes of unsent messages above which no more requests are read from the stream."""
 REQUESTS_PENDING = 1024
 """Requests that no node has answered yet, above which no more are read."""
+MISSED_ROWS = 1 << 16
+"""So many rows that retention has taken are known one by one, for a session without a stream."""
+
+
+@dataclass(slots=True)
+class Cursor:
+    """What a client has taken from an earlier stream."""
+
+    positions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Node -> (epoch, position of the last event)."""
+    log_id: int = 0
+    number: int = 0
+    """The last mark of that log that it was told of."""
+
+
+@dataclass(slots=True)
+class Evicted:
+    """What the log has dropped while there was no stream to bring it to."""
+
+    parts: list[tuple[Block, Indices]] = field(default_factory=list)
+    """Blocks, without their data's neighbours in the log, and the session's rows in them."""
+    rows: int = 0
+    marks: list[Mark] = field(default_factory=list)
+    whole: bool = True
+    """Whether that is all."""
+
+    def behind(self, cursor: Cursor) -> dict[tuple[str, int], Missed]:
+        """(node, epoch) -> what the client has not taken of it."""
+        found: dict[tuple[str, int], Missed] = {}
+        for block, rows in self.parts:
+            epoch, position = cursor.positions.get(block.node, (block.epoch, -1))
+            if epoch == block.epoch:
+                rows = rows[block.positions[rows].astype(object) > position] if position >= 0 else rows
+            if len(rows):
+                missed = missed_rows(block, rows)
+                before = found.setdefault((block.node, block.epoch), missed)
+                if before is not missed:
+                    before.add(missed)
+        return found
 
 
 class Session:
     """Takes what the broker gives it, never blocks it, and gives it out to the one task that sends."""
 
-    def __init__(self, log: EventLog, encoder: Encoder, router: Router, lagging: set[Outbox]) -> None:
-        self.matcher = Matcher()
-        self.outbox = Outbox(log, encoder, router, self.matcher, lagging)
+    def __init__(self, log: EventLog, encoder: Encoder, router: Router, lagging: set[Outbox], linger: float = 0.0) -> None:
+        """`linger`: seconds for which it outlives its stream."""
+        self.log = log
+        self.linger = linger
+        self.matcher = Matcher(self._span_changed)
+        self.outbox = Outbox(log, encoder, router, self.matcher, lagging, self._rebooted)
         self.registrations: dict[Key, Registration] = {}
-        self.cursor: dict[str, tuple[int, int]] = {}
-        """Node -> (epoch, position of the last event that the client took from an earlier stream)."""
+        self.past: dict[Key, Registration] = {}
+        """Registrations that are over, and still have spans."""
+        self.cursor: Cursor | None = None
+        """What the client took from an earlier stream, if it brought that; of nodes where it has been made use of, no more."""
+        self.resuming = 0
+        """Register requests that are still to come before anything is delivered."""
+        self.detached = False
+        """Whether its stream has ended."""
+        self.evicted = Evicted()
         self.failure: RefusedError | None = None
         """Why the broker ended the stream."""
         self.pending = 0
         """Answers to requests that are still to come from agents."""
+        self.id = 0
+        """Under which it is remembered; 0 if it is not."""
+        self.keeper: Keeper | None = None
         self._calm = asyncio.Event()
         self._calm.set()
 
     def offer(self, block: Block, rows: Indices) -> None:
         """Rows of a block for this session."""
-        if self.failure is None:
+        if self.failure is None and not self.detached:
             self.outbox.offer(block, rows)
+
+    def offer_mark(self, mark: Mark) -> None:
+        """A mark in the log: a session without a stream finds it there."""
+        if self.failure is not None or self.detached:
+            return
+        try:
+            self.outbox.offer_mark(mark)
+        except OverflowedError:
+            self._overflowed()
 
     def tell(self, message: bytes) -> None:
         """A notification, behind all that came before it. A session that lets too many gather is ended."""
-        if self.failure is not None:
+        if self.failure is not None or self.detached:
             return
         try:
             self.outbox.put(message)
         except OverflowedError:
-            self.fail(RefusedError(Code.RESOURCE_EXHAUSTED, "the monitor does not read: too many messages wait for it"))
+            self._overflowed()
         self._weigh()
 
     def progress(self, nodes: list[tuple[str, int, int, int]]) -> None:
         """How far the nodes are that it watches: (node, epoch, position, Unix nanoseconds)."""
-        if self.failure is None:
+        if self.failure is None and not self.detached:
             with contextlib.suppress(OverflowedError):  # it has much to read before that
-                self.outbox.put_progress(progress(nodes))
+                self.outbox.put_progress(progress(nodes, self.log.end, self.log.log_id))
 
     def pends(self, answers: int) -> None:
         """So many more answers are awaited; fewer, if negative."""
@@ -73,6 +140,27 @@ class Session:
             self.failure = failure
         self.outbox.close()
         self._calm.set()
+
+    def detach(self) -> None:
+        """The stream has ended, and one that takes up where it ended may come."""
+        self.detached = True
+        self.outbox.close()
+
+    def evicting(self, entry: Entry) -> None:
+        """The log is about to drop an entry: of what this session had there, the numbers remain."""
+        if isinstance(entry, Mark):
+            if told(entry, self.matcher, self.log.log_id) is not None:
+                self.evicted.marks.append(entry)
+            return
+        rows = self.outbox.select(entry)
+        entry.trim()
+        if not len(rows):
+            return
+        self.evicted.rows += len(rows)
+        if self.evicted.rows > MISSED_ROWS:
+            self.evicted = Evicted(whole=False, rows=self.evicted.rows)
+        else:
+            self.evicted.parts.append((entry, rows))
 
     async def ready_for_request(self) -> None:
         """Wait until the monitor has read enough of what it caused for its next request to be taken."""
@@ -91,6 +179,16 @@ class Session:
             if len(self.outbox):
                 await asyncio.sleep(0)  # a long stretch of the log must not keep others waiting
 
+    def registration_of(self, key: Key) -> Registration | None:
+        """One that stands, or one that is over and may still have something to bring."""
+        return self.registrations.get(key) or self.past.get(key)
+
+    def over(self, registration: Registration) -> None:
+        """It is over on all nodes that it names."""
+        if self.registrations.get(registration.key) is registration:
+            del self.registrations[registration.key]
+            self.past[registration.key] = registration
+
     def concerned(self, node: Node) -> list[int]:
         """Ids of the registrations that hold on a node, or will once it is armed."""
         found = []
@@ -99,6 +197,9 @@ class Session:
             if registration.key.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
                 found.append(registration.id)
         return found
+
+    def _overflowed(self) -> None:
+        self.fail(RefusedError(Code.RESOURCE_EXHAUSTED, "the monitor does not read: too many messages wait for it"))
 
     def _weigh(self) -> None:
         if self.failure is None and (self.outbox.messages_bytes > REQUESTS_HELD_ABOVE or self.pending > REQUESTS_PENDING):

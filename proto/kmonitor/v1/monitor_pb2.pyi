@@ -549,9 +549,12 @@ class Cursor(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     LOG_ID_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    STREAM_ID_FIELD_NUMBER: _builtins.int
     log_id: _builtins.int
     """Of the last Gap or Progress taken; 0 if there was none: gaps behind the positions may then be told a second time."""
     number: _builtins.int
+    stream_id: _builtins.int
+    """Of the stream that it is of, as in Registered and Progress; 0 is whichever had the same registrations."""
     @_builtins.property
     def positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cursor.Position]: ...
     def __init__(
@@ -560,10 +563,11 @@ class Cursor(_message.Message):
         positions: _abc.Iterable[Global___Cursor.Position] | None = ...,
         log_id: _builtins.int = ...,
         number: _builtins.int = ...,
+        stream_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id", "number", b"number", "positions", b"positions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id", "number", b"number", "positions", b"positions", "stream_id", b"stream_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -656,6 +660,7 @@ class Registered(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
+    STREAM_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     """As in the request; for Subscribe the index of the registration."""
     registration_id: _builtins.int
@@ -670,6 +675,8 @@ class Registered(_message.Message):
     """The mask that is registered now, with the bits of earlier requests."""
     boot_id: _builtins.str
     """The boot of the node that answers, and of `process`; for NODE_UNREACHABLE the last one known. Empty if none is."""
+    stream_id: _builtins.int
+    """Names the stream. One that takes up where another ended, by its cursor's `stream_id`, has the same."""
     @_builtins.property
     def process(self) -> _events_pb2.Process: ...
     @_builtins.property
@@ -693,10 +700,11 @@ class Registered(_message.Message):
         target: Global___Target | None = ...,
         error: Global___RequestError | None = ...,
         boot_id: _builtins.str = ...,
+        stream_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "process", b"process", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "epoch", b"epoch", "error", b"error", "event_mask", b"event_mask", "node", b"node", "pending", b"pending", "position", b"position", "process", b"process", "registration_id", b"registration_id", "request_id", b"request_id", "state", b"state", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "epoch", b"epoch", "error", b"error", "event_mask", b"event_mask", "node", b"node", "pending", b"pending", "position", b"position", "process", b"process", "registration_id", b"registration_id", "request_id", b"request_id", "state", b"state", "stream_id", b"stream_id", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -887,9 +895,12 @@ class Progress(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     LOG_ID_FIELD_NUMBER: _builtins.int
+    STREAM_ID_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """The gaps up to this number of the log `log_id` were told."""
     log_id: _builtins.int
+    stream_id: _builtins.int
+    """Names the stream, as in Registered."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Progress.NodeProgress]: ...
     def __init__(
@@ -898,10 +909,11 @@ class Progress(_message.Message):
         nodes: _abc.Iterable[Global___Progress.NodeProgress] | None = ...,
         number: _builtins.int = ...,
         log_id: _builtins.int = ...,
+        stream_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id", "nodes", b"nodes", "number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_id", b"log_id", "nodes", b"nodes", "number", b"number", "stream_id", b"stream_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
