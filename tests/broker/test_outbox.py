@@ -37,9 +37,11 @@ class Bench:
         self.at = 0
         self.got: list[monitor_pb2.Notification] = []
 
-    def evicting(self, block: Block) -> None:
-        for outbox in list(self.lagging):
-            outbox.evicting(block)
+    def evicting(self, until: int) -> None:
+        for entry in self.log.read(self.log.oldest, 1 << 62):
+            if entry.offset < until:
+                for outbox in list(self.lagging):
+                    outbox.evicting(entry)
 
     def span(self, process: tuple[int, int] | None, *, follow: bool = False, mask: int = 0x7F) -> Span:
         made = Span(self.session, "claim", "a", 1, mask, self.at, process, follow=follow)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.mark import Mark, MarkKind
 from kmonitor.broker.nodes import Link, Node
-from kmonitor.broker.notices import gap
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import BadRecordError, BadSelectorError
 from kmonitor.wire.masks import EventType
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 UP = monitor_pb2.NODE_STATE_UP
 UNREACHABLE = monitor_pb2.NODE_STATE_UNREACHABLE
 REBOOTED = monitor_pb2.NODE_STATE_REBOOTED
+
+_RING_BYTES = 8 << 20
+"""Taken for an agent that does not say how large its ring is."""
 
 
 class Agents:
@@ -45,7 +49,7 @@ class Agents:
         new = not node.boot_id
         rebooted = not new and node.boot_id != hello.boot_id
         restarted = rebooted or (not new and node.epoch != hello.epoch)
-        successor = False
+        successor = node.link is not None
         if node.link is not None:
             # The pinned ring has one holder: who shows the same boot and epoch has taken it over from the one that is connected.
             if restarted:
@@ -53,37 +57,30 @@ class Agents:
                     Code.ALREADY_EXISTS,
                     f"node {node.name} is connected already, by an agent of boot {node.boot_id}: give this one another --node",
                 )
-            successor = True
             self._end(node.link, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
-        was = (node.epoch, node.position, node.time_ns)
-        node.hello = hello
-        node.labels = dict(hello.labels)
-        node.forget_waiting()
-        if new or restarted:
-            known = self._broker.log.ends(node.name).get(hello.epoch)
-            node.lost = _totals(hello.lost)
-        link = Link(node)
+        if node.drain is not None:
+            self._end(node.drain, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
+        link = Link(node, draining=hello.draining)
         link.heard = self._loop.time()
-        node.link = link
-        if not successor:
-            node.since_ns = time.time_ns()
-            node.received_bytes = 0
-            reason = "its agent connected" if not rebooted else "it is up with another boot id"
-            self._broker.tell_concerned(node, REBOOTED if rebooted else UP, reason)
-        if restarted:
-            self._gap(node, monitor_pb2.GAP_REASON_AGENT, hello.epoch, (0, hello.position), (was[2], time.time_ns()))
-        interest = self._broker.arming.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, restarted=restarted)
-        if new or restarted:
-            node.epoch = hello.epoch
-            node.expected = max(hello.position, known.position if known is not None else 0)
-            node.position = node.expected
+        if hello.draining:
+            node.drain = link
+            self._take_on(node, hello, new=new, restarted=restarted, rebooted=rebooted)
+            interest = None
         else:
-            self._lost(node, hello.lost)
-            if hello.position > node.expected:
-                self._hole(node, hello.position)
-        welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=0 if new or restarted else node.expected)
+            node.link = link
+            node.labels = dict(hello.labels)
+            if not successor:
+                node.since_ns = time.time_ns()
+                node.received_bytes = 0
+                reason = "its agent connected" if not rebooted else "it is up with another boot id"
+                self._broker.tell_concerned(node, REBOOTED if rebooted else UP, reason, hello.boot_id)
+            self._take_on(node, hello, new=new, restarted=restarted, rebooted=rebooted)
+            interest = self._broker.reconcile.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, epoch=hello.epoch)
+        self._broker.remember_node(node)
+        welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=0 if new or restarted else node.logged)
         link.send(agent_pb2.BrokerMessage(welcome=welcome))
-        link.send(agent_pb2.BrokerMessage(interest=interest))
+        if interest is not None:
+            link.send(agent_pb2.BrokerMessage(interest=interest))
         self._timers[link] = self._loop.call_later(self._lease, self._check_lease, link, self._loop.time() + self._lease)
         logger.info("node %s: agent %s connected, source %s, epoch %x", node.name, hello.agent_version, hello.source, hello.epoch)
         return link
@@ -97,43 +94,83 @@ class Agents:
         kind = message.WhichOneof("kind")
         if kind == "block":
             self._block(node, message.block)
-            link.ack(node.expected)
-        elif kind == "applied":
-            self._broker.arming.applied(node, message.applied)
-        elif kind == "pidfile_read":
-            self._broker.arming.pidfile_read(node, message.pidfile_read)
-        elif kind == "groups_changed":
-            self._broker.arming.groups_changed(node, message.groups_changed)
+            link.ack(node.logged, node.expected)
         elif kind == "lost":
             self._lost(node, message.lost)
         elif kind == "heartbeat":
             node.reached(message.heartbeat.position, message.heartbeat.time_unix_nano)
-        elif kind == "processes":
-            link.answered(message.processes)
         elif kind == "hello":
             raise RefusedError(Code.INVALID_ARGUMENT, "a second hello on one stream")
+        elif link.draining:
+            raise RefusedError(Code.INVALID_ARGUMENT, f"a stream that drains brings no {kind}")
+        elif kind == "applied":
+            self._broker.answers.applied(node, message.applied)
+        elif kind == "pidfile_read":
+            self._broker.answers.pidfile_read(node, message.pidfile_read)
+        elif kind == "groups_changed":
+            self._broker.answers.groups_changed(node, message.groups_changed)
+        elif kind == "processes":
+            link.answered(message.processes)
+
+    def committed(self, offset: int) -> None:
+        """The log is safe up to this offset: agents may forget what is in it."""
+        for node in self._broker.nodes:
+            if node.committed(offset):
+                for link in (node.link, node.drain):
+                    if link is not None:
+                        link.ack(node.logged, node.expected)
 
     def disconnect(self, link: Link, reason: str) -> None:
         """The stream has ended. Does nothing if it was given up before."""
-        if link.node.link is link:
+        if link in (link.node.link, link.node.drain):
             self._end(link, RefusedError(Code.UNAVAILABLE, reason))
-            self._unreachable(link.node, reason)
+            if not link.draining:
+                self._unreachable(link.node, reason)
 
     def stop(self, failure: RefusedError) -> None:
         """End all streams, telling nobody that nodes are gone: the broker is."""
         for link in list(self._timers):
             self._end(link, failure)
 
+    def _take_on(self, node: Node, hello: agent_pb2.Hello, *, new: bool, restarted: bool, rebooted: bool) -> None:
+        """From here on the node is what its agent says it is. What is missing for that is marked in the log."""
+        node.forget_waiting()
+        if rebooted:
+            ends = self._broker.reconcile.rebooted(node, self._broker.sessions)
+            if ends is not None:
+                self._broker.store(ends)
+                node.expected = ends.end
+        if restarted:
+            known = self._broker.log.ends(node.name).get(hello.epoch)
+            start = max(hello.position, known.position if known is not None else 0)
+            mark = Mark(MarkKind.EPOCH, node.name, hello.boot_id, hello.epoch, 0, start, node.time_ns, time.time_ns(), rebooted=rebooted)
+            self._broker.mark(mark)
+        if new or restarted:
+            known = self._broker.log.ends(node.name).get(hello.epoch)
+            start = max(hello.position, known.position if known is not None else 0)
+            node.starts_anew(start)
+            node.lost = _totals(hello.lost)
+        node.hello = hello
+        node.epoch = hello.epoch
+        if not (new or restarted):
+            self._lost(node, hello.lost)
+            if hello.position > node.expected:
+                self._hole(node, hello.position)
+
     def _end(self, link: Link, failure: RefusedError) -> None:
         self._timers.pop(link).cancel()
-        link.node.link = None
+        node = link.node
+        if node.link is link:
+            node.link = None
+        if node.drain is link:
+            node.drain = None
         link.close(failure)
 
     def _unreachable(self, node: Node, reason: str) -> None:
         logger.warning("node %s: unreachable: %s", node.name, reason)
         node.since_ns = time.time_ns()
-        self._broker.tell_concerned(node, UNREACHABLE, reason)
-        self._broker.arming.disconnected(node)
+        self._broker.tell_concerned(node, UNREACHABLE, reason, node.boot_id)
+        self._broker.reconcile.disconnected(node)
 
     def _check_lease(self, link: Link, due: float) -> None:
         """At the end of a lease. `due`, on the loop's clock: when this should have been called."""
@@ -148,7 +185,8 @@ class Agents:
             return
         reason = f"nothing came from its agent for {self._lease:g} s"
         self._end(link, RefusedError(Code.DEADLINE_EXCEEDED, f"lease ran out: {reason}"))
-        self._unreachable(link.node, reason)
+        if not link.draining:
+            self._unreachable(link.node, reason)
 
     def _block(self, node: Node, message: agent_pb2.Block) -> None:
         position, data = message.position, message.data
@@ -167,47 +205,46 @@ class Agents:
         time_ns = block.unix_ns(len(block) - 1) if len(block) else node.time_ns
         node.expected = block.end
         self._broker.store(block)
+        node.appended(block.offset, block.end)
+        node.committed(self._broker.log.committed)
+        self._relieve(node)
         node.reached(block.end, time_ns)
+
+    def _relieve(self, node: Node) -> None:
+        """While the log cannot be written, rings fill with what nobody may forget yet. Live comes first: what is live already, and
+        would fill the ring, is given up for the log. Those who read it there are told of the gap."""
+        most = (node.hello.ring_bytes or _RING_BYTES) // 2
+        if self._broker.trouble and node.expected - node.logged > most:
+            self._broker.log.give_up(node.name, node.epoch, node.expected - most // 2)
 
     def _hole(self, node: Node, position: int) -> None:
         """The agent goes on further ahead than the broker has come."""
-        self._gap(node, monitor_pb2.GAP_REASON_AGENT, node.epoch, (node.expected, position), (node.time_ns, time.time_ns()))
+        mark = Mark(MarkKind.HOLE, node.name, node.boot_id, node.epoch, node.expected, position, node.time_ns, time.time_ns())
         node.expected = position
-
-    def _gap(
-        self, node: Node, reason: monitor_pb2.GapReason.ValueType, epoch: int, positions: tuple[int, int], times: tuple[int, int]
-    ) -> None:
-        self._broker.tell_watchers(node, gap(node.name, reason, epoch, positions=positions, times=times, counts={}))
+        self._broker.mark(mark)
+        node.appended(mark.offset, position)
+        node.committed(self._broker.log.committed)
 
     def _lost(self, node: Node, message: agent_pb2.Lost) -> None:
         """Tell those whom it may concern what the ring could not take since we last heard."""
+        if message.to_position > node.position:
+            # A hello tells of what was lost while there was no stream, before the records around it have come. The gap belongs
+            # behind them: who takes it has taken all before it.
+            node.when_reached(message.to_position, partial(self._lost, node, message))
+            return
         totals = _totals(message)
         news = {key: total - node.lost.get(key, 0) for key, total in totals.items() if total > node.lost.get(key, 0)}
         if not news:
             return
         node.lost.update({key: totals[key] for key in news})
-        times = (message.from_time_unix_nano, message.to_time_unix_nano)
-        positions = (message.from_position, message.to_position)
-        for session in self._broker.sessions:
-            spans = session.matcher.spans(node.name)
-            own, wide, follows = 0, 0, False
-            for span in spans:
-                follows |= span.follow
-                if span.process is not None:
-                    own |= span.mask
-                else:
-                    wide |= span.mask
-            counts: dict[int, int] = {}
-            for (kind, watched), count in news.items():
-                # What a process's own entry asked for may be wanted by a wider registration too; not the other way round.
-                # Type 0, watched: a child that could not be followed, of which every event is missing. Not watched: what the kernel
-                # could not tell the agent of (source netlink), of any type and whoever's.
-                if kind & (wide | own if watched else wide) or (kind == 0 and (follows if watched else spans)):
-                    counts[kind] = counts.get(kind, 0) + count
-            if counts:
-                session.tell(gap(node.name, monitor_pb2.GAP_REASON_RING, node.epoch, positions=positions, times=times, counts=counts))
+        mark = Mark(
+            MarkKind.LOST, node.name, node.boot_id, node.epoch, message.from_position, message.to_position,
+            message.from_time_unix_nano, message.to_time_unix_nano, news,
+        )  # fmt: skip
+        self._broker.mark(mark)
+        self._broker.remember_node(node)
         if (int(EventType.PROCESS_EXIT), True) in news:
-            self._broker.arming.ends_lost(node)
+            self._broker.reconcile.ends_lost(node)
 
 
 def _totals(lost: agent_pb2.Lost) -> dict[tuple[int, bool], int]:

@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable
 
 from kmonitor.broker.agents import Agents
-from kmonitor.broker.arming import NO_NODE, Arming
+from kmonitor.broker.answers import Answers
+from kmonitor.broker.arming import Arming
+from kmonitor.broker.arms import NO_NODE, Arms
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.keeper import LogKeeper
 from kmonitor.broker.log import EventLog
-from kmonitor.broker.matching import Span
+from kmonitor.broker.mark import Mark
+from kmonitor.broker.matching import PAST, Span
 from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import deregistered, node_change, registered
-from kmonitor.broker.outbox import Outbox
-from kmonitor.broker.registrations import Registration, Request, parse_found, parse_key
+from kmonitor.broker.outbox import READ_SIZE, Outbox
+from kmonitor.broker.reconcile import Reconcile
+from kmonitor.broker.registrations import Arm, Registration, Request, parse_found, parse_key
+from kmonitor.broker.resume import Lingering
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
@@ -25,39 +32,102 @@ from kmonitor.wire.selectors import check_glob, check_node_selector, check_pid, 
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
+DEFAULT_LINGER = 10.0  # seconds
+LINGER_MOST = 3600  # seconds
+DETACHED_SPANS = 1 << 14
+"""Ended spans that a session without a stream keeps."""
+
+logger = logging.getLogger(__name__)
 
 
 class Broker:
     """Log, router, nodes and sessions put together. Make it on a running event loop."""
 
-    def __init__(self, log: EventLog, *, lease: float = DEFAULT_LEASE, progress_interval: float = DEFAULT_PROGRESS_INTERVAL) -> None:
-        """`lease` and `progress_interval` in seconds."""
+    def __init__(
+        self,
+        log: EventLog,
+        *,
+        lease: float = DEFAULT_LEASE,
+        progress_interval: float = DEFAULT_PROGRESS_INTERVAL,
+        linger: float = DEFAULT_LINGER,
+    ) -> None:
+        """`lease`, `progress_interval` and `linger` (for streams that do not say how long) in seconds.
+
+        What a log that outlives its broker remembers is taken up: nodes that are still to connect, sessions that wait for their streams.
+        """
+        loop = asyncio.get_running_loop()
         self.log = log
         self.encoder = Encoder()
         self.lagging: set[Outbox] = set()
         self.sessions: dict[Session, None] = {}
-        self.nodes = Nodes(asyncio.get_running_loop().time() + lease)
+        self.trouble = ""
+        """Why nothing gets into the log, if that is so."""
+        self.nodes = Nodes(loop.time() + lease)
         self.router = Router(self._child_made, self._process_ended, self._orphan_found)
-        self.arming = Arming(self.nodes, self.router, log)
+        arms = Arms(self.nodes, self.router, log)
+        self.reconcile = Reconcile(arms)
+        self.answers = Answers(arms, self.reconcile)
+        self.arming = Arming(arms, self.reconcile)
+        self.lingering = Lingering(arms, log, self.sessions, self._forget)
         self.agents = Agents(self, lease)
+        self._linger = linger
+        self._keeper = LogKeeper(log) if log.durable else None
         self._progress_interval = progress_interval
         self._ticker: asyncio.TimerHandle | None = None
+        if self._keeper is not None:
+            self._keeper.nodes(arms)
+            for session in self._keeper.sessions(arms, self._make_session):
+                self.lingering.keep(session)
         log.on_evict = self._evicting
+        log.on_commit = self.agents.committed
+        log.on_trouble = self._troubled
         self._tick()
 
     # -- monitors
 
     def open_session(self) -> Session:
         """A new stream's session. Give it back to `close_session`."""
-        session = Session(self.log, self.encoder, self.router, self.lagging)
+        session = self._make_session(self._linger)
+        if self._keeper is not None and session.linger:
+            self._keeper.session_opened(session)
+        return session
+
+    def close_session(self, session: Session, *, for_good: bool = False) -> None:
+        """The stream has ended. What it registered stays for a while, unless it has closed `for_good`."""
+        if session not in self.sessions or session.detached:
+            return
+        registrations = session.registrations.values()
+        stays = bool(registrations or session.past) and not all(each.taken for each in registrations)
+        if for_good or not session.linger or not stays:
+            self._forget(session)
+        else:
+            self.lingering.keep(session)
+
+    def linger(self, session: Session, milliseconds: int) -> None:
+        """The client says for how long its session is to outlive the stream. Raises RefusedError."""
+        if milliseconds > LINGER_MOST * 1000:
+            raise RefusedError(Code.INVALID_ARGUMENT, f"linger_ms {milliseconds}: at most {LINGER_MOST * 1000}")
+        session.linger = milliseconds / 1000
+        session.outbox.keeps = PAST if milliseconds else 0
+        if self._keeper is not None and session.linger and session.keeper is None:
+            self._keeper.session_opened(session)
+        elif self._keeper is not None and not session.linger:
+            self._keeper.session_closed(session)
+        elif self._keeper is not None:
+            self._keeper.session_changed(session)
+
+    def _make_session(self, linger: float) -> Session:
+        session = Session(self.log, self.encoder, self.router, self.lagging, linger)
         self.sessions[session] = None
         return session
 
-    def close_session(self, session: Session) -> None:
-        """The stream has ended: all that it registered goes."""
+    def _forget(self, session: Session) -> None:
+        """All that it registered goes."""
         if session not in self.sessions:
             return
         del self.sessions[session]
+        if session.keeper is not None and self._keeper is not None:
+            self._keeper.session_closed(session)
         for registration in list(session.registrations.values()):
             self.arming.shrink(registration, registration.mask)
         # Those that a process's end took out of `registrations` may have spans that linger.
@@ -65,6 +135,7 @@ class Broker:
             for span in session.matcher.spans(node.name):
                 self.router.end(span, node.position, self.log.end)
         session.registrations.clear()
+        session.past.clear()
         session.outbox.close()
 
     def register(
@@ -84,17 +155,25 @@ class Broker:
         if unknown and not self.nodes.settling:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
         registration = session.registrations.get(key)
+        fresh = False
         if registration is None:
             if any(other.id == request_id for other in session.registrations.values()):
                 raise RefusedError(Code.INVALID_ARGUMENT, f"request id {request_id} names a registration of this stream already")
-            registration = Registration(session, request_id, key, message.target, 0)
+            registration = Registration(session, request_id, key, message.target, 0, message=message.SerializeToString())
             session.registrations[key] = registration
+            session.past.pop(key, None)
+            fresh = True
         registration.mask |= message.event_mask
         registration.found |= processes
+        adopted = fresh and bool(session.resuming) and self.lingering.adopt(registration, message.event_mask)
         names = [node.name for node in self.nodes.selected(key)] + unknown
         request = Request(request_id, len(names))
         for name in names:
+            if session.resuming and not adopted and session.cursor is not None:
+                registration.arms.setdefault(name, Arm(registration, name)).absent = session.cursor.positions.get(name)
             self.arming.arm(registration, name, request, message.event_mask)
+        if self._keeper is not None and session.keeper is not None:
+            self._keeper.registration_changed(registration)
         if not names:
             registration.granted = True
             session.tell(
@@ -105,6 +184,7 @@ class Broker:
                         state=NO_NODE,
                         event_mask=registration.mask,
                         target=registration.target,
+                        stream_id=session.stream_id,
                     )
                 )
             )
@@ -124,31 +204,40 @@ class Broker:
         answer = monitor_pb2.Deregistered(request_id=request_id, registration_id=registration.id, event_mask=registration.mask)
         session.tell(deregistered(answer))
 
-    def resume(self, session: Session, cursor: monitor_pb2.Cursor) -> None:
-        """The client has taken so much from an earlier stream. What came between is told as a gap of reason LOG.
+    def resume(self, session: Session, cursor: monitor_pb2.Cursor, requests: int) -> None:
+        """The client has taken so much from an earlier stream, and will bring its registrations in so many requests."""
+        if not session.registrations and session.cursor is None:
+            self.lingering.begin(session, cursor, requests)
 
-        Not from the log itself: with the earlier stream its interest ended, so the log may lack what came between.
-        """
-        session.cursor = {item.node: (item.epoch, item.position) for item in cursor.positions}
+    def resumed(self, session: Session) -> None:
+        """One of these requests was taken, or refused."""
+        self.lingering.requested(session)
 
-    def watch(self, session: Session, request: monitor_pb2.WatchRequest) -> None:
-        """One request of a Watch stream: refusals are answers."""
+    def watch(self, session: Session, request: monitor_pb2.WatchRequest) -> bool:
+        """One request of a Watch stream: refusals are answers. False if it is the last one."""
         kind = request.WhichOneof("kind")
-        if not session.registrations and request.HasField("cursor"):
-            self.resume(session, request.cursor)
+        if kind == "close":
+            return False
         try:
+            if request.HasField("linger_ms"):
+                self.linger(session, request.linger_ms)
+            if request.HasField("cursor"):
+                self.resume(session, request.cursor, request.resuming)
             if kind == "register":
                 self.register(session, request.request_id, request.register.registration, request.register.found)
             elif kind == "deregister":
                 self.deregister(session, request.request_id, request.deregister.registration)
             else:
-                raise RefusedError(Code.INVALID_ARGUMENT, "the request is neither register nor deregister")  # noqa: TRY301 -- one way out
+                raise RefusedError(Code.INVALID_ARGUMENT, "the request is neither register nor deregister nor close")  # noqa: TRY301 -- one way out
         except RefusedError as refusal:
             error = monitor_pb2.RequestError(code=refusal.code, message=str(refusal))
             if kind == "deregister":
                 session.tell(deregistered(monitor_pb2.Deregistered(request_id=request.request_id, error=error)))
             else:
                 session.tell(registered(monitor_pb2.Registered(request_id=request.request_id, error=error)))
+        if kind != "deregister":
+            self.resumed(session)
+        return True
 
     def list_nodes(self, selector: monitor_pb2.NodeSelector) -> list[monitor_pb2.Node]:
         """The known nodes, by name. Raises RefusedError."""
@@ -181,6 +270,20 @@ class Broker:
             raise RefusedError(Code.UNAVAILABLE, f"node {name}: {answer.error}")
         return monitor_pb2.ListProcessesResponse(node=name, processes=answer.processes, boot_id=boot_id)
 
+    def remove_node(self, name: str) -> None:
+        """An operator says that a node will not come back. Raises RefusedError."""
+        node = self.nodes.get(name)
+        if node is None:
+            raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
+        if node.link is not None or node.drain is not None:
+            raise RefusedError(Code.FAILED_PRECONDITION, f"node {name} is connected: stop its agent first")
+        self.tell_concerned(node, monitor_pb2.NODE_STATE_GONE, "an operator removed it", node.boot_id)
+        for session in self.sessions:
+            self.arming.remove_node(node, list(session.registrations.values()))
+        self.nodes.remove(name)
+        if self._keeper is not None:
+            self._keeper.node_removed(name)
+
     # -- what agents bring
 
     def store(self, block: Block) -> None:
@@ -189,51 +292,77 @@ class Broker:
         self.router.route(block)
         block.trim()
 
-    def tell_watchers(self, node: Node, message: bytes) -> None:
-        """To all sessions with open spans on a node."""
+    def mark(self, mark: Mark) -> None:
+        """Put a mark into the log, and tell those whom it concerns."""
+        self.log.append(mark)
         for session in self.sessions:
-            if session.matcher.watches(node.name):
-                session.tell(message)
+            session.offer_mark(mark)
 
-    def tell_concerned(self, node: Node, state: monitor_pb2.NodeState.ValueType, reason: str) -> None:
+    def tell_concerned(self, node: Node, state: monitor_pb2.NodeState.ValueType, reason: str, boot_id: str) -> None:
         """A node came or went: to all sessions with registrations there."""
         for session in self.sessions:
             ids = session.concerned(node)
             if ids:
-                session.tell(node_change(node.name, state, node.boot_id, reason, ids))
+                session.tell(node_change(node.name, state, boot_id, reason, ids))
+
+    def remember_node(self, node: Node) -> None:
+        """It has changed in what a broker must know that is started again."""
+        if self._keeper is not None:
+            self._keeper.node_changed(node)
 
     def stop(self, reason: str) -> None:
-        """End all streams."""
+        """End all streams. Sessions stay in a log that outlives us."""
         failure = RefusedError(Code.UNAVAILABLE, reason)
         if self._ticker is not None:
             self._ticker.cancel()
         self.agents.stop(failure)
+        self.lingering.stop()
         for session in self.sessions:
             session.fail(failure)
 
     def _child_made(self, span: Span) -> None:
         self.arming.child_made(span)
 
-    def _orphan_found(self, span: Span) -> bool:
-        return self.arming.orphan_found(span)
-
     def _process_ended(self, span: Span) -> None:
         self.arming.process_ended(span)
 
+    def _orphan_found(self, span: Span) -> bool:
+        return self.arming.orphan_found(span)
+
     def _evicting(self, until: int) -> None:
-        for block in self.log.read(self.log.oldest, 1 << 62):
-            if block.offset >= until:
+        """The log is about to drop all entries before `until`: who has not read them is to know what that was."""
+        readers = [outbox for outbox in self.lagging if outbox.reads_from is not None and outbox.reads_from < until]
+        detached = list(self.lingering)
+        offset = self.log.oldest
+        while (readers or detached) and offset < until:
+            entries = self.log.read(offset, READ_SIZE)
+            for entry in entries:
+                offset = entry.offset + 1
+                if offset > until:
+                    break
+                for outbox in readers:
+                    outbox.evicting(entry)
+                for session in detached:
+                    session.evicting(entry)
+            if not entries:
                 break
-            if isinstance(block, Block):
-                for outbox in list(self.lagging):
-                    outbox.evicting(block)
-                self.encoder.drop(block)
+
+    def _troubled(self, why: str) -> None:
+        if why:
+            logger.warning("%s", why)
+        elif self.trouble:
+            logger.warning("the log is written again")
+        self.trouble = why
 
     def _tick(self) -> None:
         """Every `progress_interval`: progress for all, and what is kept for late records goes."""
         self.router.retire(self._position_of, self.log.end)
         known = {node.name: (node.name, node.epoch, node.position, node.time_ns) for node in self.nodes}
         for session in self.sessions:
+            if session.detached:
+                if session.matcher.ended_spans > DETACHED_SPANS:
+                    session.matcher.prune(self.log.end, keep=DETACHED_SPANS)
+                continue
             session.outbox.prune(self.log.end)
             session.progress([known[name] for name in session.matcher.nodes()])
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)

@@ -154,10 +154,21 @@ class Matcher:
             self.remembers_from = max(self.remembers_from, ended)
             self._on_change(span, False)
 
-    def forget_before(self, offset: int) -> None:
-        """The log does not reach back behind this offset: nor need the spans that were passed."""
-        while self._past and self._past[0][0] <= offset:
-            self._on_change(self._past.popleft()[1], False)
+    def recall(self) -> None:
+        """Blocks are to be read again that were passed: spans that were kept hold for them again."""
+        for _, span in self._past:
+            self._tables.setdefault(span.node, _Table()).bucket(span).append(span)
+        self._ended.extendleft(reversed(self._past))
+        self._past.clear()
+
+    def changed(self, span: Span) -> None:
+        """Something else of it than its end has."""
+        self._on_change(span, True)
+
+    @property
+    def ended_spans(self) -> int:
+        """How many ended spans there are that were not passed."""
+        return len(self._ended)
 
     def spans(self, node: str) -> list[Span]:
         """The open spans on a node."""
@@ -175,6 +186,10 @@ class Matcher:
             for span in self._tables.get(node, ())
             if span.epoch == epoch and span.first <= end and (span.end is None or span.end > position)
         ]
+
+    def nodes_known(self) -> set[str]:
+        """The nodes with spans, open or ended where the session has still to read."""
+        return {node for node, table in self._tables.items() if any(True for _ in table)}
 
     def spans_on(self, node: str) -> list[Span]:
         """The spans on a node that are open, or ended where the session has still to read."""

@@ -21,8 +21,10 @@ CALL_TIMEOUT = 5.0  # seconds
 class Link:
     """One agent's stream, as the broker writes to it. The server's task takes what is to be sent."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, *, draining: bool = False) -> None:
         self.node = node
+        self.draining = draining
+        """It only brings what is left in a ring that is about to go."""
         self.heard = 0.0
         """When something came, on the event loop's clock, seconds."""
         self.failure: RefusedError | None = None
@@ -32,7 +34,7 @@ class Link:
         self._messages: deque[agent_pb2.BrokerMessage] = deque()
         self.spared = False
         """Whether the last look at its lease came too late to be held against it."""
-        self._ack: int | None = None
+        self._ack: agent_pb2.Ack | None = None
         self._calls: dict[int, asyncio.Future[agent_pb2.ProcessList]] = {}
         self._call_ids = itertools.count(1)
 
@@ -41,9 +43,9 @@ class Link:
         self._messages.append(message)
         self.filled.set()
 
-    def ack(self, position: int) -> None:
-        """All before `position` is in the log. Only the last one that waits is sent."""
-        self._ack = position
+    def ack(self, logged: int, received: int) -> None:
+        """All before `logged` is in the log, and all before `received` has come. Only the last one that waits is sent."""
+        self._ack = agent_pb2.Ack(position=logged, received=received)
         self.filled.set()
 
     def take(self) -> list[agent_pb2.BrokerMessage]:
@@ -52,7 +54,7 @@ class Link:
         messages = list(self._messages)
         self._messages.clear()
         if self._ack is not None:
-            messages.append(agent_pb2.BrokerMessage(ack=agent_pb2.Ack(position=self._ack)))
+            messages.append(agent_pb2.BrokerMessage(ack=self._ack))
             self._ack = None
         return messages
 
@@ -99,6 +101,8 @@ class Node:
         self.epoch = 0
         self.expected = 0
         """Where the next block begins."""
+        self.logged = 0
+        """All before it is in the log, for good."""
         self.position = 0
         """All records before it have come."""
         self.time_ns = 0
@@ -110,9 +114,14 @@ class Node:
         self.received_bytes = 0
         self.since_ns = time.time_ns()
         self.link: Link | None = None
+        self.drain: Link | None = None
+        """A stream that brings the rest of an old ring, before the node's own comes."""
+        self.inferring: set[tuple[int, int]] = set()
+        """(pid, start time) of processes whose ends the agent was asked to make records of."""
         self.interest: NodeInterest[Ask] = NodeInterest()
         self.pidfiles = Pidfiles()
         self._waiting: list[tuple[int, Callable[[], None]]] = []
+        self._unlogged: deque[tuple[int, int]] = deque()
 
     @property
     def boot_id(self) -> str:
@@ -132,6 +141,22 @@ class Node:
             self._waiting = [(at, action) for at, action in self._waiting if at > self.position]
             for action in due:
                 action()
+
+    def appended(self, offset: int, end: int) -> None:
+        """What ends at `end` got this offset in the log."""
+        self._unlogged.append((offset, end))
+
+    def committed(self, offset: int) -> bool:
+        """The log is safe up to this offset. Whether that is news for the agent."""
+        before = self.logged
+        while self._unlogged and self._unlogged[0][0] < offset:
+            self.logged = max(self.logged, self._unlogged.popleft()[1])
+        return self.logged != before
+
+    def starts_anew(self, position: int) -> None:
+        """Its positions start anew here."""
+        self.expected = self.position = self.logged = position
+        self._unlogged.clear()
 
     def when_reached(self, position: int, action: Callable[[], None]) -> None:
         """Call `action` once all records before `position` have come; at once if they have."""
@@ -188,6 +213,10 @@ class Nodes:
     def meet(self, name: str) -> Node:
         """The node; made if it is new."""
         return self._nodes.setdefault(name, Node(name))
+
+    def remove(self, name: str) -> None:
+        """Forget a node."""
+        del self._nodes[name]
 
     def selected(self, key: Key) -> list[Node]:
         """The known nodes that a registration is about."""

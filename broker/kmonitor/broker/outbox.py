@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
@@ -87,9 +88,11 @@ class Outbox:
         matcher: Matcher,
         lagging: set[Outbox],
         on_rebooted: Callable[[Mark], bytes | None] = lambda _: None,
+        stream_id: int = 0,
     ) -> None:
         """`lagging`: shared by all outboxes; those that have to read the log are in it. `on_rebooted`: what to tell of a reboot that
         nobody was told of."""
+        self.stream_id = stream_id
         self._log = log
         self._encoder = encoder
         self._router = router
@@ -137,9 +140,10 @@ class Outbox:
         self._stretches.append(stretch)
         self._lagging.add(self)
 
-    def gathered(self) -> None:
-        """What is to be delivered from the log is known now."""
+    def gathered(self, before: Iterable[bytes] = ()) -> None:
+        """What is to be delivered from the log is known now, and what is to be said `before` that."""
         if self._gathering is not None:
+            self._gathering.notices += before
             self._gathering.end = self._log.end
             self._gathering = None
             self.filled.set()
@@ -298,7 +302,7 @@ class Outbox:
             self._progress_due = False
             nodes = set(self._matcher.nodes())
             done = ((node, *at) for node, at in self._delivered.items() if node in nodes)
-            out.append(progress(done, min(stretch.start, stretch.end), self._log.log_id))
+            out.append(progress(done, min(stretch.start, stretch.end), self._log.log_id, self.stream_id))
         if stretch.start >= stretch.end:
             self._items.popleft()
             self._stretches.popleft()
@@ -327,14 +331,19 @@ class Outbox:
 
 def missed_rows(block: Block, rows: Indices) -> Missed:
     """What is missed if these rows of a block are."""
-    kinds, counts = np.unique(block.column("type")[rows], return_counts=True)
     return Missed(
         int(block.positions[rows[0]]),
         block.end,
         block.unix_ns(int(rows[0])),
         block.unix_ns(int(rows[-1])),
-        dict(zip(kinds.tolist(), counts.tolist(), strict=True)),
+        count_types(block.column("type")[rows]),
     )
+
+
+def count_types(types: npt.NDArray[np.uint8]) -> dict[int, int]:
+    """Event type -> how many."""
+    kinds, counts = np.unique(types, return_counts=True)
+    return dict(zip(kinds.tolist(), counts.tolist(), strict=True))
 
 
 def gap_of(missed: Missed, node: str, epoch: int, reason: monitor_pb2.GapReason.ValueType) -> bytes:

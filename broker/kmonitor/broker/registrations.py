@@ -112,6 +112,8 @@ class Arm:
     """The one that the target, a pidfile, was found to name: what is asked of the agent from then on, until that process has ended."""
     spans: int = 0
     """Open spans of processes that live: the process itself, and those it made, if followed."""
+    absent: tuple[int, int] | None = None
+    """(epoch, last position taken) of a client that comes back, until it is told from where on it is armed: nobody kept its place."""
     asks: set[Ask] = field(default_factory=set)
     """Those that the agent has not answered yet: until then what an earlier answer says is not the last word."""
 
@@ -131,6 +133,10 @@ class Registration:
     """Node -> the process that had the pid there, or that the pidfile named, as a client knows it from an earlier stream."""
     granted: bool = False
     """Whether any node has answered with anything but an error."""
+    message: bytes = b""
+    """As it was asked for: a kmonitor.v1.Registration, of which the mask may have changed since."""
+    taken: bool = False
+    """Another stream goes on with it."""
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""
@@ -169,6 +175,8 @@ class Ask:
     target: Target
     child: bool = False
     """It is about a process that the registered one made."""
+    known: bool = False
+    """It is about a process that was told of as running, and whose end may lie in a ring that is gone."""
 
 
 def parse_key(message: monitor_pb2.Registration) -> Key:

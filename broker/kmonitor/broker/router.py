@@ -101,6 +101,13 @@ class Router:
         receiver: Receiver = span.owner
         receiver.matcher.ended(span, offset)
 
+    def linger(self, span: Span) -> None:
+        """The span's process has ended: `retire` ends it soon."""
+        span.lingers = True
+        receiver: Receiver = span.owner
+        receiver.matcher.changed(span)
+        self._lingering.append(span)
+
     def retire(self, position_of: Callable[[str], int], offset: int) -> None:
         """End the spans whose processes ended before the last call: call it every second or so.
 
@@ -217,8 +224,7 @@ class Router:
             for span in list(route.processes.get(key, ())):
                 if span.epoch == block.epoch and not span.lingers:
                     # Threads that end at the same time may be recorded behind the exit of their process: `retire` ends the span.
-                    span.lingers = True
-                    self._lingering.append(span)
+                    self.linger(span)
                     self._on_end(span)
 
 

@@ -42,6 +42,10 @@ _OPTIONS: list[tuple[str, Any]] = [
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+class _ClosedError(Exception):
+    """The client has said that it will not come back."""
+
+
 class Server:
     """One listening broker."""
 
@@ -88,6 +92,11 @@ class Server:
                     request_deserializer=monitor_pb2.ListNodesRequest.FromString,
                     response_serializer=monitor_pb2.ListNodesResponse.SerializeToString,
                 ),
+                "RemoveNode": grpc.unary_unary_rpc_method_handler(
+                    self._remove_node,
+                    request_deserializer=monitor_pb2.RemoveNodeRequest.FromString,
+                    response_serializer=monitor_pb2.RemoveNodeResponse.SerializeToString,
+                ),
                 "ListProcesses": grpc.unary_unary_rpc_method_handler(
                     self._list_processes,
                     request_deserializer=monitor_pb2.ListProcessesRequest.FromString,
@@ -111,7 +120,8 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
-                self._broker.watch(session, request)
+                if not self._broker.watch(session, request):
+                    raise _ClosedError
                 await session.ready_for_request()
             # A client that has said all it wants to say still listens.
 
@@ -121,9 +131,13 @@ class Server:
         async def take_requests(session: Session) -> None:
             if not request.registrations:
                 raise RefusedError(Code.INVALID_ARGUMENT, "the request has no registrations: give at least one")
-            self._broker.resume(session, request.cursor)
+            if request.HasField("linger_ms"):
+                self._broker.linger(session, request.linger_ms)
+            if request.HasField("cursor"):
+                self._broker.resume(session, request.cursor, len(request.registrations))
             for index, registration in enumerate(request.registrations):
                 self._broker.register(session, index, registration)
+                self._broker.resumed(session)
 
         await self._serve(context, take_requests)
 
@@ -138,12 +152,15 @@ class Server:
 
         sending = asyncio.ensure_future(send())
         taking = asyncio.ensure_future(take_requests(session))
+        closed = False
         try:
             await _first_failure(sending, taking)
+        except _ClosedError:
+            closed = True
         except RefusedError as refusal:
             await _abort(context, refusal)
         finally:
-            self._broker.close_session(session)
+            self._broker.close_session(session, for_good=closed)
             await _cancel(sending, taking)
 
     async def _list_nodes(self, request: monitor_pb2.ListNodesRequest, context: Context) -> monitor_pb2.ListNodesResponse:
@@ -151,6 +168,13 @@ class Server:
             return monitor_pb2.ListNodesResponse(nodes=self._broker.list_nodes(request.nodes))
         except RefusedError as refusal:
             await _abort(context, refusal)
+
+    async def _remove_node(self, request: monitor_pb2.RemoveNodeRequest, context: Context) -> monitor_pb2.RemoveNodeResponse:
+        try:
+            self._broker.remove_node(request.node)
+        except RefusedError as refusal:
+            await _abort(context, refusal)
+        return monitor_pb2.RemoveNodeResponse()
 
     async def _list_processes(self, request: monitor_pb2.ListProcessesRequest, context: Context) -> monitor_pb2.ListProcessesResponse:
         try:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
@@ -19,7 +22,7 @@ from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change, progress
-from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, missed_rows
+from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
 from kmonitor.broker.registrations import ArmState, Key, Registration
 from kmonitor.broker.router import Router
 from kmonitor.v1 import monitor_pb2
@@ -42,32 +45,71 @@ class Cursor:
     log_id: int = 0
     number: int = 0
     """The last mark of that log that it was told of."""
+    stream_id: int = 0
+    """Of the earlier stream; 0 if that is not said."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The session's rows of one block."""
+
+    node: str
+    epoch: int
+    positions: npt.NDArray[np.uint64]
+    types: npt.NDArray[np.uint8]
+    times: tuple[int, int]
+    end: int
 
 
 @dataclass(slots=True)
 class Evicted:
     """What the log has dropped while there was no stream to bring it to."""
 
-    parts: list[tuple[Block, Indices]] = field(default_factory=list)
-    """Blocks, without their data's neighbours in the log, and the session's rows in them."""
-    rows: int = 0
     marks: list[Mark] = field(default_factory=list)
     whole: bool = True
-    """Whether that is all."""
+    """Whether all of it is known."""
+    _parts: list[_Part] = field(default_factory=list)
+    _rows: int = 0
 
-    def behind(self, cursor: Cursor) -> dict[tuple[str, int], Missed]:
-        """(node, epoch) -> what the client has not taken of it."""
+    def add(self, block: Block, rows: Indices) -> None:
+        """These rows of a block are about to go."""
+        self._rows += len(rows)
+        if self._rows > MISSED_ROWS:
+            self.whole = False
+            self._parts.clear()
+        if self.whole and len(rows):
+            times = block.unix_ns(int(rows[0])), block.unix_ns(int(rows[-1]))
+            self._parts.append(_Part(block.node, block.epoch, block.positions[rows], block.column("type")[rows], times, block.end))
+
+    def behind(self, positions: Mapping[str, tuple[int, int]]) -> dict[tuple[str, int], Missed]:
+        """(node, epoch) -> what a client with this cursor has not taken of it. `positions`: node -> (epoch, last position taken)."""
         found: dict[tuple[str, int], Missed] = {}
-        for block, rows in self.parts:
-            epoch, position = cursor.positions.get(block.node, (block.epoch, -1))
-            if epoch == block.epoch:
-                rows = rows[block.positions[rows].astype(object) > position] if position >= 0 else rows
-            if len(rows):
-                missed = missed_rows(block, rows)
-                before = found.setdefault((block.node, block.epoch), missed)
-                if before is not missed:
-                    before.add(missed)
+        for part in self._parts:
+            epoch, position = positions.get(part.node, (0, -1))
+            first = int(np.searchsorted(part.positions, np.uint64(position), side="right")) if epoch == part.epoch else 0
+            if first == len(part.positions):
+                continue
+            missed = Missed(int(part.positions[first]), part.end, *part.times, count_types(part.types[first:]))
+            before = found.setdefault((part.node, part.epoch), missed)
+            if before is not missed:
+                before.add(missed)
         return found
+
+
+class Keeper(Protocol):
+    """Remembers sessions for a broker that is started again."""
+
+    def session_changed(self, session: Session) -> None:
+        """It goes on with what another stream had."""
+        ...
+
+    def span_changed(self, session: Session, span: Span, *, there: bool) -> None:
+        """It is there, or has ended (`there`), or is of no use any more."""
+        ...
+
+    def registration_changed(self, registration: Registration) -> None:
+        """It was made, or has got another state, or (of no session any more) is gone."""
+        ...
 
 
 class Session:
@@ -75,10 +117,16 @@ class Session:
 
     def __init__(self, log: EventLog, encoder: Encoder, router: Router, lagging: set[Outbox], linger: float = 0.0) -> None:
         """`linger`: seconds for which it outlives its stream."""
+        self.stream_id = secrets.randbits(62) | 1
+        """Names the stream, and one that takes up where it ended."""
+        self.id = secrets.randbits(62)
+        """Under which it is remembered."""
         self.log = log
         self.linger = linger
+        self.keeper: Keeper | None = None
+        """Remembers it, where the broker outlives itself."""
         self.matcher = Matcher(self._span_changed)
-        self.outbox = Outbox(log, encoder, router, self.matcher, lagging, self._rebooted)
+        self.outbox = Outbox(log, encoder, router, self.matcher, lagging, self._rebooted, self.stream_id)
         self.registrations: dict[Key, Registration] = {}
         self.past: dict[Key, Registration] = {}
         """Registrations that are over, and still have spans."""
@@ -88,14 +136,17 @@ class Session:
         """Register requests that are still to come before anything is delivered."""
         self.detached = False
         """Whether its stream has ended."""
+        self.detached_from = 0
+        """Log offset before which it was not counted what is dropped."""
         self.evicted = Evicted()
+        self.donors: list[Registration] = []
+        """What it goes on with, of other sessions, until all of that is known."""
+        self.before: list[bytes] = []
+        """What is to be told before anything of that."""
         self.failure: RefusedError | None = None
         """Why the broker ended the stream."""
         self.pending = 0
         """Answers to requests that are still to come from agents."""
-        self.id = 0
-        """Under which it is remembered; 0 if it is not."""
-        self.keeper: Keeper | None = None
         self._calm = asyncio.Event()
         self._calm.set()
 
@@ -127,7 +178,7 @@ class Session:
         """How far the nodes are that it watches: (node, epoch, position, Unix nanoseconds)."""
         if self.failure is None and not self.detached:
             with contextlib.suppress(OverflowedError):  # it has much to read before that
-                self.outbox.put_progress(progress(nodes, self.log.end, self.log.log_id))
+                self.outbox.put_progress(progress(nodes, self.log.end, self.log.log_id, self.stream_id))
 
     def pends(self, answers: int) -> None:
         """So many more answers are awaited; fewer, if negative."""
@@ -144,7 +195,9 @@ class Session:
     def detach(self) -> None:
         """The stream has ended, and one that takes up where it ended may come."""
         self.detached = True
+        self.detached_from = self.log.oldest
         self.outbox.close()
+        self.matcher.recall()
 
     def evicting(self, entry: Entry) -> None:
         """The log is about to drop an entry: of what this session had there, the numbers remain."""
@@ -152,15 +205,8 @@ class Session:
             if told(entry, self.matcher, self.log.log_id) is not None:
                 self.evicted.marks.append(entry)
             return
-        rows = self.outbox.select(entry)
+        self.evicted.add(entry, self.outbox.select(entry))
         entry.trim()
-        if not len(rows):
-            return
-        self.evicted.rows += len(rows)
-        if self.evicted.rows > MISSED_ROWS:
-            self.evicted = Evicted(whole=False, rows=self.evicted.rows)
-        else:
-            self.evicted.parts.append((entry, rows))
 
     async def ready_for_request(self) -> None:
         """Wait until the monitor has read enough of what it caused for its next request to be taken."""
@@ -197,6 +243,14 @@ class Session:
             if registration.key.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
                 found.append(registration.id)
         return found
+
+    def _span_changed(self, span: Span, there: bool) -> None:
+        if self.keeper is not None:
+            self.keeper.span_changed(self, span, there=there)
+
+    def _rebooted(self, mark: Mark) -> bytes | None:
+        ids = [registration.id for registration in self.registrations.values() if mark.node in registration.arms]
+        return node_change(mark.node, monitor_pb2.NODE_STATE_REBOOTED, mark.boot_id, "it came back with another boot id", ids)
 
     def _overflowed(self) -> None:
         self.fail(RefusedError(Code.RESOURCE_EXHAUSTED, "the monitor does not read: too many messages wait for it"))

@@ -60,6 +60,11 @@ class EventLog(Protocol):
         ...
 
     @property
+    def durable(self) -> bool:
+        """Whether it outlives the broker."""
+        ...
+
+    @property
     def oldest(self) -> int:
         """Offset of the first entry that is still there; `end` if there is none."""
         ...
@@ -99,6 +104,13 @@ class EventLog(Protocol):
 
     def values(self, space: str) -> dict[str, bytes]:
         """All that is remembered in a space, what was put just now too."""
+        ...
+
+    def give_up(self, node: str, epoch: int, position: int) -> None:
+        """Blocks of this node and epoch that end at or before `position`, and could not be committed so far, never are.
+
+        Where they would be there is a mark UNLOGGED, and they count as committed.
+        """
         ...
 
     async def flush(self) -> None:

@@ -37,6 +37,10 @@ class MemoryLog:
         return self._id
 
     @property
+    def durable(self) -> bool:
+        return False
+
+    @property
     def oldest(self) -> int:
         return self._oldest
 
@@ -99,6 +103,9 @@ class MemoryLog:
 
     def values(self, space: str) -> dict[str, bytes]:
         return dict(self._values.get(space, {}))
+
+    def give_up(self, node: str, epoch: int, position: int) -> None:
+        pass  # nothing ever waits
 
     async def flush(self) -> None:
         pass

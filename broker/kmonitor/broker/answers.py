@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What agents answer, and what that means for those who have asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+from kmonitor.broker.arms import ARMED, EXITED, NOT_FOUND, RUNNING, Arms, forget_named, session_of, unclaim, wants_exits
+from kmonitor.broker.errors import Code
+from kmonitor.broker.interest import Group
+from kmonitor.broker.nodes import Node
+from kmonitor.broker.reconcile import Reconcile
+from kmonitor.broker.registrations import Arm, Ask, Pidfile, Process
+from kmonitor.v1 import agent_pb2
+
+
+class Answers:
+    """Takes the answers of all agents."""
+
+    def __init__(self, arms: Arms, reconcile: Reconcile) -> None:
+        self._arms = arms
+        self._router = arms.router
+        self._reconcile = reconcile
+        arms.on_unreadable = self.pidfile_read
+
+    def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
+        """The agent has done what an Interest said: answer those who wait for it."""
+        processes = {(result.pid, result.start_time): result for result in message.processes}
+        groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
+        for result in message.groups:
+            if result.cgroup_ids:
+                self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
+        node.number = message.number
+        for ask in node.interest.answered(message.version):
+            arm = ask.arm
+            arm.asks.discard(ask)
+            if ask.request is not None:
+                session_of(arm).pends(-1)
+            if not ask.mask & arm.registration.mask:
+                self._arms.withdrawn(ask, node)
+                continue
+            # Before the answer, and whatever it is: a process that ended in between may be the one that the client waits for.
+            self._arms.tell_of_absence(node, arm, message.position)
+            if isinstance(ask.target, Process):
+                told = processes.get((ask.target.pid, ask.target.start))
+                self._process_answer(node, (message.position, max(message.position, message.end_position)), ask, ask.target, told)
+            elif isinstance(ask.target, Group):
+                self._group_answer(node, message.position, ask, groups.get(ask.target))
+            else:
+                new = self._arms.open(node, ask, message.position, None, None)
+                if ask.request is not None or new:
+                    self._arms.tell(arm, ask.request, ARMED, node, position=message.position)
+
+    def groups_changed(self, node: Node, message: agent_pb2.GroupsChanged) -> None:
+        """Groups that are watched have gone, or were made anew under the same name: ask after them again."""
+        for item in message.groups:
+            kind = item.WhichOneof("kind")
+            if kind is None:
+                continue
+            group = Group(kind, getattr(item, kind))
+            for arm in node.interest.claims_of(group):
+                assert isinstance(arm, Arm)
+                self._arms.claim(node, Ask(arm, None, arm.registration.mask, group), waits=True)
+        self._arms.flush_soon(node)
+
+    def pidfile_read(self, node: Node, answer: agent_pb2.PidfileRead) -> None:
+        """The agent has found out which process a file names: from here on the registration is of that one."""
+        for ask in node.pidfiles.answered(answer.call_id):
+            arm = ask.arm
+            arm.asks.discard(ask)
+            wanted = bool(ask.mask & arm.registration.mask)
+            if wanted and answer.state == RUNNING and answer.process.start_time:
+                arm.named = Process(answer.process.pid, answer.process.start_time)
+                self._arms.note(arm.registration)
+                self._arms.claim(node, dataclasses.replace(ask, target=arm.named), waits=True)
+                continue
+            if ask.request is not None:
+                session_of(arm).pends(-1)
+            if not wanted:
+                self._arms.withdrawn(ask, node)
+                continue
+            self._arms.tell_of_absence(node, arm, node.position)
+            if answer.state in {EXITED, NOT_FOUND}:
+                self._arms.tell(arm, ask.request, answer.state, node, position=node.position)
+                if not arm.spans:
+                    self._arms.over(arm)
+            else:
+                what = answer.error or "was not understood by its agent"
+                self._arms.failed(arm, ask, f"pidfile {arm.registration.target.pidfile!r} {what}", node, Code.FAILED_PRECONDITION)
+                self._arms.refused(arm.registration, ask.request)
+        self._arms.flush_soon(node)
+
+    def _process_answer(
+        self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
+    ) -> None:
+        """`positions`: from where on a process that runs is delivered; before which the end of one that does not was recorded."""
+        arm = ask.arm
+        position, end = positions
+        if result is None or result.error:
+            unclaim(node, arm, target)
+            self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
+        elif result.state == RUNNING:
+            self._runs(node, position, ask, target, result)
+        else:
+            unclaim(node, arm, target)
+            living = [
+                span
+                for span in self._arms.spans(arm)
+                if span.process and span.process[0] == target.pid and target.start in {0, span.process[1]} and not span.lingers
+            ]
+            if not living and ask.known and wants_exits(arm) and node.hello.infers_exits:
+                # Its monitor was told that it runs, and where its end was recorded is gone: it is told by an event all the same.
+                self._arms.open(node, ask, position, target.key, None)
+                living = [span for span in self._arms.spans(arm) if span.process == target.key]
+            if not living:
+                forget_named(arm, target.key)
+            state = NOT_FOUND if result.state == NOT_FOUND else EXITED
+            if ask.request is not None or not living:
+                if not ask.child:
+                    self._arms.tell(arm, ask.request, state, node, position=position)
+                if not arm.spans:
+                    self._arms.over(arm)
+            if living:
+                # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
+                node.when_reached(end, partial(self._reconcile.gone, node, ask, end, living))
+
+    def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult) -> None:
+        arm = ask.arm
+        key = (target.pid, result.process.start_time or target.start)
+        node.interest.settle_process(arm, target.pid, target.start, key[1])
+        if not node.interest.claims(arm, *key):  # two asked for a pid, and it was given to another process in between
+            self._arms.claim(node, dataclasses.replace(ask, target=Process(*key)), waits=False)
+            self._arms.flush_soon(node)
+        if not ask.child:
+            arm.process = Process(*key)
+            if isinstance(arm.registration.key.target, Pidfile):
+                arm.named = arm.process
+        new = self._arms.open(node, ask, position, key, None)
+        if ask.request is not None or (new and not ask.child):
+            self._arms.tell(arm, ask.request, RUNNING, node, position=position, process=result.process)
+
+    def _group_answer(self, node: Node, position: int, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None) -> None:
+        arm = ask.arm
+        if result is not None and not result.error and result.cgroup_ids:
+            for span in self._arms.spans(arm):
+                if span.cgroup_id != result.cgroup_ids[0]:  # the unit was started anew
+                    self._arms.end(span, position)
+            new = self._arms.open(node, ask, position, None, result.cgroup_ids[0])
+            if ask.request is not None or new:
+                self._arms.tell(arm, ask.request, ARMED, node, position=position)
+            return
+        was_there = bool(self._arms.spans(arm))
+        if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that
+            node.interest.drop(arm)
+            self._arms.flush_soon(node)
+            for span in self._arms.spans(arm):
+                self._arms.end(span, position)
+        if result is not None and not result.error:
+            # Who has watched it hears that it is over; who asks now, that there is none.
+            self._arms.tell(arm, ask.request, EXITED if was_there and ask.request is None else NOT_FOUND, node, position=position)
+            self._arms.over(arm)
+        else:
+            self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a broker that is started again on its log must know: nodes, sessions, registrations and spans, as values in the log.
+
+They are committed with the blocks, in the order in which things happened: a span that a record has opened or ended is in the log
+if and only if the record is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from kmonitor.broker.arms import Arms
+from kmonitor.broker.log import EventLog
+from kmonitor.broker.matching import Span
+from kmonitor.broker.nodes import Node
+from kmonitor.broker.registrations import Arm, ArmState, Pidfile, Process, Registration, parse_key
+from kmonitor.broker.sessions import Session
+from kmonitor.v1 import agent_pb2, monitor_pb2
+from kmonitor.wire.errors import UsageError
+
+NODES, SESSIONS, REGISTRATIONS, SPANS = "nodes", "sessions", "registrations", "spans"
+
+
+class LogKeeper:
+    """Writes it down as it changes, and reads it once."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self._next_span = 1
+        self._dirty: dict[Registration, None] = {}
+        self._scheduled = False
+
+    # -- as things happen
+
+    def node_changed(self, node: Node) -> None:
+        """It has connected, or has told of losses."""
+        value = {
+            "hello": node.hello.SerializeToString().hex(),
+            "epoch": node.epoch,
+            "expected": node.expected,
+            "time_ns": node.time_ns,
+            "since_ns": node.since_ns,
+            "number": node.number,
+            "lost": [[kind, watched, count] for (kind, watched), count in node.lost.items()],
+        }
+        self._log.put(NODES, node.name, _dump(value))
+
+    def node_removed(self, name: str) -> None:
+        """An operator removed it."""
+        self._log.put(NODES, name, None)
+
+    def session_opened(self, session: Session) -> None:
+        """From now on all of it is remembered."""
+        session.keeper = self
+        self.session_changed(session)
+
+    def session_changed(self, session: Session) -> None:
+        """It goes on with what another stream had."""
+        self._log.put(SESSIONS, str(session.id), _dump({"linger": session.linger, "stream_id": session.stream_id}))
+
+    def session_closed(self, session: Session) -> None:
+        """It is over. Its registrations and spans are of no use any more."""
+        session.keeper = None
+        self._log.put(SESSIONS, str(session.id), None)
+        for registration in (*session.registrations.values(), *session.past.values()):
+            self._dirty.pop(registration, None)
+            self._log.put(REGISTRATIONS, _key_of(registration), None)
+        for span in session.matcher.all_spans():
+            self.span_changed(session, span, there=False)
+
+    def span_changed(self, session: Session, span: Span, *, there: bool) -> None:
+        """It is there, or has ended (`there`), or is of no use any more."""
+        if not there:
+            if span.id:
+                self._log.put(SPANS, str(span.id), None)
+            return
+        if not span.id:
+            span.id = self._next_span
+            self._next_span += 1
+        self._log.put(SPANS, str(span.id), _pack_span(session, span))
+
+    def registration_changed(self, registration: Registration) -> None:
+        """Written at the end of this turn of the loop: one change seldom comes alone."""
+        self._dirty[registration] = None
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self.write)
+
+    def write(self) -> None:
+        """What has changed."""
+        self._scheduled = False
+        for registration in self._dirty:
+            session = registration.session
+            assert isinstance(session, Session)
+            is_known = session.registration_of(registration.key) is registration
+            self._log.put(REGISTRATIONS, _key_of(registration), _pack_registration(registration) if is_known else None)
+        self._dirty.clear()
+
+    # -- once
+
+    def nodes(self, arms: Arms) -> None:
+        """Make the nodes of before, none of them connected."""
+        for name, value in self._log.values(NODES).items():
+            content = json.loads(value)
+            node = arms.nodes.meet(name)
+            node.hello = agent_pb2.Hello.FromString(bytes.fromhex(content["hello"]))
+            node.labels = dict(node.hello.labels)
+            node.epoch = content["epoch"]
+            end = self._log.ends(name).get(node.epoch)
+            node.starts_anew(max(content["expected"], end.position if end is not None else 0))
+            node.time_ns, node.since_ns, node.number = content["time_ns"], content["since_ns"], content["number"]
+            node.lost = {(kind, watched): count for kind, watched, count in content["lost"]}
+
+    def sessions(self, arms: Arms, open_session: Any) -> list[Session]:
+        """Make the sessions of before, without streams. `open_session`: makes an empty one, given its linger in seconds."""
+        sessions: dict[int, Session] = {}
+        for key, value in self._log.values(SESSIONS).items():
+            content = json.loads(value)
+            session: Session = open_session(content["linger"])
+            session.id = int(key)
+            session.stream_id = session.outbox.stream_id = content["stream_id"]
+            sessions[session.id] = session
+        registrations: dict[tuple[int, int], Registration] = {}
+        for name, value in self._log.values(REGISTRATIONS).items():
+            content = json.loads(value)
+            owner = sessions.get(content["session"])
+            registration = None if owner is None else _unpack_registration(owner, content)
+            if registration is None or owner is None:
+                self._log.put(REGISTRATIONS, name, None)
+                continue
+            registrations[content["session"], registration.id] = registration
+            (owner.past if content["over"] else owner.registrations)[registration.key] = registration
+        spans = sorted((int(key), json.loads(value)) for key, value in self._log.values(SPANS).items())
+        if spans:
+            self._next_span = spans[-1][0] + 1
+        self._open_spans(arms, registrations, spans)
+        for session in sessions.values():
+            session.keeper = self
+        for registration in registrations.values():
+            self._claim(arms, registration)
+        return list(sessions.values())
+
+    def _open_spans(self, arms: Arms, registrations: dict[tuple[int, int], Registration], spans: list[tuple[int, Any]]) -> None:
+        ended: list[Span] = []
+        for number, content in spans:
+            registration = registrations.get((content[0], content[1]))
+            if registration is None:
+                self._log.put(SPANS, str(number), None)
+                continue
+            span = _unpack_span(registration, content)
+            span.id = number
+            if span.end is not None:
+                ended.append(span)
+                continue
+            arms.router.add(span)
+            if span.lingers:
+                arms.router.linger(span)
+            elif span.process is not None:
+                span.arm.spans += 1
+        for span in sorted(ended, key=lambda each: each.end_offset):
+            if span.root and span.follow and span.arm.spans and span.end is not None:
+                end, span.end = span.end, None
+                arms.router.add(span)
+                arms.router.end(span, end, span.end_offset)
+            else:
+                span.owner.matcher.add(span)
+                span.owner.matcher.ended(span, span.end_offset)
+
+    def _claim(self, arms: Arms, registration: Registration) -> None:
+        """What was wanted of the nodes is wanted again, for when their agents come."""
+        session = registration.session
+        assert isinstance(session, Session)
+        target = registration.key.target
+        for arm in registration.arms.values():
+            node = arms.nodes.get(arm.node)
+            if node is None or arm.state is ArmState.OVER:
+                continue
+            if isinstance(target, Process | Pidfile):
+                for span in arms.spans(arm):
+                    if span.process is not None and not span.lingers:
+                        follow = registration.key.follow
+                        if span.root:
+                            node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=None, root=True)
+                        else:
+                            node.interest.learn_process(arm, *span.process, mask=registration.mask, follow=follow)
+                if not arm.spans and arm.state is ArmState.ARMED:
+                    arm.state = ArmState.OVER  # its end was the last that got into the log
+            elif target is None:
+                node.interest.want_node(arm, registration.mask, None)
+            else:
+                node.interest.want_group(arm, target, registration.mask, None)
+            for span in arms.spans(arm):
+                if span.cgroup_id is not None:
+                    arms.router.route_of(arm.node).cgroup_tree.above.setdefault(span.cgroup_id, ())
+
+
+def _key_of(registration: Registration) -> str:
+    session = registration.session
+    assert isinstance(session, Session)
+    return f"{session.id}/{registration.id}"
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _pack_process(process: Process | None) -> list[Any] | None:
+    return None if process is None else [process.pid, process.start, process.boot_id]
+
+
+def _unpack_process(packed: list[Any] | None) -> Process | None:
+    return None if packed is None else Process(*packed)
+
+
+def _pack_registration(registration: Registration) -> bytes:
+    session = registration.session
+    assert isinstance(session, Session)
+    return _dump(
+        {
+            "session": session.id,
+            "id": registration.id,
+            "message": registration.message.hex(),
+            "mask": registration.mask,
+            "granted": registration.granted,
+            "over": session.registrations.get(registration.key) is not registration,
+            "found": {node: _pack_process(process) for node, process in registration.found.items()},
+            "arms": {
+                node: [arm.state.name, _pack_process(arm.process), _pack_process(arm.named), arm.absent]
+                for node, arm in registration.arms.items()
+            },
+        }
+    )
+
+
+def _unpack_registration(session: Session, content: dict[str, Any]) -> Registration | None:
+    """None if it is not understood: of a newer version, which was taken back."""
+    message = monitor_pb2.Registration.FromString(bytes.fromhex(content["message"]))
+    try:
+        key = parse_key(message)
+    except UsageError:
+        return None
+    registration = Registration(session, content["id"], key, message.target, content["mask"], message=message.SerializeToString())
+    registration.granted = content["granted"]
+    for node, packed in content["found"].items():
+        process = _unpack_process(packed)
+        if process is not None:
+            registration.found[node] = process
+    for node, (state, process, named, absent) in content["arms"].items():
+        arm = Arm(registration, node, ArmState[state], _unpack_process(process), _unpack_process(named))
+        arm.absent = None if absent is None else (absent[0], absent[1])
+        if arm.state is ArmState.ASKED:
+            arm.state = ArmState.AWAY
+        registration.arms[node] = arm
+    return registration
+
+
+def _pack_span(session: Session, span: Span) -> bytes:
+    return _dump(
+        [
+            session.id, span.arm.registration.id, span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
+            span.follow, span.end, span.lingers, span.root, span.since, span.end_offset,
+        ]
+    )  # fmt: skip
+
+
+def _unpack_span(registration: Registration, content: list[Any]) -> Span:
+    _, _, node, epoch, mask, first, process, cgroup_id, follow, end, lingers, root, since, end_offset = content
+    arm = registration.arms.setdefault(node, Arm(registration, node))
+    return Span(
+        registration.session, arm, node, epoch, mask, first, None if process is None else (process[0], process[1]), cgroup_id,
+        follow, registration.key.filter, end=end, lingers=lingers, arm=arm, root=root, since=since, end_offset=end_offset,
+    )  # fmt: skip

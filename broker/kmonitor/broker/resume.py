@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions that outlive their streams, and streams that take up where an earlier one ended.
+
+When a stream ends its session stays for a while: its registrations go on being armed, its spans go on following processes. A
+stream that brings a cursor, and registers the same, gets copies of these spans, from its cursor on, and begins by reading the log
+there. From then on it is a session like any other that was behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+from kmonitor.broker.arms import Arms
+from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.log import EventLog
+from kmonitor.broker.losses import number_of, told
+from kmonitor.broker.matching import Span
+from kmonitor.broker.notices import gap
+from kmonitor.broker.outbox import gap_of
+from kmonitor.broker.registrations import Arm, ArmState, Process, Registration
+from kmonitor.broker.sessions import Cursor, Session
+from kmonitor.v1 import monitor_pb2
+
+DETACHED_MOST = 1024
+"""Sessions without a stream; the one that would go first goes when there are more."""
+
+_LOG = monitor_pb2.GAP_REASON_LOG
+
+
+class Lingering:
+    """The sessions without a stream, and how others take over from them."""
+
+    def __init__(self, arms: Arms, log: EventLog, sessions: dict[Session, None], forget: Callable[[Session], None]) -> None:
+        """`sessions`: all there are. `forget`: ends one for good."""
+        self._arms = arms
+        self._log = log
+        self._sessions = sessions
+        self._forget = forget
+        self._timers: dict[Session, asyncio.TimerHandle] = {}
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._timers))
+
+    def __len__(self) -> int:
+        return len(self._timers)
+
+    def keep(self, session: Session) -> None:
+        """The stream has ended: keep its place for `session.linger` seconds."""
+        session.detach()
+        while len(self._timers) >= DETACHED_MOST:
+            self.drop(min(self._timers, key=lambda each: self._timers[each].when()))
+        self._timers[session] = asyncio.get_running_loop().call_later(session.linger, self.drop, session)
+
+    def drop(self, session: Session) -> None:
+        """Nobody came, or somebody else has it now."""
+        timer = self._timers.pop(session, None)
+        if timer is not None:
+            timer.cancel()
+            self._forget(session)
+
+    def stop(self) -> None:
+        """No more is dropped."""
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+    # -- a stream that comes back
+
+    def begin(self, session: Session, message: monitor_pb2.Cursor, requests: int) -> None:
+        """A stream has brought a cursor, and will bring so many register requests before anything is delivered to it."""
+        positions = {item.node: (item.epoch, item.position) for item in message.positions}
+        cursor = Cursor(positions, message.log_id, message.number, message.stream_id)
+        session.cursor = cursor
+        session.resuming = max(requests, 1)
+        for other in [each for each in self._sessions if each.stream_id == cursor.stream_id and each is not session]:
+            # It is the same monitor, and we have not noticed yet that its stream broke.
+            session.stream_id = session.outbox.stream_id = other.stream_id
+            if session.keeper is not None:
+                session.keeper.session_changed(session)
+            if not other.detached:
+                other.fail(RefusedError(Code.ABORTED, "the monitor has come back with another stream"))
+        start, floors = self._place(cursor)
+        session.outbox.gather(start, floors, cursor.number if cursor.log_id == self._log.log_id else 0)
+
+    def requested(self, session: Session) -> None:
+        """One of these requests was taken, or refused."""
+        if session.resuming:
+            session.resuming -= 1
+            if not session.resuming:
+                self._finish(session)
+
+    def adopt(self, registration: Registration, mask: int) -> bool:
+        """Give a registration of a stream that comes back what an earlier one had. False if there is none that had the same."""
+        session = registration.session
+        assert isinstance(session, Session)
+        assert session.cursor is not None
+        donor = self._donor(session, registration, mask)
+        if donor is None:
+            return False
+        donor.taken = True
+        theirs = donor.session
+        assert isinstance(theirs, Session)
+        session.donors.append(donor)
+        same_stream = theirs.stream_id == session.stream_id
+        for name, arm in donor.arms.items():
+            mine = registration.arms.setdefault(name, Arm(registration, name))
+            mine.process, mine.named = arm.process, arm.named
+            mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
+            if arm.process is not None and name not in registration.found:
+                registration.found[name] = arm.process
+        copied = [span for span in theirs.matcher.all_spans() if span.arm.registration is donor and span.mask & mask]
+        for span in copied:
+            if span.end is None:
+                self._go_on(registration, span, mask, same_stream=same_stream)
+        for span in copied:
+            if span.end is not None:
+                self._keep_past(registration, span, mask)
+        session.registrations.setdefault(registration.key, registration)
+        return True
+
+    def _go_on(self, registration: Registration, span: Span, mask: int, *, same_stream: bool) -> None:
+        arm = registration.arms[span.node]
+        copy = self._copy(arm, span, mask)
+        session = copy.owner
+        epoch, taken = session.cursor.positions.get(span.node, (0, 0))
+        if not same_stream and epoch == span.epoch and span.first > taken + 1:
+            # Somebody else's, who came later than this monitor had gone.
+            positions, times = (taken + 1, span.first), (0, time.time_ns())
+            session.before.append(gap(span.node, _LOG, epoch, positions=positions, times=times, counts={}))
+        self._arms.router.add(copy)
+        if copy.lingers:
+            self._arms.router.linger(copy)
+        node = self._arms.nodes.get(span.node)
+        if copy.process is None or copy.lingers:
+            return
+        arm.spans += 1
+        if node is not None:
+            follow = registration.key.follow
+            if copy.root:
+                node.interest.want_process(arm, *copy.process, mask=registration.mask, follow=follow, ask=None, root=True)
+            else:
+                node.interest.learn_process(arm, *copy.process, mask=registration.mask, follow=follow)
+
+    def _keep_past(self, registration: Registration, span: Span, mask: int) -> None:
+        arm = registration.arms[span.node]
+        copy = self._copy(arm, span, mask)
+        if span.end is None or span.end <= copy.first:
+            return
+        if copy.root and copy.follow and arm.spans:
+            # Children of it live: what is above them is known by it.
+            copy.end = None
+            self._arms.router.add(copy)
+            self._arms.router.end(copy, span.end, span.end_offset)
+        else:
+            copy.owner.matcher.add(copy)
+            copy.owner.matcher.ended(copy, span.end_offset)
+
+    def _copy(self, arm: Arm, span: Span, mask: int) -> Span:
+        session = arm.registration.session
+        assert isinstance(session, Session)
+        assert session.cursor is not None
+        first = span.first
+        epoch, taken = session.cursor.positions.get(span.node, (0, 0))
+        if epoch == span.epoch:
+            first = max(first, taken + 1)
+        return dataclasses.replace(span, owner=session, claim=arm, arm=arm, mask=span.mask & mask, first=first, id=0)
+
+    def _donor(self, session: Session, registration: Registration, mask: int) -> Registration | None:
+        """The registration of another session that has most of what is wanted, best the one that this stream had itself."""
+        best: tuple[tuple[bool, bool, int], Registration] | None = None
+        for other in self._sessions:
+            if other is session:
+                continue
+            theirs = other.registration_of(registration.key)
+            if theirs is None or not _same_processes(registration, theirs):
+                continue
+            covered = (_mask_of(theirs) & mask).bit_count()
+            rank = (other.stream_id == session.stream_id, other.detached and not theirs.taken, covered)
+            if covered and (best is None or rank > best[0]):
+                best = rank, theirs
+        return None if best is None else best[1]
+
+    def _place(self, cursor: Cursor) -> tuple[int, dict[str, int]]:
+        """From where on the log is to be read, and for each node from where on there may be something that was not taken."""
+        floors: dict[str, int] = {}
+        start = self._log.end
+        latest = 0
+        for name, (epoch, position) in cursor.positions.items():
+            offset = self._log.offset_behind(name, epoch, position)
+            if offset is None:  # of a ring that this log has never known: all that it has of the node came later, or is not its own
+                floors[name] = start = self._log.oldest
+                continue
+            offset = max(offset, 0)
+            latest = max(latest, offset)
+            ends = self._log.ends(name)
+            if next(reversed(ends)) == epoch and position >= ends[epoch].position:
+                offset = self._log.end  # quiet since
+            floors[name] = offset
+            start = min(start, offset)
+        # A node of which the client has nothing: what came before the last that it has of any would have come before that.
+        for name in self._nodes_in_log():
+            if name not in floors:
+                floors[name] = latest
+                start = min(start, latest)
+        return max(start, self._log.oldest), floors
+
+    def _nodes_in_log(self) -> list[str]:
+        return [node.name for node in self._arms.nodes if self._log.ends(node.name)]
+
+    def _finish(self, session: Session) -> None:
+        """All that is brought again was brought: say what cannot be delivered, then deliver."""
+        assert session.cursor is not None
+        session.before += self._evicted(session, session.cursor)
+        session.outbox.gathered(session.before)
+        session.before = []
+        donors, session.donors = session.donors, []
+        for theirs in {donor.session for donor in donors}:
+            assert isinstance(theirs, Session)
+            if theirs.detached and all(each.taken for each in theirs.registrations.values()):
+                self.drop(theirs)
+
+    def _evicted(self, session: Session, cursor: Cursor) -> list[bytes]:
+        """Gaps for what retention has taken."""
+        out: list[bytes] = []
+        unknown = False
+        floor = 0
+        for donor in session.donors:
+            theirs = donor.session
+            assert isinstance(theirs, Session)
+            unknown |= not theirs.evicted.whole or not theirs.detached or self._place(cursor)[0] < theirs.detached_from
+            floor = max(floor, theirs.matcher.remembers_from)
+            out += [gap_of(missed, node, epoch, _LOG) for (node, epoch), missed in theirs.evicted.behind(cursor.positions).items()]
+            for mark in theirs.evicted.marks:
+                message = told(mark, session.matcher, self._log.log_id)
+                if message is not None and number_of(mark) > cursor.number:
+                    out.append(message)
+        for name, (epoch, position) in cursor.positions.items():
+            if name not in session.matcher.nodes_known():
+                continue
+            end = self._log.ends(name).get(epoch)
+            dropped = end.dropped if end is not None else None
+            if unknown and dropped is not None and position < dropped.last:
+                positions, times = (position + 1, dropped.end), (0, dropped.time_ns)
+                out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
+            offset = self._log.offset_behind(name, epoch, position)
+            if end is not None and offset is not None and offset < floor and position < end.position:
+                # So many processes have ended since that the session does not know any more whose they were.
+                positions, times = (position + 1, end.position), (0, time.time_ns())
+                out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
+        return out
+
+
+def _mask_of(registration: Registration) -> int:
+    """What it is, or was, registered for: one that is over has kept its spans."""
+    return registration.mask
+
+
+def _same_processes(mine: Registration, theirs: Registration) -> bool:
+    for name, process in mine.found.items():
+        arm = theirs.arms.get(name)
+        if arm is not None and arm.process is not None and not Process(*arm.process.key).may_be(process):
+            return False
+    return True
