@@ -234,8 +234,8 @@ async def test_by_pidfile(here: World) -> None:
     await agent.apply(await agent.next_interest())
     assert (await watch.registered()).state == RUNNING
     await reboot(agent)
-    answer = await watch.registered()
-    assert (answer.state, answer.boot_id) == (EXITED, "boot-2")
+    ended = await watch.next("events")
+    assert (ended.boot_id, [(event.pid, event.inferred) for event in ended.events]) == ("boot-1", [(100, True)])
 
 
 async def test_what_was_asked_for_anew_was_not_there_in_the_boot_before(here: World) -> None:

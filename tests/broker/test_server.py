@@ -333,8 +333,10 @@ async def test_reboot(here: World) -> None:
     agent.boot_id, agent.epoch, agent.position = "boot-2", 8, 0
     await agent.connect()
     assert (await next_of(call, "node")).state == monitor_pb2.NODE_STATE_REBOOTED
+    events = await next_of(call, "events")
+    assert (events.boot_id, events.epoch) == ("boot-1", 7)
+    assert [(event.pid, event.inferred) for event in events.events] == [(100, True)]
     assert (await next_of(call, "gap")).reason == monitor_pb2.GAP_REASON_AGENT
-    assert (await next_of(call, "registered")).state == EXITED
     interest = await agent.next_interest()
     assert (len(interest.processes), interest.node_mask) == (0, 0x40)
     await agent.apply(interest)
@@ -435,7 +437,7 @@ async def test_lost_and_hole(here: World) -> None:
 
     def lost(total: int, *, watched: bool) -> agent_pb2.AgentMessage:
         count = agent_pb2.Lost.Count(type=events_pb2.EVENT_TYPE_PROCESS_EXIT, watched=watched, total=total)
-        return agent_pb2.AgentMessage(lost=agent_pb2.Lost(counts=[count], from_position=1, to_position=2))
+        return agent_pb2.AgentMessage(lost=agent_pb2.Lost(counts=[count]))
 
     await agent.call.write(lost(3, watched=False))
     await agent.call.write(lost(3, watched=False))

@@ -207,8 +207,9 @@ class Arms:
         if absent is None:
             return
         session = session_of(arm)
-        if session.cursor is not None and session.cursor.positions.pop(node.name, None) is None:
-            return  # told for another registration
+        if node.name in session.told_of_absence:
+            return  # for another registration
+        session.told_of_absence.add(node.name)
         epoch, taken = absent
         first = taken + 1 if epoch == node.epoch else 0
         if first < position:

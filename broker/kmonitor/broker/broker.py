@@ -170,7 +170,7 @@ class Broker:
         request = Request(request_id, len(names))
         for name in names:
             if session.resuming and not adopted and session.cursor is not None:
-                registration.arms.setdefault(name, Arm(registration, name)).absent = session.cursor.positions.get(name)
+                registration.arms.setdefault(name, Arm(registration, name)).absent = session.cursor.positions.get(name, (0, 0))
             self.arming.arm(registration, name, request, message.event_mask)
         if self._keeper is not None and session.keeper is not None:
             self._keeper.registration_changed(registration)

@@ -144,6 +144,7 @@ class Reconcile:
         """The processes that monitors were told of, as far as their ends have not come; and whether the ring that they were told from
         is gone. Spans of such a ring end."""
         living: dict[Arm, dict[ProcessKey, bool]] = {}
+        ends = self._arms.log.ends(node.name)
         for session in sessions:
             for span in session.matcher.spans(node.name):
                 of_old_ring = span.epoch != epoch
@@ -152,7 +153,8 @@ class Reconcile:
                     if of_old_ring:
                         span.arm.spans -= 1
                 if of_old_ring:
-                    self._arms.end(span, node.position)
+                    known = ends.get(span.epoch)
+                    self._arms.end(span, known.position if known is not None else span.first)
         return living
 
     def _asks_again(self, node: Node, arm: Arm, living: dict[ProcessKey, bool]) -> list[Ask]:

@@ -246,7 +246,7 @@ class Lingering:
                 positions, times = (position + 1, dropped.end), (0, dropped.time_ns)
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
             offset = self._log.offset_behind(name, epoch, position)
-            if end is not None and offset is not None and offset < floor and position < end.position:
+            if end is not None and offset is not None and max(offset, 0) < floor and position < end.position:
                 # So many processes have ended since that the session does not know any more whose they were.
                 positions, times = (position + 1, end.position), (0, time.time_ns())
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))

@@ -131,7 +131,9 @@ class Session:
         self.past: dict[Key, Registration] = {}
         """Registrations that are over, and still have spans."""
         self.cursor: Cursor | None = None
-        """What the client took from an earlier stream, if it brought that; of nodes where it has been made use of, no more."""
+        """What the client took from an earlier stream, if it brought that."""
+        self.told_of_absence: set[str] = set()
+        """The nodes of which a gap says that nobody kept its place there."""
         self.resuming = 0
         """Register requests that are still to come before anything is delivered."""
         self.detached = False
