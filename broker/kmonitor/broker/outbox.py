@@ -281,6 +281,7 @@ class Outbox:
         parts: list[tuple[Block, Indices]] = []
         for entry in entries:
             if entry.offset >= stretch.end:
+                stretch.start = stretch.end
                 break
             if isinstance(entry, Mark):
                 out += self._messages(parts)

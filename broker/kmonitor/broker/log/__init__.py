@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was: the blocks of all nodes and the marks between them, in the order in which they came; and what the broker must remember."""
+"""What was: the blocks of all nodes and the marks between them, in the order in which they came; and what the broker must remember.
+
+`memory` and `sqlite` are its forms.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class End:
     """How far the log has, or has had, one node and epoch."""
 
     position: int
-    """Behind the last byte."""
+    """Behind the last byte: the largest `end` of its entries."""
     offset: int
     """Of the last entry."""
     dropped: Dropped | None = None
@@ -30,18 +33,21 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """The end of what retention took of one node and epoch."""
+    """The end of what retention took of one node and epoch: of its last block with a record, or of a later mark that tells of a loss."""
 
     last: int
-    """The position of its last record. Who has taken that one misses nothing."""
+    """The position of the last record; of a mark its `end`. Who has come so far misses nothing."""
     end: int
     """The first position behind it."""
     time_ns: int
-    """Of its last record, Unix nanoseconds; 0 if that is not known."""
+    """Of the last record, or to when the mark says that something is missing, Unix nanoseconds; 0 if that is not known."""
 
 
 class EventLog(Protocol):
-    """Entries by offset: 0, 1, 2, ... over all nodes, never used twice. And a store of small values, for what the broker must know again.
+    """Entries by offset: ascending over all nodes, never used twice. And a store of small values, for what the broker must know again.
+
+    Offsets begin at 0, and each is one above the one before, but that some are left out: see `give_up`, and a form of log that outlives a
+    crash leaves some out after one, since those of entries that were lost with it may be known to clients.
 
     All calls come from the event loop's thread and return at once; so do the callbacks. An entry can be read from its `append` on.
     What is appended and put is committed in this order: what comes after something is never there without it.
@@ -90,6 +96,7 @@ class EventLog(Protocol):
     def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
         """From which offset on all entries of the node lie that hold anything behind `position`, those of later epochs too.
 
+        Later in the log: a node may come back to an epoch after another one, and what lies between is behind what came before it.
         May be below `oldest`; then some of them are gone. None if the log has never known this epoch, or has forgotten it.
         """
         ...
@@ -107,9 +114,11 @@ class EventLog(Protocol):
         ...
 
     def give_up(self, node: str, epoch: int, position: int) -> None:
-        """Blocks of this node and epoch that end at or before `position`, and could not be committed so far, never are.
+        """Never write those blocks that end at `position` or before and are not committed yet: bounds the memory of what waits in trouble.
 
-        Where they would be there is a mark UNLOGGED, and they count as committed.
+        In place of the last of them comes one Mark UNLOGGED for them all, which is written when it can be; blocks that are being
+        written now are only given up if that fails. The offsets of the others are left out from then on. `committed` does not wait for what
+        was given up, but for the mark as for any entry. Takes effect when the caller has returned to the event loop.
         """
         ...
 
@@ -118,5 +127,5 @@ class EventLog(Protocol):
         ...
 
     async def close(self) -> None:
-        """Flush, and give everything back."""
+        """Flush, and give everything back. Takes some seconds at most: what cannot be written is said in the broker's own log."""
         ...

@@ -9,10 +9,8 @@ from collections import deque
 from collections.abc import Callable
 
 from kmonitor.broker.block import Block
-from kmonitor.broker.log import DEFAULT_LOG_BYTES, Dropped, End, Entry
-
-EPOCHS = 16
-"""How many epochs of a node are remembered."""
+from kmonitor.broker.log import DEFAULT_LOG_BYTES, End, Entry
+from kmonitor.broker.log.ends import Ends, dropped_of
 
 
 class MemoryLog:
@@ -28,7 +26,7 @@ class MemoryLog:
         self._entries: deque[Entry] = deque()
         self._oldest = 0
         self._end = 0
-        self._ends: dict[str, dict[int, End]] = {}
+        self._ends = Ends()
         self._index: dict[tuple[str, int], _Index] = {}
         self._values: dict[str, dict[str, bytes]] = {}
 
@@ -57,14 +55,8 @@ class MemoryLog:
         self._entries.append(entry)
         self._end += 1
         self.bytes += entry.size
-        ends = self._ends.setdefault(entry.node, {})
-        end = ends.get(entry.epoch)
-        if end is None:
-            ends[entry.epoch] = End(entry.end, entry.offset)
-            self._forget_epochs(entry.node, ends)
-        else:
-            end.position, end.offset = max(end.position, entry.end), entry.offset
-        self._index.setdefault((entry.node, entry.epoch), _Index()).add(entry)
+        reach = self._ends.advance(entry)
+        self._index.setdefault((entry.node, entry.epoch), _Index()).add(reach, entry.offset)
         self._evict()
         if self.on_commit is not None:
             self.on_commit(self._end)
@@ -82,7 +74,7 @@ class MemoryLog:
         return found
 
     def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
-        end = self._ends.get(node, {}).get(epoch)
+        end = self._ends.get(node, epoch)
         if end is None:
             return None
         if position >= end.position:
@@ -90,10 +82,13 @@ class MemoryLog:
         if end.dropped is not None and position < end.dropped.last:
             return -1
         index = self._index.get((node, epoch))
-        return end.offset + 1 if index is None else index.first_behind(position, end.offset + 1)
+        if index is None:
+            return self._oldest
+        # All of the node that is still there lies behind what was dropped.
+        return index.behind(position, self._oldest if end.dropped is not None else None)
 
     def ends(self, node: str) -> dict[int, End]:
-        return self._ends.get(node, {})
+        return self._ends.of(node)
 
     def put(self, space: str, key: str, value: bytes | None) -> None:
         if value is None:
@@ -136,38 +131,37 @@ class MemoryLog:
         index.drop()
         if not len(index):
             del self._index[key]
-        end = self._ends.get(entry.node, {}).get(entry.epoch)
-        if end is not None and isinstance(entry, Block) and len(entry):
-            end.dropped = Dropped(int(entry.positions[-1]), entry.end, entry.unix_ns(len(entry) - 1))
+        dropped = dropped_of(entry)
+        if dropped is not None:
+            self._ends.drop(entry.node, entry.epoch, dropped)
+        if isinstance(entry, Block):
             entry.trim()
-
-    def _forget_epochs(self, node: str, ends: dict[int, End]) -> None:
-        for epoch in list(ends)[:-EPOCHS]:
-            del ends[epoch]
 
 
 class _Index:
-    """Where the entries of one node and epoch end, ascending, and their offsets."""
+    """How far the entries of one node and epoch reach, ascending, and their offsets."""
 
     def __init__(self) -> None:
-        self._ends: list[int] = []
+        self._reaches: list[int] = []
         self._offsets: list[int] = []
         self._dropped = 0
 
     def __len__(self) -> int:
-        return len(self._ends) - self._dropped
+        return len(self._reaches) - self._dropped
 
-    def add(self, entry: Entry) -> None:
-        self._ends.append(entry.end)
-        self._offsets.append(entry.offset)
+    def add(self, reach: int, offset: int) -> None:
+        self._reaches.append(reach)
+        self._offsets.append(offset)
 
     def drop(self) -> None:
         self._dropped += 1
-        if self._dropped > 1024 and self._dropped * 2 > len(self._ends):
-            del self._ends[: self._dropped], self._offsets[: self._dropped]
+        if self._dropped > 1024 and self._dropped * 2 > len(self._reaches):
+            del self._reaches[: self._dropped], self._offsets[: self._dropped]
             self._dropped = 0
 
-    def first_behind(self, position: int, otherwise: int) -> int:
-        """Offset of the first entry that ends behind a position."""
-        at = bisect.bisect_right(self._ends, position, lo=self._dropped)
-        return self._offsets[at] if at < len(self._offsets) else otherwise
+    def behind(self, position: int, otherwise: int | None) -> int:
+        """The offset behind the last entry that reaches no further than a position. If none does so: `otherwise`, or the first's."""
+        at = bisect.bisect_right(self._reaches, position, lo=self._dropped) - 1
+        if at >= self._dropped:
+            return self._offsets[at] + 1
+        return self._offsets[self._dropped] if otherwise is None else otherwise
