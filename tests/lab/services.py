@@ -61,7 +61,8 @@ class Lab:
 
     def broker(self, *options: str, prefix: Sequence[str] = (), listen: str = "127.0.0.1:0") -> Broker:
         """Start a broker; `prefix` is a command to run it with, such as `ip netns exec NAME`."""
-        broker = self.keep(Broker([*prefix, BIN / "kmonitor-broker", "--listen", listen, *options]))
+        log = [] if "--log" in options else ["--log", "memory"]
+        broker = self.keep(Broker([*prefix, BIN / "kmonitor-broker", "--listen", listen, *log, *options]))
         broker.wait_listening()
         return broker
 

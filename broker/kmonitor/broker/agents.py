@@ -45,6 +45,8 @@ class Agents:
     def connect(self, hello: agent_pb2.Hello) -> Link:
         """An agent's first message. Raises RefusedError if it cannot be this node's agent now."""
         _check(hello)
+        if self._broker.failure is not None:
+            raise self._broker.failure
         node = self._broker.nodes.meet(hello.node)
         new = not node.boot_id
         rebooted = not new and node.boot_id != hello.boot_id

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 
@@ -60,6 +61,8 @@ class Broker:
         self.encoder = Encoder()
         self.lagging: set[Outbox] = set()
         self.sessions: dict[Session, None] = {}
+        self.failure: RefusedError | None = None
+        """Why no new stream is taken."""
         self.trouble = ""
         """Why nothing gets into the log, if that is so."""
         self.nodes = Nodes(loop.time() + lease)
@@ -79,14 +82,16 @@ class Broker:
             for session in self._keeper.sessions(arms, self._make_session):
                 self.lingering.keep(session)
         log.on_evict = self._evicting
-        log.on_commit = self.agents.committed
+        log.on_commit = self._committed
         log.on_trouble = self._troubled
         self._tick()
 
     # -- monitors
 
     def open_session(self) -> Session:
-        """A new stream's session. Give it back to `close_session`."""
+        """A new stream's session. Give it back to `close_session`. Raises RefusedError when the broker is stopping."""
+        if self.failure is not None:
+            raise self.failure
         session = self._make_session(self._linger)
         if self._keeper is not None and session.linger:
             self._keeper.session_opened(session)
@@ -94,7 +99,7 @@ class Broker:
 
     def close_session(self, session: Session, *, for_good: bool = False) -> None:
         """The stream has ended. What it registered stays for a while, unless it has closed `for_good`."""
-        if session not in self.sessions or session.detached:
+        if session not in self.sessions or session.detached or self.failure is not None:
             return
         registrations = session.registrations.values()
         stays = bool(registrations or session.past) and not all(each.taken for each in registrations)
@@ -118,6 +123,7 @@ class Broker:
 
     def _make_session(self, linger: float) -> Session:
         session = Session(self.log, self.encoder, self.router, self.lagging, linger)
+        session.outbox.waits_for_log = not self.trouble
         self.sessions[session] = None
         return session
 
@@ -310,15 +316,27 @@ class Broker:
         if self._keeper is not None:
             self._keeper.node_changed(node)
 
-    def stop(self, reason: str) -> None:
+    async def drain(self, seconds: float) -> None:
+        """Stop in order: all that has come gets into the log and is acknowledged, agents are sent away, and monitors get what waits for
+        them. Takes `seconds` at most."""
+        self.failure = RefusedError(Code.UNAVAILABLE, "the broker is stopping")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds / 2):
+                await self.log.flush()
+        self.agents.stop(self.failure)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds / 2):
+                await asyncio.gather(*(session.outbox.emptied() for session in self.sessions if not session.detached))
+
+    def stop(self) -> None:
         """End all streams. Sessions stay in a log that outlives us."""
-        failure = RefusedError(Code.UNAVAILABLE, reason)
+        self.failure = self.failure or RefusedError(Code.UNAVAILABLE, "the broker is stopping")
         if self._ticker is not None:
             self._ticker.cancel()
-        self.agents.stop(failure)
+        self.agents.stop(self.failure)
         self.lingering.stop()
         for session in self.sessions:
-            session.fail(failure)
+            session.fail(self.failure)
 
     def _child_made(self, span: Span) -> None:
         self.arming.child_made(span)
@@ -347,12 +365,20 @@ class Broker:
             if not entries:
                 break
 
+    def _committed(self, offset: int) -> None:
+        self.agents.committed(offset)
+        for outbox in self.lagging:
+            outbox.committed()
+
     def _troubled(self, why: str) -> None:
         if why:
             logger.warning("%s", why)
         elif self.trouble:
             logger.warning("the log is written again")
         self.trouble = why
+        for session in self.sessions:
+            session.outbox.waits_for_log = not why
+            session.outbox.committed()
 
     def _tick(self) -> None:
         """Every `progress_interval`: progress for all, and what is kept for late records goes."""

@@ -10,36 +10,42 @@ import os
 import re
 import signal
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_PROGRESS_INTERVAL, Broker
-from kmonitor.broker.log import DEFAULT_LOG_BYTES
+from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_LINGER, DEFAULT_PROGRESS_INTERVAL, LINGER_MOST, Broker
+from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
+from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 
 PROGRAM = "kmonitor-broker"
 STOP_GRACE = 1.0  # seconds
+DRAIN = 4.0
+"""Seconds, at most, for what is under way when the broker is asked to stop."""
+_FILE = "broker.sqlite"
 
 logger = logging.getLogger(PROGRAM)
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "": 1.0}
-_UNITS_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
+_UNITS_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_duration(text: str) -> float:
-    """Seconds, from "250ms", "3s", "1.5" or "2m". Raises UsageError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|)", text.strip())
+    """Seconds, from "250ms", "3s", "1.5", "2m", "12h" or "7d". Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text.strip())
     if found is None:
-        raise UsageError(f"{text!r} is no duration: write 250ms, 3s or 2m")
+        raise UsageError(f"{text!r} is no duration: write 250ms, 3s, 2m, 12h or 7d")
     return float(found[1]) * _UNITS_S[found[2]]
 
 
 def parse_bytes(text: str) -> int:
     """Bytes, from "256M", "64KiB" or "1000000". Raises UsageError."""
-    found = re.fullmatch(r"(\d+)([kmg]?)(i?b)?", text.strip().lower())
+    found = re.fullmatch(r"(\d+)([kmgt]?)(i?b)?", text.strip().lower())
     if found is None:
         raise UsageError(f"{text!r} is no size: write 256M, 64K or a number of bytes")
     return int(found[1]) * _UNITS_BYTES[found[2]]
@@ -61,43 +67,110 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def serve(listen: str, *, log_bytes: int, lease: float, progress_interval: float) -> None:
-    """Run a broker until SIGTERM or SIGINT. Raises UsageError if it cannot listen."""
+def state_path() -> Path:
+    """Where the log lies if nothing else is said: in the folder that systemd gives, that of the system's services, or the user's own."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0], _FILE)
+    if os.geteuid() == 0:
+        return Path("/var/lib/kmonitor", _FILE)
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state", "kmonitor", _FILE)
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Which log, and how much it keeps."""
+
+    path: Path | None
+    """None is memory."""
+    max_bytes: int
+    max_age_s: float | None
+
+    @classmethod
+    def parse(cls, log: str, size: str | None, age: str | None) -> LogOptions:
+        """From the command line. Raises UsageError."""
+        kind, _, where = log.partition(":")
+        if kind == "nats":
+            raise UsageError(f"--log {log}: not in this version; use --log sqlite:PATH or --log memory")
+        if kind not in {"sqlite", "memory"} or (kind == "memory" and where):
+            raise UsageError(f"--log {log}: unknown; use --log sqlite, --log sqlite:PATH or --log memory")
+        if age is not None and kind == "memory":
+            raise UsageError("--log-age: the log in memory is bounded by --log-bytes alone")
+        path = None if kind == "memory" else Path(where) if where else state_path()
+        most = (DEFAULT_LOG_BYTES if path is None else DEFAULT_FILE_BYTES) if size is None else parse_bytes(size)
+        if most < 1 << 20:
+            raise UsageError(f"--log-bytes {size}: give at least 1M")
+        seconds = None if age is None else parse_duration(age)
+        if seconds is not None and seconds < 1:
+            raise UsageError(f"--log-age {age}: give at least 1s")
+        return cls(path, most, seconds)
+
+    def open(self) -> EventLog:
+        """On a running event loop. Raises UsageError."""
+        if self.path is None:
+            return MemoryLog(self.max_bytes)
+        return SqliteLog(self.path, max_bytes=self.max_bytes, max_age_s=self.max_age_s)
+
+
+async def serve(listen: str, options: LogOptions, *, lease: float, progress_interval: float, linger: float) -> None:
+    """Run a broker until SIGTERM or SIGINT. Raises UsageError if it cannot listen, or use its log."""
     # Not before `main` has set its environment, which gRPC reads when it is imported.
     from kmonitor.broker.server import Server  # noqa: PLC0415
 
     host, _ = split_address(listen)
-    broker = Broker(MemoryLog(log_bytes), lease=lease, progress_interval=progress_interval)
-    server = Server(broker)
-    port = await server.start(listen)
-    if not is_loopback(host):
-        logger.warning("listening on %s without TLS: whoever reaches this port can watch every node", host)
-    stopping = asyncio.Event()
+    log = options.open()
+    try:
+        broker = Broker(log, lease=lease, progress_interval=progress_interval, linger=linger)
+        server = Server(broker)
+        port = await server.start(listen)
+        if not is_loopback(host):
+            logger.warning("listening on %s without TLS: whoever reaches this port can watch every node", host)
+        stopping = asyncio.Event()
 
-    def stop() -> None:
-        if stopping.is_set():
-            os._exit(130)  # asked twice: at once
-        stopping.set()
+        def stop() -> None:
+            if stopping.is_set():
+                os._exit(130)  # asked twice: at once
+            stopping.set()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    print(f"{PROGRAM}: listening on {host}:{port}", flush=True)
-    await stopping.wait()
-    logger.info("stopping")
-    await server.stop(STOP_GRACE)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        print(f"{PROGRAM}: listening on {host}:{port}", flush=True)
+        await stopping.wait()
+        logger.info("stopping")
+        await server.stop(STOP_GRACE, drain=DRAIN)
+    finally:
+        await log.close()
 
 
 def run(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")] = "127.0.0.1:7221",
-    log: Annotated[str, typer.Option(metavar="memory", help="Where events are kept for monitors that fall behind.")] = "memory",
-    log_bytes: Annotated[str, typer.Option(metavar="SIZE", help="How much of them: 256M, 64K.")] = f"{DEFAULT_LOG_BYTES >> 20}M",
+    log: Annotated[
+        str,
+        typer.Option(
+            metavar="sqlite[:PATH]|memory",
+            help="Where events are kept for monitors that fall behind or come back. In a file they outlive the broker; without a path it "
+            "lies in $STATE_DIRECTORY, /var/lib/kmonitor (root) or ~/.local/state/kmonitor.",
+        ),
+    ] = "sqlite",
+    log_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="How much of them: 256M, 2G.", show_default="1G in a file, 256M in memory")
+    ] = None,
+    log_age: Annotated[
+        str | None, typer.Option(metavar="TIME", help="For how long, in a file: 12h, 7d.", show_default="as --log-bytes allows")
+    ] = None,
     lease: Annotated[
         str, typer.Option(metavar="TIME", help="A node is unreachable when its agent says nothing for so long.")
     ] = f"{DEFAULT_LEASE:g}s",
     progress_interval: Annotated[
         str, typer.Option(metavar="TIME", help="How often monitors are told how far the stream is complete.")
     ] = f"{DEFAULT_PROGRESS_INTERVAL:g}s",
+    linger: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="For so long a stream that broke can be taken up again, if its monitor asks for no other time; 0s is never.",
+        ),
+    ] = f"{DEFAULT_LINGER:g}s",
     nice: Annotated[int, typer.Option(min=-20, max=19, help="Priority for the CPU; a raise needs root or CAP_SYS_NICE.")] = DEFAULT_NICE,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what happens.")] = False,
 ) -> None:
@@ -107,18 +180,15 @@ def run(
     )
     raise_priority(nice)
     try:
-        if log != "memory":
-            if log.startswith(("sqlite:", "nats:")):
-                raise UsageError(f"--log {log}: not in this version; use --log memory")
-            raise UsageError(f"--log {log}: unknown; use --log memory")
-        seconds, interval, size = parse_duration(lease), parse_duration(progress_interval), parse_bytes(log_bytes)
+        options = LogOptions.parse(log, log_bytes, log_age)
+        seconds, interval, lingering = parse_duration(lease), parse_duration(progress_interval), parse_duration(linger)
         if not 0.25 <= seconds <= 3600:
             raise UsageError(f"--lease {lease}: give 250ms to 60m")
         if not 0.01 <= interval <= 3600:
             raise UsageError(f"--progress-interval {progress_interval}: give 10ms to 60m")
-        if size < 1 << 20:
-            raise UsageError(f"--log-bytes {log_bytes}: give at least 1M")
-        asyncio.run(serve(listen, log_bytes=size, lease=seconds, progress_interval=interval))
+        if lingering > LINGER_MOST:
+            raise UsageError(f"--linger {linger}: give 0s to {LINGER_MOST // 60}m")
+        asyncio.run(serve(listen, options, lease=seconds, progress_interval=interval, linger=lingering))
     except KmonitorError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_status) from None

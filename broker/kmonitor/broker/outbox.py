@@ -99,6 +99,8 @@ class Outbox:
         self._matcher = matcher
         self._lagging = lagging
         self._on_rebooted = on_rebooted
+        self.waits_for_log = True
+        """Marks are told once they are safe: a broker that dies before would count the same again. Not while nothing gets safe."""
         self.keeps = PAST
         """How many ended spans are kept for a stream that comes back."""
         self._items: deque[_Item] = deque()
@@ -112,6 +114,9 @@ class Outbox:
         self._progress: bytes | None = None
         """The progress message that waits among the items."""
         self._progress_due = False
+        self._blocked = False
+        """It has come upon a mark that is not safe yet: see `committed`."""
+        self._taken = asyncio.Event()
         self.filled = asyncio.Event()
         """Set when there is something to take."""
 
@@ -171,6 +176,7 @@ class Outbox:
         self._gathering = None
         self._lagging.discard(self)
         self.filled.set()
+        self._taken.set()
 
     def offer(self, block: Block, rows: Indices) -> None:
         """Rows of a block that was just put into the log."""
@@ -178,10 +184,7 @@ class Outbox:
         if isinstance(last, _Stretch):
             last.end = block.offset + 1
         elif self._rows_bytes + block.size > ROWS_LIMIT and self._rows_bytes:
-            stretch = _Stretch(block.offset, block.offset + 1)
-            self._items.append(stretch)
-            self._stretches.append(stretch)
-            self._lagging.add(self)
+            self._fall_back(block.offset)
         else:
             self._items.append((block, rows))
             self._rows_bytes += block.size
@@ -194,8 +197,17 @@ class Outbox:
             last.end = mark.offset + 1
         elif mark.kind is not MarkKind.UNLOGGED:  # what could not be logged is told to those who look for it in the log
             message = told(mark, self._matcher, self._log.log_id)
-            if message is not None:
+            if message is not None and self._must_wait(mark):
+                self._fall_back(mark.offset)
+            elif message is not None:
                 self.put(message)
+        self._fill()
+
+    async def emptied(self) -> None:
+        """Until everything was taken, or it was closed."""
+        while self._items:
+            self._taken.clear()
+            await self._taken.wait()
 
     def evicting(self, entry: Entry) -> None:
         """The log is about to drop this entry, its oldest. If it has not been read yet, count what is missed of it."""
@@ -241,17 +253,33 @@ class Outbox:
                 break  # one reading a turn: others have their turn too
             out += made
             size += sum(map(len, made))
-        if not self._items or self._gathering is not None:
+        if not self._items or self._gathering is not None or self._blocked:
             self.filled.clear()
+        self._taken.set()
         return out
 
     def select(self, block: Block) -> Indices:
         """The session's rows of a block."""
         return self._matcher.select(block, self._router.route_of(block.node).cgroup_tree)
 
+    def committed(self) -> None:
+        """More of the log is safe, or nothing is waited for any more."""
+        if self._items:
+            self._fill()
+
     def _fill(self) -> None:
         if self._gathering is None:
             self.filled.set()
+
+    def _fall_back(self, offset: int) -> None:
+        """From this entry on it reads the log."""
+        stretch = _Stretch(offset, offset + 1)
+        self._items.append(stretch)
+        self._stretches.append(stretch)
+        self._lagging.add(self)
+
+    def _must_wait(self, mark: Mark) -> bool:
+        return self.waits_for_log and mark.offset >= self._log.committed
 
     def _take_rows(self) -> list[tuple[Block, Indices]]:
         """The rows at the head, as far as they are of one node and boot and make about one message."""
@@ -272,6 +300,7 @@ class Outbox:
 
     def _read(self, stretch: _Stretch) -> list[bytes]:
         """Read on in the log. First tell what it dropped."""
+        self._blocked = False
         reason = monitor_pb2.GAP_REASON_LOG if stretch.resumed else monitor_pb2.GAP_REASON_SUBSCRIBER
         out = [gap_of(missed, node, epoch, reason) for (node, epoch), missed in stretch.missed.items()]
         out += stretch.notices
@@ -282,6 +311,10 @@ class Outbox:
         for entry in entries:
             if entry.offset >= stretch.end:
                 stretch.start = stretch.end
+                break
+            if isinstance(entry, Mark) and self._must_wait(entry):
+                stretch.start = entry.offset
+                self._blocked = True
                 break
             if isinstance(entry, Mark):
                 out += self._messages(parts)

@@ -71,10 +71,13 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return port
 
-    async def stop(self, grace: float) -> None:
-        """End all streams with UNAVAILABLE, and stop. `grace` in seconds."""
+    async def stop(self, grace: float, *, drain: float = 0.0) -> None:
+        """Take no more streams, bring to an end what is under way (`drain` seconds at most), end all streams with UNAVAILABLE, and stop.
+        `grace` in seconds, for gRPC."""
         await self._health.enter_graceful_shutdown()
-        self._broker.stop("broker is stopping")
+        if drain:
+            await self._broker.drain(drain)
+        self._broker.stop()
         await self._server.stop(grace)
 
     def _monitor_handlers(self) -> grpc.GenericRpcHandler:
@@ -143,7 +146,10 @@ class Server:
 
     async def _serve(self, context: Context, take_requests: Callable[[Session], Awaitable[None]]) -> None:
         """One monitor's stream, from its first request to its end."""
-        session = self._broker.open_session()
+        try:
+            session = self._broker.open_session()
+        except RefusedError as refusal:
+            await _abort(context, refusal)
 
         async def send() -> None:
             async for batch in session.batches():

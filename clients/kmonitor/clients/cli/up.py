@@ -50,7 +50,7 @@ def up(
 async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
     async with contextlib.AsyncExitStack() as stack:
         wanted = f"127.0.0.1:{_PORT}" if _is_free(_PORT) else "127.0.0.1:0"
-        broker = await stack.enter_async_context(_child("kmonitor-broker", "--listen", wanted))
+        broker = await stack.enter_async_context(_child("kmonitor-broker", "--listen", wanted, "--log", "memory"))
         address = (await broker.line(_BROKER_LINE))[1]
         agent = await stack.enter_async_context(_child("kmonitor-agent", "--broker", address, "--node", _node_name(), "--no-pin"))
         # Not earlier: what grpc starts must not be there when children are made with a preexec function. Not later: the agent
