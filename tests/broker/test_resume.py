@@ -5,34 +5,86 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
 
+from kmonitor.broker.broker import Broker
+from kmonitor.broker.log import EventLog
+from kmonitor.broker.log.memory import MemoryLog
+from kmonitor.broker.log.sqlite import SqliteLog
+from kmonitor.broker.server import Server
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
 from kmonitor.wire.record import F_INFERRED, F_MATCH_CGROUP, F_MATCH_NODE, F_MATCH_PROCESS, SLOT_SIZE
-from tests.broker.records import EXEC, EXIT, FORK, rec
-from tests.broker.test_server import EXITED, RUNNING, Agent, World, registration, world
+from tests.broker.records import EXEC, EXIT, FORK, Rec, rec
+from tests.broker.test_server import EXITED, RUNNING, Agent, World, registration
 
 OWN, WIDE = F_MATCH_PROCESS, F_MATCH_NODE
 LOG = monitor_pb2.GAP_REASON_LOG
 RING = monitor_pb2.GAP_REASON_RING
 
 
-@pytest.fixture
-async def here() -> AsyncIterator[World]:
-    async with world() as made:
-        yield made
+@dataclass
+class Here(World):
+    """A broker that may be another one by the time a monitor comes back."""
+
+    log: EventLog
+    path: Path | None = None
+    restarts: str = ""
+
+    @classmethod
+    async def start(cls, log: EventLog, path: Path | None, restarts: str) -> Here:
+        broker = Broker(log, lease=30.0, progress_interval=60.0)
+        server = Server(broker)
+        address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
+        return cls(broker, server, address, grpc.aio.insecure_channel(address), log, path, restarts)
+
+    async def stop(self) -> None:
+        await self.channel.close()
+        await self.server.stop(0)
+        await self.log.close()
+
+    async def between(self, agent: Served) -> None:
+        """While the monitor is away the broker is started again, in order, or after a crash; or nothing happens."""
+        if not self.restarts or self.path is None:
+            return
+        path = self.path
+        if self.restarts == "crashed":
+            # What a crash leaves: the files as they are now, of a broker that goes on, and that nobody reaches any more.
+            path = path.with_name(f"{path.name}.crashed")
+            for suffix in ("", "-wal"):
+                shutil.copy(f"{self.path}{suffix}", f"{path}{suffix}")
+        await self.stop()
+        new = await Here.start(SqliteLog(path), path, self.restarts)
+        self.__dict__.update(new.__dict__)
+        agent.channel = self.channel
+        assert agent.task is not None
+        await agent.task
+        await agent.serve()
+
+
+HOW = ["memory", "file", "restarted", "crashed"]
+
+
+@pytest.fixture(params=HOW)
+async def here(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Here]:
+    path = None if request.param == "memory" else tmp_path / "broker.sqlite"
+    log = MemoryLog(64 << 20) if path is None else SqliteLog(path)
+    made = await Here.start(log, path, request.param if request.param in HOW[2:] else "")
+    yield made
+    await made.stop()
 
 
 @dataclass
 class Taker:
     """A monitor that says the same at each of its streams, and keeps its cursor as a client is told to."""
 
-    here: World
+    here: Here
     wanted: list[monitor_pb2.Registration]
     linger_ms: int | None = None
     names_stream: bool = True
@@ -88,6 +140,7 @@ class Taker:
             self.log_id, self.number = message.progress.log_id, message.progress.number
             for at in [at for at in message.progress.nodes if at.position]:
                 self.positions[at.node] = (at.epoch, at.position - 1)
+        assert isinstance(message, monitor_pb2.Notification)
         return message
 
     async def until(self, kind: str) -> Any:
@@ -103,9 +156,11 @@ class Taker:
     async def leave(self) -> None:
         """Without a word, as a process that was killed; until the broker knows."""
         self.call.cancel()
-        async with asyncio.timeout(10):
-            while any(not session.detached for session in self.here.broker.sessions):
-                await asyncio.sleep(0.001)
+        for _ in range(10_000):
+            if all(session.detached for session in self.here.broker.sessions):
+                return
+            await asyncio.sleep(0.001)
+        raise TimeoutError
 
 
 class Served(Agent):
@@ -113,15 +168,29 @@ class Served(Agent):
 
     gone: tuple[int, ...] = ()
     task: asyncio.Task[None] | None = None
-    inferred: list[tuple[int, int]]
-    mask = 0
+    total = 0
+    """Lost so far."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        super().__init__(channel)
+        self.inferred: list[tuple[int, int]] = []
+        self.mask = 0
+        self.news = asyncio.Event()
+        self.sent: list[tuple[int, list[Rec]]] = []
 
     async def serve(self) -> None:
         """Connect, and go on from there."""
         self.inferred, self.mask = [], 0
-        await self.connect(infers_exits=True)
+        end, self.position = self.position, self.acked
+        welcome = await self.connect(infers_exits=True)
+        self.position, self.acked = end, max(self.acked, welcome.position)
         self.news = asyncio.Event()
         self.task = asyncio.create_task(self._serve())
+        for position, records in self.sent:
+            if position >= self.acked:
+                await super().send(records, position=position)
+        if self.total:
+            await self.lose(0)
 
     async def _serve(self) -> None:
         with contextlib.suppress(EOFError, asyncio.CancelledError, grpc.aio.AioRpcError):
@@ -140,6 +209,18 @@ class Served(Agent):
                         await self.send([record])
                 self.news.set()
 
+    async def send(self, records: list[Rec], *, position: int | None = None) -> None:
+        """Records, which stay in the ring until they are acknowledged."""
+        self.sent.append((self.position, records))
+        await super().send(records, position=position)
+
+    async def lose(self, count: int) -> None:
+        """So many node-wide exits found no room."""
+        self.total += count
+        told = agent_pb2.Lost.Count(type=events_pb2.EVENT_TYPE_PROCESS_EXIT, total=self.total)
+        message = agent_pb2.Lost(counts=[told], from_position=self.position, to_position=self.position)
+        await self.call.write(agent_pb2.AgentMessage(lost=message))
+
     async def wait(self, what: Callable[[], bool]) -> None:
         """Until something is so after what the broker has said."""
         while not what():
@@ -157,7 +238,7 @@ class Served(Agent):
         await self.task
 
 
-async def start(here: World, *wanted: monitor_pb2.Registration, **options: Any) -> tuple[Served, Taker]:
+async def start(here: Here, *wanted: monitor_pb2.Registration, **options: Any) -> tuple[Served, Taker]:
     """An agent and a monitor that is armed."""
     agent = Served(here.channel)
     await agent.serve()
@@ -165,6 +246,7 @@ async def start(here: World, *wanted: monitor_pb2.Registration, **options: Any) 
     await taker.open()
     for _ in wanted:
         await taker.until("registered")
+    await here.log.flush()  # a monitor that nobody has noted down yet, and a crash: it is told that nobody has kept its place
     return agent, taker
 
 
@@ -173,13 +255,14 @@ def slots(taker: Taker) -> list[int]:
 
 
 @pytest.mark.parametrize("names_stream", [True, False])
-async def test_everything(here: World, names_stream: bool) -> None:
+async def test_everything(here: Here, names_stream: bool) -> None:
     agent, taker = await start(here, registration(0x48), names_stream=names_stream)
     await agent.send([rec(EXIT, 1), rec(EXEC, 2), rec(EXIT, 3)])
     await taker.until_events(2)
     await taker.leave()
     await agent.send([rec(EXIT, 4)])
     await agent.send([rec(EXIT, 5), rec(FORK, 6, child_tgid=7)])
+    await here.between(agent)
     await taker.open()
     await agent.send([rec(EXIT, 8)])
     await taker.until_events(6)
@@ -187,7 +270,7 @@ async def test_everything(here: World, names_stream: bool) -> None:
     assert taker.gaps == []
 
 
-async def test_taken_in_the_middle_of_a_block(here: World) -> None:
+async def test_taken_in_the_middle_of_a_block(here: Here) -> None:
     """What was sent and not taken comes again; what was taken does not."""
     agent, taker = await start(here, registration(0x40))
     await agent.send([rec(EXIT, pid) for pid in range(1, 9)])
@@ -195,6 +278,7 @@ async def test_taken_in_the_middle_of_a_block(here: World) -> None:
     taker.positions["a"] = (7, 2 * SLOT_SIZE)
     del taker.events[3:]
     await taker.leave()
+    await here.between(agent)
     await taker.open()
     await agent.send([rec(EXIT, 20)])
     await taker.until_events(9)
@@ -202,7 +286,7 @@ async def test_taken_in_the_middle_of_a_block(here: World) -> None:
     assert taker.gaps == []
 
 
-async def test_a_process_that_ended_meanwhile(here: World) -> None:
+async def test_a_process_that_ended_meanwhile(here: Here) -> None:
     agent, taker = await start(here, registration(0x60, pid=100, node="a"))
     await agent.send([rec(EXEC, 100, flags=OWN)])
     await taker.until_events(1)
@@ -211,6 +295,7 @@ async def test_a_process_that_ended_meanwhile(here: World) -> None:
     await agent.acknowledged()
     await agent.send([rec(EXIT, 100, flags=OWN, start_boottime_ns=5)])  # somebody else's with the same pid
     agent.gone = (100,)
+    await here.between(agent)
     await taker.open()
     await taker.until_events(2)
     assert (await taker.until("registered")).state == EXITED
@@ -218,7 +303,7 @@ async def test_a_process_that_ended_meanwhile(here: World) -> None:
     assert taker.gaps == []
 
 
-async def test_followed_children_of_meanwhile(here: World) -> None:
+async def test_followed_children_of_meanwhile(here: Here) -> None:
     agent, taker = await start(here, registration(0x48, pid=100, follow=True))
     await agent.send([rec(FORK, 100, flags=OWN, child_tgid=101, child_start_boottime_ns=1010)])
     await taker.until_events(1)
@@ -227,6 +312,7 @@ async def test_followed_children_of_meanwhile(here: World) -> None:
     await agent.send([rec(EXIT, 100, flags=OWN), rec(EXIT, 101, flags=OWN)])
     await agent.acknowledged()
     agent.gone = (100,)
+    await here.between(agent)
     await taker.open()
     await agent.send([rec(FORK, 102, flags=OWN, child_tgid=103, child_start_boottime_ns=1030), rec(EXIT, 103, flags=OWN)])
     await taker.until_events(6)
@@ -234,25 +320,27 @@ async def test_followed_children_of_meanwhile(here: World) -> None:
     assert taker.gaps == []
 
 
-async def test_a_control_group(here: World) -> None:
+async def test_a_control_group(here: Here) -> None:
     agent, taker = await start(here, registration(0x40, cgroup="/a"))
     await agent.send([rec(EXIT, 1, flags=F_MATCH_CGROUP, match_cgroup_id=50)])
     await taker.until_events(1)
     await taker.leave()
     await agent.send([rec(EXIT, 2, flags=F_MATCH_CGROUP, match_cgroup_id=50)])
+    await here.between(agent)
     await taker.open()
     await agent.send([rec(EXIT, 3, flags=F_MATCH_CGROUP, match_cgroup_id=50)])
     await taker.until_events(3)
     assert slots(taker) == [0, 1, 2]
 
 
-async def test_several_registrations(here: World) -> None:
+async def test_several_registrations(here: Here) -> None:
     """Nothing is delivered before all were brought: what the first has no part in may be the second's."""
     agent, taker = await start(here, registration(0x40, pid=100), registration(0x40, pid=200))
     await taker.leave()
     await agent.send([rec(EXIT, 200, flags=OWN), rec(EXIT, 100, flags=OWN)])
     await agent.acknowledged()
     agent.gone = (100, 200)
+    await here.between(agent)
     taker.call = here.monitor.Watch()
     first = monitor_pb2.WatchRequest(request_id=0, register=monitor_pb2.RegisterRequest(registration=taker.wanted[0]))
     first.cursor.CopyFrom(taker.cursor())
@@ -266,13 +354,14 @@ async def test_several_registrations(here: World) -> None:
     assert taker.states[2:] == [EXITED, EXITED]
 
 
-async def test_what_is_new_in_the_second_stream_comes_from_then_on(here: World) -> None:
+async def test_what_is_new_in_the_second_stream_comes_from_then_on(here: Here) -> None:
     agent, taker = await start(here, registration(0x40, pid=100))
     await taker.leave()
     await agent.send([rec(EXEC, 100, flags=OWN), rec(EXEC, 1), rec(EXIT, 100, flags=OWN)])
     await agent.acknowledged()
     taker.wanted.append(registration(0x20))
     agent.gone = (100,)
+    await here.between(agent)
     await taker.open()
     await taker.until_events(1)
     assert slots(taker) == [2]
@@ -283,7 +372,7 @@ async def test_what_is_new_in_the_second_stream_comes_from_then_on(here: World) 
     assert slots(taker) == [2, 3]
 
 
-async def test_a_stream_that_is_not_known_to_have_ended_is_taken_over(here: World) -> None:
+async def test_a_stream_that_is_not_known_to_have_ended_is_taken_over(here: Here) -> None:
     agent, taker = await start(here, registration(0x40))
     await agent.send([rec(EXIT, 1)])
     await taker.until_events(1)
@@ -299,7 +388,7 @@ async def test_a_stream_that_is_not_known_to_have_ended_is_taken_over(here: Worl
     assert len([each for each in here.broker.sessions if not each.detached]) == 1
 
 
-async def test_two_monitors_with_the_same_registration(here: World) -> None:
+async def test_two_monitors_with_the_same_registration(here: Here) -> None:
     """Each gets its own back."""
     agent, first = await start(here, registration(0x40))
     second = Taker(here, [registration(0x40)])
@@ -311,6 +400,7 @@ async def test_two_monitors_with_the_same_registration(here: World) -> None:
     first.call.cancel()
     await second.leave()
     await agent.send([rec(EXIT, 2)])
+    await here.between(agent)
     await second.open()
     await first.open()
     await agent.send([rec(EXIT, 3)])
@@ -320,7 +410,7 @@ async def test_two_monitors_with_the_same_registration(here: World) -> None:
         assert taker.gaps == []
 
 
-async def test_too_late(here: World) -> None:
+async def test_too_late(here: Here) -> None:
     """When nobody has kept the place: a gap says from where to where, then what comes."""
     agent, taker = await start(here, registration(0x40), linger_ms=0)
     await agent.send([rec(EXIT, 1)])
@@ -336,14 +426,14 @@ async def test_too_late(here: World) -> None:
     assert slots(taker) == [0, 2]
 
 
-async def test_lingering_ends(here: World) -> None:
+async def test_lingering_ends(here: Here) -> None:
     agent, taker = await start(here, registration(0x40), linger_ms=50)
     taker.call.cancel()
     await agent.wait(lambda: not agent.mask)
     assert not here.broker.sessions
 
 
-async def test_closed(here: World) -> None:
+async def test_closed(here: Here) -> None:
     """Who says that he is gone is gone at once."""
     agent, taker = await start(here, registration(0x40))
     await taker.call.write(monitor_pb2.WatchRequest(close=monitor_pb2.CloseRequest()))
@@ -353,29 +443,25 @@ async def test_closed(here: World) -> None:
     assert not here.broker.sessions
 
 
-async def test_too_long(here: World) -> None:
+async def test_too_long(here: Here) -> None:
     call = here.monitor.Subscribe(monitor_pb2.SubscribeRequest(registrations=[registration(0x40)], linger_ms=3_600_001))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await call.read()
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def lost(total: int, at: int) -> agent_pb2.AgentMessage:
-    count = agent_pb2.Lost.Count(type=events_pb2.EVENT_TYPE_PROCESS_EXIT, total=total)
-    return agent_pb2.AgentMessage(lost=agent_pb2.Lost(counts=[count], from_position=at, to_position=at))
-
-
-async def test_losses_are_told_once(here: World) -> None:
+async def test_losses_are_told_once(here: Here) -> None:
     """Those of before, that were taken; and those of meanwhile, in their place, though no position tells them apart."""
     agent, taker = await start(here, registration(0x40))
     await agent.send([rec(EXIT, 1)])
-    await agent.call.write(lost(3, agent.position))
+    await agent.lose(3)
     await taker.until("gap")
     await taker.leave()
-    await agent.call.write(lost(5, agent.position))
+    await agent.lose(2)
     await agent.send([rec(EXIT, 2)])
-    await agent.call.write(lost(6, agent.position))
+    await agent.lose(1)
     await agent.acknowledged()
+    await here.between(agent)
     await taker.open()
     await taker.until("registered")
     assert slots(taker) == [0, 1]
@@ -383,7 +469,7 @@ async def test_losses_are_told_once(here: World) -> None:
     assert all(gap.reason == RING and gap.log_id == here.broker.log.log_id for gap in taker.gaps)
 
 
-async def test_a_reboot_meanwhile(here: World) -> None:
+async def test_a_reboot_meanwhile(here: Here) -> None:
     agent, taker = await start(here, registration(0x40, pid=100), registration(0x40))
     await agent.send([rec(EXIT, 1)])
     await taker.until_events(1)
@@ -392,11 +478,12 @@ async def test_a_reboot_meanwhile(here: World) -> None:
     await agent.acknowledged()
     await agent.leave()
     before = agent.position
-    agent.boot_id, agent.epoch, agent.position = "boot-2", 8, 0
+    agent.boot_id, agent.epoch, agent.position, agent.acked, agent.sent = "boot-2", 8, 0, 0, []
     await agent.serve()
     await agent.wait(lambda: agent.mask != 0)
     await agent.send([rec(EXIT, 3)])
     await agent.acknowledged()
+    await here.between(agent)
     await taker.open()
     await taker.until_events(4)
     assert taker.events == [
@@ -410,7 +497,8 @@ async def test_a_reboot_meanwhile(here: World) -> None:
 
 async def test_retention_takes_what_was_not_fetched() -> None:
     """What the log has dropped meanwhile is counted."""
-    async with world(log_bytes=40_000) as here:
+    here = await Here.start(MemoryLog(40_000), None, "")
+    try:
         agent, taker = await start(here, registration(0x60))
         await agent.send([rec(EXIT, 1), rec(EXIT, 2), rec(EXEC, 3)])
         await taker.until_events(3)
@@ -419,10 +507,11 @@ async def test_retention_takes_what_was_not_fetched() -> None:
         for pid in range(200):
             await agent.send([rec(EXIT, pid), rec(FORK, pid)])
         await agent.acknowledged()
+        await here.between(agent)
         await taker.open()
         await taker.until("registered")
         (gap,) = taker.gaps
-        counts = {each.type: each.count for each in gap.lost}
+        counts = {int(each.type): each.count for each in gap.lost}
         assert gap.reason == LOG
         told = taker.events[3:]
         assert 0 < len(told) < 100
@@ -430,9 +519,11 @@ async def test_retention_takes_what_was_not_fetched() -> None:
         assert counts[EXEC] == 1
         assert gap.from_position == SLOT_SIZE
         assert told[0][2] == gap.to_position
+    finally:
+        await here.stop()
 
 
-async def test_an_end_that_was_lost(here: World) -> None:
+async def test_an_end_that_was_lost(here: Here) -> None:
     """A watched process that is gone, and whose end does not come: the agent is asked for a record of it, once."""
     agent, taker = await start(here, registration(0x40, pid=100), registration(0x40, pid=101))
     agent.gone = (100,)
@@ -445,12 +536,12 @@ async def test_an_end_that_was_lost(here: World) -> None:
     assert taker.states == [RUNNING, RUNNING]
 
 
-async def test_an_end_in_a_ring_that_is_gone(here: World) -> None:
+async def test_an_end_in_a_ring_that_is_gone(here: Here) -> None:
     """An agent without pins was started again: the same, at positions of the new ring."""
     agent, taker = await start(here, registration(0x40, pid=100), registration(0x40, pid=101))
     await agent.leave()
     await taker.until("node")
-    agent.epoch, agent.position, agent.gone = 8, 0, (100,)
+    agent.epoch, agent.position, agent.acked, agent.sent, agent.gone = 8, 0, 0, [], (100,)
     await agent.serve()
     await taker.until_events(1)
     assert agent.inferred == [(100, 1000)]
@@ -461,7 +552,7 @@ async def test_an_end_in_a_ring_that_is_gone(here: World) -> None:
     assert EXITED not in taker.states
 
 
-async def test_removed_nodes(here: World) -> None:
+async def test_removed_nodes(here: Here) -> None:
     agent, taker = await start(here, registration(0x40, node="a"), registration(0x40))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await here.monitor.RemoveNode(monitor_pb2.RemoveNodeRequest(node="a"))
