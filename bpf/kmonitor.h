@@ -130,6 +130,20 @@ struct kmonitor_config {
 	unsigned int fill_mark;      /* bytes waiting in the ring above which threads and node-wide matches are dropped */
 };
 
+/*
+ * What the program "kmonitor_infer" is run with (BPF_PROG_TEST_RUN, as the context of a raw tracepoint: whole words). Its result: 1,
+ * a record was made; 0, the ring has no room.
+ */
+struct kmonitor_gone {
+	unsigned long long start_boottime_ns;
+	unsigned long long cgroup_id; /* this and what follows: 0, or empty, if it is not known */
+	unsigned int tgid;
+	unsigned int ppid;
+	unsigned int uid;
+	unsigned int gid;
+	char comm[16];
+};
+
 /* What the iterator "kmonitor_tasks" prints: one of these for each process. */
 struct kmonitor_process {
 	unsigned long long start_boottime_ns;

@@ -145,7 +145,8 @@ def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: Pin
 
 
 async def _run(address: str, node: str, scope: str, labels: dict[str, str], source: Source) -> Literal["term", "int"]:
-    from kmonitor.agent.connection import Connection, Identity  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
+    from kmonitor.agent.connection import Connection  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
+    from kmonitor.agent.uplink import Identity  # noqa: PLC0415
 
     connection = Connection(address, Identity(node, scope, labels), source)
     received: list[Literal["term", "int"]] = []
