@@ -10,6 +10,20 @@
 
 #define KMONITOR_RECORD_VERSION 1
 
+/*
+ * Fixed for ever, since an agent of any version must be able to bring home what the probe of any other has left in its pinned ring, and
+ * to stop that probe (agent/kmonitor/agent/predecessor.py; a test holds these):
+ *
+ * - the names of the pins: NODE@SCOPE@vN, where N is KMONITOR_RECORD_VERSION; in it map_events, map_control, and link_* for all that is
+ *   attached;
+ * - the ring: a BPF_MAP_TYPE_RINGBUF, and what it holds: whole slots of KMONITOR_SLOT_SIZE, a record's first byte behind the ring's header
+ *   its version;
+ * - in struct kmonitor_control: any_mask, which makes the probe do nothing when it is 0; sleeping; epoch; object_crc; lost. What is new goes
+ *   behind them.
+ *
+ * All else may differ: the rest of the record, other maps, their keys and values.
+ */
+
 /* Every record, with the ring's own header of 8 bytes before it, takes a whole number of slots.
  * So a stretch of the ring is an array of slots, and its positions are multiples of the slot. */
 #define KMONITOR_SLOT_SIZE 128

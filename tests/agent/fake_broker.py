@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +15,9 @@ from dataclasses import dataclass, field
 import grpc
 
 from kmonitor.v1 import agent_pb2, agent_pb2_grpc
-from kmonitor.wire.record import Slots, check_records, slots_of
+from kmonitor.wire.masks import EventType
+from kmonitor.wire.record import Slots, record_starts, slots_of
+from tests.lab.storm import Storm
 
 LEASE_MS = 900
 Refusal = tuple[grpc.StatusCode, str]
@@ -64,7 +68,8 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
         """Asked after each block."""
         self.interest: agent_pb2.Interest | None = None
         """Sent behind the welcome."""
-        self._server = grpc.server(ThreadPoolExecutor(max_workers=16))
+        self._threads = ThreadPoolExecutor(max_workers=16)
+        self._server = grpc.server(self._threads)
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
@@ -75,6 +80,7 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
             for stream in self.streams:
                 stream.out.put(None)
         self._server.stop(grace=0.5).wait()
+        self._threads.shutdown()
 
     def stream(self, number: int, limit: float = 20.0) -> Stream:
         """The so-many-th that was accepted, from 0 on."""
@@ -94,10 +100,10 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
         ]
 
     def records(self, epoch: int) -> Slots:
-        """All of one ring."""
+        """All of one ring, of any version."""
         with self.changed:
             slots = slots_of(bytes(self.logs.get(epoch, b"")))
-        found: Slots = slots[check_records(slots)]
+        found: Slots = slots[record_starts(slots)]
         return found
 
     def Connect(  # noqa: N802 - the service's name for it
@@ -159,3 +165,14 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
         if log[at : at + len(data)] != data[:again]:
             self.wrong.append(f"other bytes at {position} than before")
         log += data[max(again, 0) :]
+
+
+def check_storm(told: Storm, rows: Slots) -> None:
+    """All forks and ends of a storm (tests/lab/storm.py) are among the records, each once. Others' may be, too."""
+    ended, forks = rows[rows["type"] == EventType.PROCESS_EXIT], rows[rows["type"] == EventType.PROCESS_FORK]
+    codes = [os.waitstatus_to_exitcode(status) for status in ended["status"].tolist()]
+    exits = Counter(zip(ended["tgid"].tolist(), codes, strict=True))
+    pairs = Counter(zip(forks["tgid"].tolist(), forks["child_tgid"].tolist(), strict=True))
+    statuses, started = told.statuses(), told.started()
+    assert {key: exits[key] for key in statuses} == statuses
+    assert {key: pairs[key] for key in started} == started

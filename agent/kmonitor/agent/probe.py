@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -40,7 +41,8 @@ INFER = "kmonitor_infer"
 """Attached nowhere: run to tell the end of a process that was found gone."""
 CAPABILITIES = ("CAP_BPF", "CAP_PERFMON")
 """That it takes to load, attach and pin it, and to look processes up."""
-_MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
+MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
+"""Pinned, by their names as pins; and as the object file has them."""
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _FILL_MARK = 3, 4
 
@@ -113,11 +115,6 @@ class Probe:
         """Names the ring: when it was made, in Unix nanoseconds."""
         return self.control["epoch"]
 
-    @property
-    def is_current(self) -> bool:
-        """Whether this version's object made it."""
-        return self.control["object_crc"] == zlib.crc32(image())
-
     def catch_up(self) -> None:
         """The kernel matches each event when it happens: nothing is ever behind."""
 
@@ -178,7 +175,7 @@ def run(
     `attach` gives the descriptor of a program's link. `programs`: those that are not attached, which this takes over, if it fails too.
     Raises MissingCapabilityError, PinError, BpfError.
     """
-    maps = {mine: obj.map(real) for mine, real in _MAPS.items()}
+    maps = {mine: obj.map(real) for mine, real in MAPS.items()}
     links: dict[str, int] = {}
     control = Control(maps["control"].fd)
     try:
@@ -206,20 +203,46 @@ def run(
         control.close()
 
 
-def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
-    """Take over the probe that is pinned; None if there is none. What is left of one that is not whole is removed.
+def is_current(pins: PinFolder) -> bool:
+    """Whether the probe that is pinned is whole, and made from this version's object. Raises PinError, BpfError."""
+    # Links come last: with all of them there, nothing is missing but the iterator, which source bcc has not.
+    whole = {f"map_{name}" for name in MAPS} | {f"prog_{INFER}"} | {f"link_{program}" for program in HOOKS}
+    if pins.version != RECORD_VERSION or not pins.names() >= whole:
+        return False
+    with contextlib.closing(open_control(pins)) as control:
+        return control["object_crc"] == zlib.crc32(image())
 
-    Raises CaptureError if it is another namespace's, BpfError, MissingCapabilityError.
+
+def open_control(pins: PinFolder) -> Control:
+    """That of any version's probe. Raises PinError, BpfError."""
+    fd = libbpf.open_pinned(pins.path / "map_control")
+    try:
+        return Control(fd)
+    finally:
+        os.close(fd)
+
+
+def open_ring(pins: PinFolder, control: Control) -> Ring:
+    """That of any version's probe. Raises PinError, BpfError."""
+    fd = libbpf.open_pinned(pins.path / "map_events")
+    try:
+        return Ring(fd, _map_info(fd, "max_entries"), control)
+    finally:
+        os.close(fd)
+
+
+def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
+    """Take over the probe that is pinned; None if there is none.
+
+    Raises CaptureError if it is another version's or another namespace's, PinError, BpfError, MissingCapabilityError.
     """
-    whole = {f"map_{name}" for name in _MAPS} | {f"prog_{INFER}"} | {f"link_{program}" for program in HOOKS}
     found = pins.names()
-    if not found >= whole:
-        for name in found:  # an agent was killed while it pinned: what there is captures nothing whole
-            (pins.path / name).unlink()
+    if not found:
         return None
-    # Programs are pinned before links: with all links there, an iterator that is missing was never there.
+    if not is_current(pins):
+        raise CaptureError(f"what is pinned in {pins.path} is another version's: remove it with --unpin")
     programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER) if f"prog_{name}" in found}
-    maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in _MAPS}
+    maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in MAPS}
     probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, [], adopted=True)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()

@@ -8,8 +8,7 @@ import contextlib
 import logging
 import os
 import random
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +17,7 @@ import grpc.aio
 
 from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
+from kmonitor.agent.identity import Identity
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2, agent_pb2_grpc
 from kmonitor.wire.clocks import boot_id
@@ -44,15 +44,6 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 
 _Call = Any  # grpc.aio.StreamStreamCall of AgentMessage and BrokerMessage; its stub is not generic at run time
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """How this node presents itself."""
-
-    node: str
-    scope: str
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 class Uplink:
@@ -214,6 +205,7 @@ class Uplink:
             async with asyncio.timeout(_DRAIN_TIMEOUT):
                 await forwarder.drain()
                 await call.done_writing()
+                await call.code()  # the broker has read to the end: cancelled before, it would take it for a break
 
     async def _receive(self, call: _Call, forwarder: Forwarder) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
