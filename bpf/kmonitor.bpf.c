@@ -51,6 +51,7 @@ struct exec_filename {
 	char bytes[FILENAME_MAX_LEN];
 	/* Unused: for structs that only functions use, this is what brings them into the object's BTF, where a test reads them. */
 	struct kmonitor_process process;
+	struct kmonitor_gone gone;
 	struct kmonitor_record record;
 };
 
@@ -560,6 +561,53 @@ PROBE(kmonitor_oom, mark_victim)
 	if (entry && !entry->killer.tgid && !entry->killer.comm[0])
 		entry->flags |= KMONITOR_F_OOM_KILLED;
 	return 0;
+}
+
+#define GONE(member) (ctx->args[__builtin_offsetof(struct kmonitor_gone, member) / sizeof(__u64)])
+
+/*
+ * The agent found a watched process gone whose end was not told: the ring had no room for it, or nobody captured. Its end gets a
+ * record here, and not a message of the agent's, so that it has a position: it comes once, and in order. Run by the agent, attached
+ * nowhere. Nothing is counted as lost if there is no room: the agent tries again.
+ */
+ROUTINE(kmonitor_infer)
+{
+	__u64 start_boottime_ns = GONE(start_boottime_ns);
+	struct kmonitor_watched *entry;
+	struct kmonitor_record *record;
+	__u32 tgid = GONE(tgid);
+
+	record = bpf_ringbuf_reserve(MAP(events), sizeof(*record), 0);
+	if (!record)
+		return 0;
+	__builtin_memset(&record->killer, 0, sizeof(record->killer));
+	__builtin_memset(&record->root, 0, sizeof(record->root));
+	entry = bpf_map_lookup_elem(MAP(watched), &tgid);
+	/* The pid may be another's by now, with an entry of its own. */
+	if (entry && entry->start_boottime_ns == start_boottime_ns) {
+		if (!(entry->flags & KMONITOR_WATCHED_ENDED))
+			record->root = entry->root;
+		bpf_map_delete_elem(MAP(watched), &tgid);
+	}
+	record->version = KMONITOR_RECORD_VERSION;
+	record->type = KMONITOR_PROCESS_EXIT;
+	record->flags = KMONITOR_F_INFERRED | KMONITOR_F_MATCH_PROCESS;
+	record->filename_len = 0;
+	record->args_len = 0;
+	record->boottime_ns = bpf_ktime_get_boot_ns();
+	record->start_boottime_ns = start_boottime_ns;
+	record->cgroup_id = GONE(cgroup_id);
+	record->match_cgroup_id = 0;
+	record->tgid = tgid;
+	record->tid = tgid;
+	record->ppid = GONE(ppid) >> 32;
+	record->uid = GONE(uid);
+	record->gid = GONE(gid) >> 32;
+	record->status = 0;
+	*(__u64 *)record->comm = GONE(comm[0]);
+	*(__u64 *)(record->comm + sizeof(__u64)) = GONE(comm[8]);
+	commit(record, true);
+	return 1;
 }
 
 #ifdef HAS_ITERATORS

@@ -10,6 +10,20 @@
 
 #define KMONITOR_RECORD_VERSION 1
 
+/*
+ * Fixed for ever, since an agent of any version must be able to bring home what the probe of any other has left in its pinned ring, and
+ * to stop that probe (agent/kmonitor/agent/predecessor.py; a test holds these):
+ *
+ * - the names of the pins: NODE@SCOPE@vN, where N is KMONITOR_RECORD_VERSION; in it map_events, map_control, and link_* for all that is
+ *   attached;
+ * - the ring: a BPF_MAP_TYPE_RINGBUF, and what it holds: whole slots of KMONITOR_SLOT_SIZE, a record's first byte behind the ring's header
+ *   its version;
+ * - in struct kmonitor_control: any_mask, which makes the probe do nothing when it is 0; sleeping; epoch; object_crc; lost. What is new goes
+ *   behind them.
+ *
+ * All else may differ: the rest of the record, other maps, their keys and values.
+ */
+
 /* Every record, with the ring's own header of 8 bytes before it, takes a whole number of slots.
  * So a stretch of the ring is an array of slots, and its positions are multiples of the slot. */
 #define KMONITOR_SLOT_SIZE 128
@@ -128,6 +142,20 @@ struct kmonitor_config {
 	unsigned int has_group_dead; /* sched_process_exit has the argument group_dead (6.16 and later) */
 	unsigned int victim_is_task; /* mark_victim gives a task and not a thread's id (6.8 and later) */
 	unsigned int fill_mark;      /* bytes waiting in the ring above which threads and node-wide matches are dropped */
+};
+
+/*
+ * What the program "kmonitor_infer" is run with (BPF_PROG_TEST_RUN, as the context of a raw tracepoint: whole words). Its result: 1,
+ * a record was made; 0, the ring has no room.
+ */
+struct kmonitor_gone {
+	unsigned long long start_boottime_ns;
+	unsigned long long cgroup_id; /* this and what follows: 0, or empty, if it is not known */
+	unsigned int tgid;
+	unsigned int ppid;
+	unsigned int uid;
+	unsigned int gid;
+	char comm[16];
 };
 
 /* What the iterator "kmonitor_tasks" prints: one of these for each process. */

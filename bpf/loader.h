@@ -13,6 +13,8 @@
  *   FIELD(pointer, type, member)    of a struct that a tracepoint gave, or that was reached from there by FIELD alone
  *   READ(pointer, type, member)     of any other
  *   ADDRESS(pointer, type, member)  where it is
+ *   PROBE(name, tracepoint)         a program that is attached
+ *   ROUTINE(name)                   one that user space runs, with the words of ctx->args
  *   START_BOOTTIME(task)            in the grain that the source's look-ups have: processes are told apart by it
  */
 #ifndef KMONITOR_LOADER_H
@@ -47,6 +49,7 @@
 #define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task())
 
 #define PROBE(name, tracepoint) int name(struct bpf_raw_tracepoint_args *ctx)
+#define ROUTINE(name) int name(struct bpf_raw_tracepoint_args *ctx)
 
 #define RING(name)
 #define HASH(name, key, value, entries)
@@ -72,6 +75,9 @@
 
 #define PROBE(name, tracepoint)                                                                    \
 	SEC("tp_btf/" #tracepoint)                                                                 \
+	int name(struct bpf_raw_tracepoint_args *ctx)
+#define ROUTINE(name)                                                                              \
+	SEC("raw_tp")                                                                              \
 	int name(struct bpf_raw_tracepoint_args *ctx)
 #define HAS_ITERATORS
 

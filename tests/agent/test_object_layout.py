@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kmonitor.agent import maps
+from kmonitor.agent import maps, probe
+from kmonitor.agent.pins import PinFolder
 from kmonitor.wire import record
 from tests.agent.btf import Btf
 
@@ -63,3 +64,15 @@ def test_config(btf: Btf) -> None:
     packed = maps.pack_config(pidns_inum=1, has_group_dead=True, victim_is_task=True, fill_mark=2)
     assert btf.size("kmonitor_config") == len(packed)
     assert list(btf.fields("kmonitor_config")) == ["pidns_inum", "has_group_dead", "victim_is_task", "fill_mark"]
+
+
+def test_what_is_fixed_for_ever(btf: Btf) -> None:
+    """What an agent needs of a probe of any other version: bpf/kmonitor.h says why. A change here breaks upgrades."""
+    control = btf.fields("kmonitor_control")
+    fixed = {"any_mask": (0, 4), "sleeping": (8, 4), "epoch": (16, 8), "object_crc": (24, 4), "lost": (32, 128)}
+    assert {name: control[name] for name in fixed} == fixed
+    assert btf.fields("kmonitor_record")["version"] == (0, 1)
+    assert (record.SLOT_SIZE, record.RING_HEADER_SIZE) == (128, 8)
+    folder = PinFolder(Path("/root"), "a.node", "host", 7)
+    assert folder.path == Path("/root/a%2enode@host@v7")
+    assert {"events", "control"} <= set(probe.MAPS)

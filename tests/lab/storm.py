@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.lab.workload import Root
+from tests.lab.services import Lab
+from tests.lab.workload import Programs, Root
 
 
 @dataclass
@@ -35,6 +36,14 @@ class Storm:
     def started(self) -> Counter[tuple[int, int]]:
         """(worker's pid, id) of all that were started."""
         return Counter((worker, number) for worker, ends in self.ends.items() for number, _ in ends)
+
+
+def start(lab: Lab, programs: Programs, folder: Path, kind: str, count: int, workers: int = 2) -> Root:
+    """Make one that waits for the word. `folder` is made, and is for `read`."""
+    folder.mkdir()
+    made = lab.keep(Root([programs.storm, kind, str(count), str(workers), folder], cwd=folder.parent))
+    made.wait_ready()
+    return made
 
 
 def read(root: Root, folder: Path) -> Storm:

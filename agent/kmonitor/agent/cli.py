@@ -12,24 +12,29 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core's own lines on stderr would be nobody's
 
 import typer
 
 from kmonitor.agent.errors import BpfError
+from kmonitor.agent.identity import Identity
 from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
-from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions
+from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, is_current
 from kmonitor.agent.source import Source
 from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
+if TYPE_CHECKING:
+    from kmonitor.agent.uplink import Uplink
+
 log = logging.getLogger("kmonitor-agent")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+Signalled = Literal["term", "int"]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _RING_LEAST = 64 << 10
 _RING_MOST = 1 << 30
@@ -118,11 +123,19 @@ def agent(
     labels = parse_labels(label or [])
     address = check_address(broker)
     with contextlib.ExitStack() as stack:
+        folders: list[PinFolder] = []
         if pins is not None:
-            pins.open()
-            stack.callback(pins.close)
+            for folder in (pins, *pins.others()):
+                folder.open()
+                stack.callback(folder.close)
+                folders.append(folder)
             if unpin:
-                pins.remove()
+                _remove(folders)
+                return
+            signalled = _succeed(choice, options, folders, address, name, labels)
+            if signalled is not None:
+                if signalled == "int":
+                    _remove(folders)
                 return
         opened = _open(choice, options, pins)
         try:
@@ -133,34 +146,75 @@ def agent(
             pins.remove()
 
 
+def _remove(folders: list[PinFolder]) -> None:
+    for folder in folders:
+        if folder.path.exists():
+            folder.remove()
+
+
+def _succeed(
+    choice: SourceName | Literal["auto"], options: ProbeOptions, folders: list[PinFolder], address: str, node: str, labels: dict[str, str]
+) -> Signalled | None:
+    """Bring to the broker what probes of other versions have left, and remove them; the signal that ended it before, if one did.
+
+    `folders` are open; the first is this version's.
+    """
+    own, *others = folders
+    if not others and (not own.names() or is_current(own)):
+        return None
+    from kmonitor.agent import predecessor  # noqa: PLC0415  # with grpc; and rarely there is one
+
+    found = predecessor.find(own, others)
+    if found:
+        # A version that cannot capture here must not end one that does.
+        open_source(choice, options, None).close()
+    try:
+        for old in found:
+            draining = predecessor.Draining(address, Identity(node, options.scope, labels), old)
+            signalled = asyncio.run(_until_signal(draining))
+            if not draining.drained:
+                return signalled or "term"
+            old.close()
+            predecessor.discard(old.pins, own)
+            log.info("the probe of the other version is replaced: all that it had recorded was delivered")
+            if signalled is not None:
+                return signalled
+    finally:
+        for old in found:
+            old.close()
+    return None
+
+
 def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: PinFolder | None) -> Source:
     source = open_source(choice, options, pins)
     if source.adopted and isinstance(source, Probe):
         log.info(
             "carrying on with the pinned probe of source %s, %d bytes waiting", source.name, source.ring.producer - source.ring.consumer
         )
-        if not source.is_current:
-            log.warning("the pinned probe is another version's; it stays until it is removed with --unpin")
     return source
 
 
-async def _run(address: str, node: str, scope: str, labels: dict[str, str], source: Source) -> Literal["term", "int"]:
-    from kmonitor.agent.connection import Connection, Identity  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
+async def _run(address: str, node: str, scope: str, labels: dict[str, str], source: Source) -> Signalled:
+    from kmonitor.agent.connection import Connection  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
 
-    connection = Connection(address, Identity(node, scope, labels), source)
-    received: list[Literal["term", "int"]] = []
+    return await _until_signal(Connection(address, Identity(node, scope, labels), source)) or "term"
 
-    def on_signal(which: Literal["term", "int"]) -> None:
+
+async def _until_signal(uplink: Uplink) -> Signalled | None:
+    """Run it; which signal ended it, if one did."""
+    received: list[Signalled] = []
+
+    def on_signal(which: Signalled) -> None:
         if received:  # a second one: do not wait for the broker
             os._exit(1)
         received.append(which)
-        connection.stop()
+        uplink.stop()
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, on_signal, "term")
     loop.add_signal_handler(signal.SIGINT, on_signal, "int")
-    await connection.run()
-    return received[0] if received else "term"
+    await uplink.run()
+    return received[0] if received else None
 
 
 def main() -> None:

@@ -1,231 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's side of AgentService.Connect: one stream at a time, made again whenever it breaks."""
+"""The node's own stream: what the source captures goes up, what monitors ask for comes down."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import os
-import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Coroutine
 from typing import Any
 
-import grpc
-import grpc.aio
-
-from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
+from kmonitor.agent.identity import Identity
+from kmonitor.agent.inference import Inference
 from kmonitor.agent.interest import InterestTable
 from kmonitor.agent.pidfile import PidfileReader
 from kmonitor.agent.processes import select
 from kmonitor.agent.source import Source
-from kmonitor.v1 import agent_pb2, agent_pb2_grpc
-from kmonitor.wire.clocks import boot_id
-from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
-from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
-
-log = logging.getLogger("kmonitor-agent")
-
-_BACKOFF_FIRST = 0.1
-_BACKOFF_MOST = 5.0
-_CONNECT_TIMEOUT = 5.0
-_DRAIN_TIMEOUT = 1.0
-_NAME_TAKEN_TIMEOUT = 10.0
-"""Longer than a lease: the one that holds the name may be this node's last stream, which the broker has not missed yet."""
+from kmonitor.agent.uplink import Uplink
+from kmonitor.v1 import agent_pb2
 
 _GROUPS_SECONDS = 0.1
 """How often watched groups are looked at; some 3 us for each."""
 _NO_GROUPS_SECONDS = 1.0
 """How often it is looked whether there are any."""
 
-_OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 3000),
-    ("grpc.enable_retries", 0),
-    ("grpc.enable_http_proxy", 0),  # a proxy for the web in the environment is not for this
-    # Each attempt is a channel of its own: its back-off is ours alone.
-    ("grpc.use_local_subchannel_pool", 1),
-]
 
-_Call = Any  # grpc.aio.StreamStreamCall of AgentMessage and BrokerMessage; its stub is not generic at run time
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """How this node presents itself."""
-
-    node: str
-    scope: str
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-
-class Connection:
-    """Keeps the node connected to its broker until cancelled."""
+class Connection(Uplink):
+    """Keeps the node connected to its broker until it is stopped."""
 
     def __init__(self, address: str, identity: Identity, source: Source) -> None:
-        self._address = address
-        self._identity = identity
+        super().__init__(address, identity, source)
         self._source = source
         self._interest = InterestTable(source)
         self._pidfiles = PidfileReader(source.processes)
-        self._stopping = asyncio.Event()
-        self._boot_id = boot_id()
-        self._complaint = ""
+        self._inference: Inference | None = None
+        """The stream's."""
 
-    def stop(self) -> None:
-        """Send what is there, wait a moment for its acknowledgement, and end `run`."""
-        self._stopping.set()
+    def _add_to_hello(self, hello: agent_pb2.Hello) -> None:
+        hello.reads_pidfiles = True
+        hello.infers_exits = True
 
-    async def run(self) -> None:
-        """Until `stop`. Raises NodeNameTakenError, ProtocolError, NotAuthorisedError if there is no point in trying again."""
-        loop = asyncio.get_running_loop()
-        try:
-            await self._run_streams(loop)
-        finally:
-            loop.remove_reader(self._source.ring.wakeups.fileno())
-
-    def _attend(self, loop: asyncio.AbstractEventLoop) -> None:
-        """While there is no stream, whose forwarder does this: a ring that this process fills itself must not fall behind."""
-        loop.add_reader(self._source.ring.wakeups.fileno(), self._source.ring.awake)
-        self._source.ring.awake()
-
-    async def _run_streams(self, loop: asyncio.AbstractEventLoop) -> None:
-        delay = _BACKOFF_FIRST
-        taken_since: float | None = None
-        while not self._stopping.is_set():
-            self._attend(loop)
-            try:
-                await self._one_stream()
-                delay, taken_since = _BACKOFF_FIRST, None
-            except NodeNameTakenError as error:
-                if taken_since is None:
-                    taken_since = loop.time()
-                    log.warning("%s; trying for %.0f s more", error, _NAME_TAKEN_TIMEOUT)
-                if loop.time() - taken_since > _NAME_TAKEN_TIMEOUT:
-                    raise
-            except grpc.aio.AioRpcError as error:
-                self._complain(f"no broker answers at {self._address} ({_reason(error)}): trying again")
-                taken_since = None
-            if self._stopping.is_set():
-                return
-            self._attend(loop)
-            # Full jitter: a cluster's agents do not come back in step.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(random.uniform(0.02, delay)):
-                    await self._stopping.wait()
-            delay = min(delay * 2, _BACKOFF_MOST)
-
-    async def _one_stream(self) -> None:
-        """Connect and serve until the stream ends; returns if it had been accepted."""
-        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
-            call: _Call = agent_pb2_grpc.AgentServiceStub(channel).Connect()
-            forwarder = Forwarder(self._source, self._interest, call.write)
-            try:
-                lease = await self._handshake(call, forwarder)
-            except grpc.aio.AioRpcError as error:
-                raise self._final(error) or error from None
-            except TimeoutError:
-                self._complain(f"the broker at {self._address} does not answer: trying again")
-                return
-            finally:
-                if self._stopping.is_set():
-                    call.cancel()
-            identity = self._identity
-            self._complaint = ""
-            print(
-                f"kmonitor-agent: {identity.node} is connected to {self._address} (source {self._source.name}, scope {identity.scope})",
-                flush=True,
-            )
-            await self._serve(call, forwarder, lease)
-
-    async def _handshake(self, call: _Call, forwarder: Forwarder) -> float:
-        """Say hello; the lease in seconds."""
-        ring = self._source.ring
-        ring.rewind()
-        hello = agent_pb2.Hello(
-            node=self._identity.node,
-            boot_id=self._boot_id,
-            epoch=self._source.epoch,
-            position=ring.consumer,
-            record_version=RECORD_VERSION,
-            record_size=RECORD_SIZE,
-            slot_size=SLOT_SIZE,
-            source=self._source.name,
-            scope=self._identity.scope,
-            kernel_release=os.uname().release,
-            agent_version=version("kmonitor"),
-            labels=self._identity.labels,
-            lost=forwarder.totals(),
-            reads_pidfiles=True,
+    def _connected(self) -> None:
+        identity = self._identity
+        print(
+            f"kmonitor-agent: {identity.node} is connected to {self._address} (source {self._source.name}, scope {identity.scope})",
+            flush=True,
         )
-        async with asyncio.timeout(_CONNECT_TIMEOUT):
-            await call.write(agent_pb2.AgentMessage(hello=hello))
-            first = await call.read()
-        if first is grpc.aio.EOF or first.WhichOneof("kind") != "welcome":
-            raise ProtocolError(f"what answers at {self._address} is no kmonitor broker of this version")
-        ring.release(first.welcome.position)
-        return float(first.welcome.lease_ms) / 1000
 
-    async def _serve(self, call: _Call, forwarder: Forwarder, lease: float) -> None:
-        tasks = [
-            asyncio.create_task(self._receive(call, forwarder), name="receive"),
-            asyncio.create_task(forwarder.run(), name="forward"),
-            asyncio.create_task(forwarder.heartbeat(lease / 3), name="heartbeat"),
-            asyncio.create_task(self._watch_groups(forwarder), name="groups"),
-            asyncio.create_task(self._stopping.wait(), name="stopping"),
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if self._stopping.is_set():
-                await self._leave(call, forwarder, tasks)
-                return
-            for task in done:
-                task.result()  # raises what ended the stream
-            log.warning("the broker at %s closed the stream: trying again", self._address)
-        except grpc.aio.AioRpcError as error:
-            if final := self._final(error):
-                raise final from None
-            log.warning("the stream to %s broke (%s): trying again", self._address, _reason(error))
-        except asyncio.InvalidStateError:
-            # grpc.aio says so when something is written to a call that has ended meanwhile: the reader knows why.
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await call.read()
-            log.warning("the stream to %s broke: trying again", self._address)
-        finally:
-            call.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._pidfiles.abandon()
+    def _jobs(self, forwarder: Forwarder) -> list[Coroutine[Any, Any, Any]]:
+        self._inference = Inference(self._source, self._interest, forwarder.wake)
+        return [self._watch_groups(forwarder), self._inference.run()]
 
-    async def _leave(self, call: _Call, forwarder: Forwarder, tasks: list[asyncio.Task[Any]]) -> None:
-        """Everything that is in the ring is sent, and the broker's answer awaited, so that the pinned ring is left empty."""
-        tasks[1].cancel()
-        await asyncio.wait([tasks[1]])
-        with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            async with asyncio.timeout(_DRAIN_TIMEOUT):
-                await forwarder.drain()
-                await call.done_writing()
+    async def _take(self, message: agent_pb2.BrokerMessage, forwarder: Forwarder) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "interest":
+            await forwarder.answer(lambda: agent_pb2.AgentMessage(applied=self._interest.apply(message.interest)))
+        elif kind == "infer_exits" and self._inference is not None:
+            self._inference.ask(message.infer_exits)
+        elif kind == "list_processes":
+            await forwarder.send(agent_pb2.AgentMessage(processes=self._list(message.list_processes)))
+        elif kind == "read_pidfile":
+            # Beside this loop: a file may lie on a server that does not answer.
+            self._pidfiles.start(message.read_pidfile, forwarder.send)
 
-    async def _receive(self, call: _Call, forwarder: Forwarder) -> None:
-        while (message := await call.read()) is not grpc.aio.EOF:
-            kind = message.WhichOneof("kind")
-            if kind == "ack":
-                forwarder.release(message.ack.position)
-            elif kind == "interest":
-                await forwarder.apply(message.interest)
-            elif kind == "list_processes":
-                await forwarder.send(agent_pb2.AgentMessage(processes=self._list(message.list_processes)))
-            elif kind == "read_pidfile":
-                # Beside this loop: a file may lie on a server that does not answer.
-                self._pidfiles.start(message.read_pidfile, forwarder.send)
-        code = await call.code()
-        if code is not grpc.StatusCode.OK:
-            raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
+    async def _disconnected(self) -> None:
+        self._inference = None
+        await self._pidfiles.abandon()
 
     async def _watch_groups(self, forwarder: Forwarder) -> None:
         """Say so when a control group or unit that is watched went away, or came anew, for ever."""
@@ -237,27 +75,3 @@ class Connection:
 
     def _list(self, asked: agent_pb2.ListProcessesCall) -> agent_pb2.ProcessList:
         return agent_pb2.ProcessList(call_id=asked.call_id, processes=select(self._source.processes.all(), asked.filter))
-
-    def _complain(self, text: str) -> None:
-        """Once, until something else is to be said: an outage of an hour is not a thousand lines."""
-        if text != self._complaint:
-            log.warning("%s", text)
-            self._complaint = text
-
-    def _final(self, error: grpc.aio.AioRpcError) -> KmonitorError | None:
-        """What to say of an error that trying again cannot mend; None if it can."""
-        code, details = error.code(), error.details() or ""
-        if code is grpc.StatusCode.ALREADY_EXISTS:
-            return NodeNameTakenError(
-                f"node {self._identity.node} is connected to {self._address} already: stop the other agent, or give this one another --node"
-            )
-        if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED):
-            return ProtocolError(f"the broker at {self._address} refuses this agent: {details}")
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            return NotAuthorisedError(f"the broker at {self._address} does not let this agent in: {details}")
-        return None
-
-
-def _reason(error: grpc.aio.AioRpcError) -> str:
-    first = (error.details() or "").strip().splitlines()
-    return first[0] if first else error.code().name

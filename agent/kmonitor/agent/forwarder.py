@@ -8,12 +8,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
-from kmonitor.agent.interest import InterestTable
-from kmonitor.agent.maps import LOST_FOLLOW, LOST_PROCESS, TYPE_BITS
-from kmonitor.agent.source import Source
-from kmonitor.v1 import agent_pb2, events_pb2
+from kmonitor.agent.losses import Losses
+from kmonitor.agent.source import Feed
+from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boottime_to_unix_ns
 from kmonitor.wire.record import SLOT_SIZE
 
@@ -26,54 +24,36 @@ _NAP_SLOTS = 40
 _BUSY_SECONDS = 0.0005
 
 _IN_FLIGHT_MOST = 4
-"""Blocks that the broker has not acknowledged. A broker that does not keep up gets larger blocks, not more of them: what waits
+"""Blocks that the broker has not got. A broker that does not keep up gets larger blocks, not more of them: what waits
 in the ring costs nothing, and what waits in gRPC costs both sides for each message."""
 
 Write = Callable[[agent_pb2.AgentMessage], Awaitable[None]]
-LostCounts = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(slots=True)
-class _Loss:
-    """Records that were not made, seen but not told yet: between which positions and times."""
-
-    from_position: int
-    from_time_ns: int
-    to_position: int
-    to_time_ns: int
 
 
 class Forwarder:
     """One stream's sending side. Everything that is written goes through `_lock`: what the broker reads is in order.
 
-    Owned by the event loop's thread, as are the ring and the maps.
+    Owned by the event loop's thread, as are the ring and the maps. `run`, `tell_late` and `heartbeat` are tasks of the stream's.
     """
 
-    def __init__(self, source: Source, interest: InterestTable, write: Write) -> None:
-        self._source = source
-        self._ring = source.ring
-        self._interest = interest
+    def __init__(self, feed: Feed, write: Write) -> None:
+        self._ring = feed.ring
         self._write = write
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._offset = boottime_to_unix_ns()
         self._complete_ns = 0
-        self._told: LostCounts = source.control.lost()
-        self._seen: LostCounts = self._told
-        self._loss: _Loss | None = None
+        self._losses = Losses(feed)
+        self._owed = asyncio.Event()
+        """Set while a loss could be told but for the time since the last one."""
         self._in_flight: deque[int] = deque()
-        """The position behind each block that is not acknowledged."""
+        """The position behind each block that the broker has not got."""
         self._room = asyncio.Event()
-        self._checked_position = self._ring.consumer
-        self._checked_ns = time.time_ns()
-        self.acknowledged = asyncio.Event()
-        """Set whenever the ring was released up to what was read."""
+        self._released = asyncio.Event()
 
     def totals(self) -> agent_pb2.Lost:
         """All losses of this epoch so far: for the hello, which makes them known to the broker."""
-        self._told = self._seen = self._source.control.lost()
-        # What the broker does not know of them was lost while there was no stream: since it last acknowledged.
-        return _lost(self._told, _Loss(self._ring.consumer, 0, self._ring.producer, time.time_ns()))
+        return self._losses.totals()
 
     async def run(self) -> None:
         """Send what the ring holds, for ever. Nothing here is done once per event."""
@@ -127,95 +107,94 @@ class Forwarder:
         self._ring.awake()
         self._wake.set()
 
+    def wake(self) -> None:
+        """There is something in the ring, whether the source has woken the reader or not."""
+        self._on_wakeup()
+
     async def _send_block(self) -> int:
         """Write one block; how many slots it had, 0 if there was none."""
+        now = asyncio.get_running_loop().time()
         async with self._lock:
-            self._look_for_losses()
+            self._losses.look(now)
             position = self._ring.position
             data = self._ring.read(BLOCK_BYTES)
-            if data is None:
-                await self._tell_losses()
-                return 0
-            self.acknowledged.clear()
-            self._in_flight.append(self._ring.position)
-            block = agent_pb2.Block(position=position, data=data, boottime_to_unix_ns=self._offset)
-            await self._write(agent_pb2.AgentMessage(block=block))
-            await self._tell_losses()
-            return len(data) // SLOT_SIZE
+            if data is not None:
+                self._in_flight.append(self._ring.position)
+                block = agent_pb2.Block(position=position, data=data, boottime_to_unix_ns=self._offset)
+                await self._write(agent_pb2.AgentMessage(block=block))
+            await self._tell_losses(now)
+            return 0 if data is None else len(data) // SLOT_SIZE
 
-    def _look_for_losses(self) -> None:
-        """What is lost between two looks lies between the producer's position before the first and after the second."""
-        before = self._ring.producer
-        counts = self._source.control.lost()
-        if counts != self._seen:
-            now = time.time_ns()
-            if self._loss is None:
-                self._loss = _Loss(self._checked_position, self._checked_ns, 0, 0)
-            self._loss.to_position = self._ring.producer
-            self._loss.to_time_ns = now
-            self._seen = counts
-            self._checked_ns = now
-        self._checked_position = before
+    async def _tell_losses(self, now: float, *, force: bool = False) -> None:
+        """Once everything around them was sent: so a monitor hears of the gap where it is."""
+        lost = self._losses.take(now, force=force)
+        if lost is not None:
+            await self._write(agent_pb2.AgentMessage(lost=lost))
+        if self._losses.due() is not None:
+            self._owed.set()
 
-    async def _tell_losses(self) -> None:
-        """Once everything around them was sent: so a monitor hears of the gap where it is, and once for a long one."""
-        if self._loss is not None and self._ring.position >= self._loss.to_position:
-            loss, self._loss = self._loss, None
-            self._told = self._seen
-            await self._write(agent_pb2.AgentMessage(lost=_lost(self._told, loss)))
+    async def tell_late(self) -> None:
+        """Tell, for ever, the losses that had to wait only because the one before had just been told."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._owed.wait()
+            self._owed.clear()
+            due = self._losses.due()
+            if due is None:
+                continue
+            await asyncio.sleep(max(due - loop.time(), 0))
+            async with self._lock:
+                await self._tell_losses(max(due, loop.time()))
 
     async def heartbeat(self, seconds: float) -> None:
-        """Renew the lease every so often, for ever."""
+        """Renew the lease every so often, for ever. What it calls complete lies before any loss that was not told."""
+        loop = asyncio.get_running_loop()
         while True:
             async with self._lock:
-                now = time.time_ns()
-                self._checked_ns = now if self._loss is None and self._source.control.lost() == self._seen else self._checked_ns
-                if not self._ring.has_unread():
-                    self._complete_ns = now
-                beat = agent_pb2.Heartbeat(position=self._ring.position, time_unix_nano=self._complete_ns)
+                now_ns = time.time_ns()  # before the looks: what is made or lost after it is not spoken of
+                all_sent = not self._ring.has_unread()
+                self._losses.look(loop.time())
+                await self._tell_losses(loop.time())
+                if self._losses.clear_at(now_ns) and all_sent:
+                    self._complete_ns = now_ns
+                beat = agent_pb2.Heartbeat(position=self._losses.complete_before(self._ring.position), time_unix_nano=self._complete_ns)
                 await self._write(agent_pb2.AgentMessage(heartbeat=beat))
             self._offset = boottime_to_unix_ns()
             await asyncio.sleep(seconds)
 
-    async def apply(self, interest: agent_pb2.Interest) -> None:
-        """Arm the kernel, and answer before any record that comes of it."""
+    async def answer(self, make: Callable[[], agent_pb2.AgentMessage]) -> None:
+        """Do what changes the source, and write the answer before any record that comes of it."""
         async with self._lock:
-            await self._write(agent_pb2.AgentMessage(applied=self._interest.apply(interest)))
+            await self._write(make())
 
     async def send(self, message: agent_pb2.AgentMessage) -> None:
         """Write a message that has no place in the order of events."""
         async with self._lock:
             await self._write(message)
 
-    def release(self, position: int) -> None:
-        """The broker has everything before `position`."""
-        self._ring.release(position)
-        while self._in_flight and self._in_flight[0] <= position:
+    def acknowledge(self, ack: agent_pb2.Ack) -> None:
+        """The broker has got everything before one position, and has it in its log before another: only that may be forgotten.
+
+        What it has got makes room for more blocks: a log on a disk is written in groups, and must not slow the stream down. A broker
+        that does not say what it has got says so by its log.
+        """
+        self._ring.release(ack.position)
+        got = max(ack.received, ack.position)
+        while self._in_flight and self._in_flight[0] <= got:
             self._in_flight.popleft()
         self._room.set()
-        if self._ring.consumer >= self._ring.position:
-            self.acknowledged.set()
+        self._released.set()
+
+    async def until_released(self, position: int) -> None:
+        """Until the broker has everything before `position` in its log."""
+        while self._ring.consumer < position:
+            self._released.clear()
+            await self._released.wait()
 
     async def drain(self) -> None:
-        """Send what is there now, and wait until the broker has it."""
+        """Send what is there now, tell what is missing, and wait until the broker has it."""
         while await self._send_block():
             pass
-        if self._ring.consumer < self._ring.position:
-            self.acknowledged.clear()
-            await self.acknowledged.wait()
-
-
-def _lost(counts: LostCounts, loss: _Loss | None) -> agent_pb2.Lost:
-    message = agent_pb2.Lost()
-    if loss is not None:
-        message.from_position = loss.from_position
-        message.to_position = loss.to_position
-        message.from_time_unix_nano = loss.from_time_ns
-        message.to_time_unix_nano = loss.to_time_ns
-    for which, totals in enumerate(counts):
-        for index, total in enumerate(totals):
-            if total:
-                # A child that could not be followed: any type of event may be missing, of processes that nobody knows.
-                kind = events_pb2.EVENT_TYPE_UNSPECIFIED if index == LOST_FOLLOW else TYPE_BITS[index]
-                message.counts.add(type=kind, watched=which == LOST_PROCESS, total=total)
-    return message
+        async with self._lock:
+            await self._tell_losses(asyncio.get_running_loop().time(), force=True)
+        await self.until_released(self._ring.position)

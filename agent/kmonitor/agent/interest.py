@@ -133,7 +133,7 @@ class InterestTable:
             pinned = bool(process.start_time)
             if found is None:
                 _answer(answer, process, _EXITED if pinned else _NOT_FOUND)
-            elif again and not found.live and pinned and self._will_tell(process):
+            elif again and not found.live and pinned and self.will_tell(process.pid, process.start_time):
                 # It has given up its last thread, and the probe has yet to be called: the end will be in the ring.
                 _answer(answer, process, _RUNNING, found)
             elif not found.live or (pinned and found.start_boottime_ns != process.start_time):
@@ -150,7 +150,7 @@ class InterestTable:
         for process, found, was_there in armed:
             now = after.get(process.pid)
             lives = now is not None and now.live and now.start_boottime_ns == found.start_boottime_ns
-            lives = lives or (again and was_there and self._will_tell(process))
+            lives = lives or (again and was_there and self.will_tell(process.pid, process.start_time))
             _answer(answer, process, _RUNNING if lives or not self._missed(found, was_there) else _EXITED, found)
 
     def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
@@ -173,10 +173,10 @@ class InterestTable:
         self._source.watched.update(pid_key(found.pid), entry.pack(), libbpf.BPF_EXIST if was_there else libbpf.BPF_ANY)
         return was_there
 
-    def _will_tell(self, process: agent_pb2.Interest.ProcessInterest) -> bool:
-        """Whether the probe has an entry for the process that it has not used up."""
-        entry = self._entry(process.pid)
-        return entry is not None and entry.start_boottime_ns == process.start_time and not entry.flags & WATCHED_ENDED
+    def will_tell(self, pid: int, start_boottime_ns: int) -> bool:
+        """Of a zombie: whether the probe has an entry for the process that it has not used up."""
+        entry = self._entry(pid)
+        return entry is not None and entry.start_boottime_ns == start_boottime_ns and not entry.flags & WATCHED_ENDED
 
     def _missed(self, found: Found, was_there: bool) -> bool:
         """The process ended while it was being armed: whether the probe did not see it with the new entry.

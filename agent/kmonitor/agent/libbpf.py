@@ -55,6 +55,28 @@ class _LinkCreateOptions(ctypes.Structure):
     )
 
 
+class _TestRunOptions(ctypes.Structure):
+    """struct bpf_test_run_opts."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("data_in", c_void_p),
+        ("data_out", c_void_p),
+        ("data_size_in", c_uint32),
+        ("data_size_out", c_uint32),
+        ("ctx_in", c_char_p),
+        ("ctx_out", c_void_p),
+        ("ctx_size_in", c_uint32),
+        ("ctx_size_out", c_uint32),
+        ("retval", c_uint32),
+        ("repeat", c_int),
+        ("duration", c_uint32),
+        ("flags", c_uint32),
+        ("cpu", c_uint32),
+        ("batch_size", c_uint32),
+    )
+
+
 _PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 
 # name: (result, arguments), as in bpf/libbpf.h, bpf/bpf.h and bpf/btf.h.
@@ -82,6 +104,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map_get_next_key": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_link_create": (c_int, (c_int, c_int, c_int, POINTER(_LinkCreateOptions))),
     "bpf_iter_create": (c_int, (c_int,)),
+    "bpf_prog_test_run_opts": (c_int, (c_int, POINTER(_TestRunOptions))),
     "btf__load_vmlinux_btf": (c_void_p, ()),
     "btf__free": (None, (c_void_p,)),
     "btf__find_by_name_kind": (c_int, (c_void_p, c_char_p, c_uint32)),
@@ -289,6 +312,18 @@ class Object:
             self._handle = None
 
 
+def run_program(program_fd: int, context: bytes) -> int:
+    """Run a program of a raw tracepoint once, here and now, with these words as its arguments (kernel 5.10 and later): its result.
+
+    Raises BpfError, MissingCapabilityError.
+    """
+    options = _TestRunOptions(ctypes.sizeof(_TestRunOptions), ctx_in=context, ctx_size_in=len(context))
+    result = library.bpf_prog_test_run_opts(program_fd, ctypes.byref(options))
+    if result:
+        raise _fail("cannot run a program of the probe", result)
+    return int(options.retval)
+
+
 def read_iterator(program_fd: int, tid: int = 0) -> bytes:
     """All that an iterator over tasks prints; over one task if `tid` is given and the kernel can (6.1 and later)."""
     info = _IterTask(tid, 0, 0)
@@ -328,4 +363,16 @@ class _Descriptor:
         os.close(self._fd)
 
 
-__all__ = ["BPF_ANY", "BPF_EXIST", "BPF_NOEXIST", "Map", "Object", "library", "open_pinned", "pin", "read_iterator", "version"]
+__all__ = [
+    "BPF_ANY",
+    "BPF_EXIST",
+    "BPF_NOEXIST",
+    "Map",
+    "Object",
+    "library",
+    "open_pinned",
+    "pin",
+    "read_iterator",
+    "run_program",
+    "version",
+]

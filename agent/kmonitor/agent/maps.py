@@ -41,6 +41,7 @@ PROCESS_DTYPE: np.dtype[Any] = np.dtype(
 )
 _WATCHED = struct.Struct("<QIIQIIII")
 _CONFIG = struct.Struct("<IIII")
+_GONE = struct.Struct("<QQIIII16s")
 _KEY = struct.Struct("<I")
 _CGROUP_KEY = struct.Struct("<Q")
 WATCHED_SIZE = _WATCHED.size
@@ -86,6 +87,11 @@ class Watched:
 def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int) -> bytes:
     """struct kmonitor_config."""
     return _CONFIG.pack(pidns_inum, has_group_dead, victim_is_task, fill_mark)
+
+
+def pack_gone(start_boottime_ns: int, cgroup_id: int, pid: int, ppid: int, uid: int, gid: int, comm: bytes) -> bytes:
+    """struct kmonitor_gone."""
+    return _GONE.pack(start_boottime_ns, cgroup_id, pid, ppid, uid, gid, comm)
 
 
 def pid_key(pid: int) -> bytes:

@@ -4,7 +4,8 @@
     ROOT/NODE@SCOPE@vN/    map_events  map_control  ...  prog_kmonitor_tasks  ...  link_kmonitor_exit  ...
 
 N is the record's version: an agent of another version takes a folder of its own. bpffs has no regular files, so the lock
-is on the folder itself: flock(2) on a directory is enough for that.
+is on the folder itself: flock(2) on a directory is enough for that. What the names are is fixed for ever: by them an agent finds
+what one of another version has left (predecessor.py).
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ DEFAULT_ROOT = Path("/sys/fs/bpf/kmonitor")
 class PinFolder:
     """Locked from `open` to `close`; the kernel lets go of the lock if the agent dies."""
 
-    def __init__(self, root: Path, node: str, scope: str) -> None:
-        self.path = root / f"{node.replace('.', '%2e')}@{scope}@v{RECORD_VERSION}"  # bpffs takes no dots
+    def __init__(self, root: Path, node: str, scope: str, version: int = RECORD_VERSION) -> None:
+        self.version = version
+        """Of the records."""
+        self._prefix = f"{node.replace('.', '%2e')}@{scope}@v"  # bpffs takes no dots
+        self.path = root / f"{self._prefix}{version}"
         self._node = node
+        self._scope = scope
         self._lock = -1
 
     def open(self) -> None:
@@ -50,15 +55,36 @@ class PinFolder:
             self.close()
             raise PinError(f"another agent runs as node {self._node} on this machine: stop it, or give this one another --node") from None
 
+    def others(self) -> list[PinFolder]:
+        """Those that agents of other versions have left for the same node and scope; not open. None while there is no root."""
+        try:
+            suffixes = [
+                entry.name.removeprefix(self._prefix) for entry in self.path.parent.iterdir() if entry.name.startswith(self._prefix)
+            ]
+        except OSError:
+            return []  # not to be listed by this user: then it has none there
+        versions = sorted(int(suffix) for suffix in suffixes if suffix.isdecimal() and int(suffix) != self.version)
+        return [PinFolder(self.path.parent, self._node, self._scope, version) for version in versions]
+
     def names(self) -> set[str]:
         """What is pinned."""
         return {entry.name for entry in self.path.iterdir()}
 
-    def remove(self) -> None:
+    def detach(self) -> None:
+        """Unpin the links: the probe ends, and its ring stays."""
+        for entry in self.path.iterdir():
+            if entry.name.startswith("link_"):
+                entry.unlink()
+
+    def clear(self) -> None:
         """Unpin everything: the probe is detached, and what was not read is gone."""
-        # Links first: no event is to be made that has nowhere to go.
-        for entry in sorted(self.path.iterdir(), key=lambda path: not path.name.startswith("link_")):
+        self.detach()  # first: no event is to be made that has nowhere to go
+        for entry in self.path.iterdir():
             entry.unlink()
+
+    def remove(self) -> None:
+        """Unpin everything, and take the folder away."""
+        self.clear()
         self.path.rmdir()
         if self.path.parent == DEFAULT_ROOT:  # another one is not ours to remove
             with contextlib.suppress(OSError):

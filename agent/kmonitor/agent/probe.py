@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -16,11 +17,12 @@ from pathlib import Path
 from kmonitor.agent import libbpf
 from kmonitor.agent.capabilities import missing, refusal
 from kmonitor.agent.errors import BpfError, CaptureError
-from kmonitor.agent.maps import ANY_LEARN, CONTROL_DTYPE, WATCHED_SIZE, Control, pack_config
+from kmonitor.agent.maps import ANY_LEARN, Control, pack_config, pack_gone
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.processes import ProcessTable
+from kmonitor.agent.processes import Found, ProcessTable, comm_bytes
 from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.ring import Ring
+from kmonitor.wire.record import RECORD_VERSION
 
 DEFAULT_RING_BYTES = 16 * 1024 * 1024
 DEFAULT_WATCHED_MAX = 32768
@@ -35,9 +37,12 @@ HOOKS = {
 """Program and tracepoint, in the order of attaching: an end that is seen without its beginning does less harm than a process that is
 followed and never forgotten."""
 ITERATOR = "kmonitor_tasks"
+INFER = "kmonitor_infer"
+"""Attached nowhere: run to tell the end of a process that was found gone."""
 CAPABILITIES = ("CAP_BPF", "CAP_PERFMON")
 """That it takes to load, attach and pin it, and to look processes up."""
-_MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
+MAPS = {"events": "events", "watched": "watched", "watched_cgroups": "watched_cgroups", "control": ".data.control"}
+"""Pinned, by their names as pins; and as the object file has them."""
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _FILL_MARK = 3, 4
 
@@ -90,17 +95,18 @@ class Config:
 class Probe:
     """Ring, control and maps of a running probe. `close` detaches it, unless it is pinned."""
 
-    def __init__(self, name: str, maps: dict[str, libbpf.Map], iterator: int | None, links: list[int], *, adopted: bool) -> None:
-        """Owns all that it is given. `iterator` is the program kmonitor_tasks; without one processes are looked up in /proc."""
+    def __init__(self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: list[int], *, adopted: bool) -> None:
+        """Owns all that it is given. `programs`: INFER, and ITERATOR; without the latter processes are looked up in /proc."""
         self.name = name
+        self.record_version = RECORD_VERSION
         self._maps = maps
-        self._iterator = iterator
+        self._programs = programs
         self._links = links
         self.adopted = adopted
         """Whether it was running already: an agent before this one made it."""
         self.watched = maps["watched"]
         self.watched_cgroups = maps["watched_cgroups"]
-        self.processes = ProcTable() if iterator is None else ProcessTable(iterator)
+        self.processes = ProcessTable(programs[ITERATOR]) if ITERATOR in programs else ProcTable()
         self.control = Control(maps["control"].fd)
         self.ring = Ring(maps["events"].fd, _map_info(maps["events"].fd, "max_entries"), self.control)
 
@@ -109,13 +115,16 @@ class Probe:
         """Names the ring: when it was made, in Unix nanoseconds."""
         return self.control["epoch"]
 
-    @property
-    def is_current(self) -> bool:
-        """Whether this version's object made it."""
-        return self.control["object_crc"] == zlib.crc32(image())
-
     def catch_up(self) -> None:
         """The kernel matches each event when it happens: nothing is ever behind."""
+
+    def infer_exit(self, pid: int, start_boottime_ns: int, known: Found | None = None) -> bool:
+        """Have the probe tell the end of a process that is gone; False if the ring has no room for it. See source.Source."""
+        comm, ppid, uid, gid, cgroup_id = b"", 0, 0, 0, 0
+        if known is not None:
+            comm, ppid, uid, gid, cgroup_id = comm_bytes(known.comm), known.ppid, known.uid, known.gid, known.cgroup_id
+        gone = pack_gone(start_boottime_ns, cgroup_id, pid, ppid, uid, gid, comm)
+        return libbpf.run_program(self._programs[INFER], gone) == 1
 
     def close(self) -> None:
         """Give back what this process holds."""
@@ -123,7 +132,7 @@ class Probe:
         self.control.close()
         for each in self._maps.values():
             each.close()
-        for fd in self._links if self._iterator is None else [*self._links, self._iterator]:
+        for fd in [*self._links, *self._programs.values()]:
             os.close(fd)
 
 
@@ -158,12 +167,15 @@ def is_refusal(number: int) -> bool:
     return number == errno.EPERM or (number == errno.EACCES and bool(missing(*CAPABILITIES)))
 
 
-def run(name: str, obj: libbpf.Object, config: Config, pins: PinFolder | None, attach: Callable[[str], int], iterator: int | None) -> Probe:
+def run(
+    name: str, obj: libbpf.Object, config: Config, pins: PinFolder | None, attach: Callable[[str], int], programs: dict[str, int]
+) -> Probe:
     """Make a probe of a loaded object: attach its programs, and pin all if `pins` is given (it must be open).
 
-    `attach` gives the descriptor of a program's link. Raises MissingCapabilityError, PinError, BpfError.
+    `attach` gives the descriptor of a program's link. `programs`: those that are not attached, which this takes over, if it fails too.
+    Raises MissingCapabilityError, PinError, BpfError.
     """
-    maps = {mine: obj.map(real) for mine, real in _MAPS.items()}
+    maps = {mine: obj.map(real) for mine, real in MAPS.items()}
     links: dict[str, int] = {}
     control = Control(maps["control"].fd)
     try:
@@ -176,44 +188,62 @@ def run(name: str, obj: libbpf.Object, config: Config, pins: PinFolder | None, a
         if pins is not None:
             for mine, each in maps.items():
                 libbpf.pin(each.fd, pins.path / f"map_{mine}")
-            if iterator is not None:
-                libbpf.pin(iterator, pins.path / f"prog_{ITERATOR}")
+            for program, fd in programs.items():
+                libbpf.pin(fd, pins.path / f"prog_{program}")
             for program, fd in links.items():
                 libbpf.pin(fd, pins.path / f"link_{program}")
-        return Probe(name, maps, iterator, list(links.values()), adopted=False)
+        return Probe(name, maps, programs, list(links.values()), adopted=False)
     except BaseException:
         for each in maps.values():
             each.close()
-        for fd in links.values():
+        for fd in (*links.values(), *programs.values()):
             os.close(fd)
         raise
     finally:
         control.close()
 
 
-def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
-    """Take over the probe that is pinned; None if there is none. What is left of one that is not whole is removed.
+def is_current(pins: PinFolder) -> bool:
+    """Whether the probe that is pinned is whole, and made from this version's object. Raises PinError, BpfError."""
+    # Links come last: with all of them there, nothing is missing but the iterator, which source bcc has not.
+    whole = {f"map_{name}" for name in MAPS} | {f"prog_{INFER}"} | {f"link_{program}" for program in HOOKS}
+    if pins.version != RECORD_VERSION or not pins.names() >= whole:
+        return False
+    with contextlib.closing(open_control(pins)) as control:
+        return control["object_crc"] == zlib.crc32(image())
 
-    Raises CaptureError if it is another namespace's, BpfError, MissingCapabilityError.
+
+def open_control(pins: PinFolder) -> Control:
+    """That of any version's probe. Raises PinError, BpfError."""
+    fd = libbpf.open_pinned(pins.path / "map_control")
+    try:
+        return Control(fd)
+    finally:
+        os.close(fd)
+
+
+def open_ring(pins: PinFolder, control: Control) -> Ring:
+    """That of any version's probe. Raises PinError, BpfError."""
+    fd = libbpf.open_pinned(pins.path / "map_events")
+    try:
+        return Ring(fd, _map_info(fd, "max_entries"), control)
+    finally:
+        os.close(fd)
+
+
+def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
+    """Take over the probe that is pinned; None if there is none.
+
+    Raises CaptureError if it is another version's or another namespace's, PinError, BpfError, MissingCapabilityError.
     """
-    whole = {f"map_{name}" for name in _MAPS} | {f"link_{program}" for program in HOOKS}
     found = pins.names()
-    if not found >= whole:
-        for name in found:  # an agent was killed while it pinned: what there is captures nothing whole
-            (pins.path / name).unlink()
+    if not found:
         return None
-    # Programs are pinned before links: with all links there, an iterator that is missing was never there.
-    iterator = libbpf.open_pinned(pins.path / f"prog_{ITERATOR}") if f"prog_{ITERATOR}" in found else None
-    maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in _MAPS}
-    if _map_info(maps["watched"].fd, "value_size") != WATCHED_SIZE or _map_info(maps["control"].fd, "value_size") != CONTROL_DTYPE.itemsize:
-        for each in maps.values():
-            each.close()
-        if iterator is not None:
-            os.close(iterator)
-        raise CaptureError(
-            f"the probe pinned in {pins.path} is another version's, whose tables this one cannot read: remove it with --unpin"
-        )
-    probe = Probe("bcc" if iterator is None else "core", maps, iterator, [], adopted=True)
+    if not is_current(pins):
+        raise CaptureError(f"what is pinned in {pins.path} is another version's: remove it with --unpin")
+    programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER) if f"prog_{name}" in found}
+    maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in MAPS}
+    probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, [], adopted=True)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()
         raise CaptureError(

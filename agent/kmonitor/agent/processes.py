@@ -70,6 +70,11 @@ class ProcessTable:
         return result
 
 
+def comm_bytes(comm: str) -> bytes:
+    """As in the records: at most 15 bytes. What is not UTF-8 was replaced when it was read."""
+    return comm.encode(errors="replace")[:15]
+
+
 def select(processes: list[Found], wanted: monitor_pb2.ProcessFilter) -> list[events_pb2.Process]:
     """What ListProcesses answers: running processes by pid, name and user."""
     pids, uids = set(wanted.pids), set(wanted.uids)

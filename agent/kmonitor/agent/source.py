@@ -14,6 +14,10 @@ class Ring(Protocol):
     """Records in the order of their positions, kept until they are released. See ring.Ring."""
 
     @property
+    def size(self) -> int:
+        """Bytes that it holds."""
+
+    @property
     def position(self) -> int:
         """Where the next read begins."""
 
@@ -88,26 +92,34 @@ class Processes(Protocol):
         """Those of `pids` that are there."""
 
 
-class Source(Protocol):
-    """A running source. `close` ends it, unless it is pinned."""
+class Feed(Protocol):
+    """What a stream to the broker is made from: records, and the counts of those that are missing."""
 
     @property
     def name(self) -> str:
         """ "core", "bcc" or "netlink"."""
 
     @property
-    def adopted(self) -> bool:
-        """Whether it was running already: an agent before this one made it."""
-
-    @property
     def epoch(self) -> int:
         """Names the ring: when it was made, in Unix nanoseconds."""
+
+    @property
+    def record_version(self) -> int:
+        """Of the records in the ring."""
 
     @property
     def ring(self) -> Ring: ...
 
     @property
     def control(self) -> Control: ...
+
+
+class Source(Feed, Protocol):
+    """A running source. `close` ends it, unless it is pinned."""
+
+    @property
+    def adopted(self) -> bool:
+        """Whether it was running already: an agent before this one made it."""
 
     @property
     def watched(self) -> Table: ...
@@ -121,6 +133,14 @@ class Source(Protocol):
 
     def catch_up(self) -> None:
         """Until all that has happened so far was matched against the tables as they are: what is armed next has no part in it."""
+
+    def infer_exit(self, pid: int, start_boottime_ns: int, known: Found | None = None) -> bool:
+        """Tell the end of a process that was looked up and does not run: an inferred PROCESS_EXIT, at a position of its own.
+
+        `known`: what the look-up still found of it, if it is a zombie. The entry of `watched` for this very process is removed. False:
+        not told yet, as the ring has no room, or the real end may come any moment; nothing is counted as lost, ask again a little
+        later. Raises BpfError.
+        """
 
     def close(self) -> None:
         """Give back what this process holds."""

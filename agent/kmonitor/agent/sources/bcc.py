@@ -30,6 +30,7 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import (
     CAPABILITIES,
     HOOKS,
+    INFER,
     ITERATOR,
     Config,
     Probe,
@@ -72,14 +73,14 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     config = Config.of(options, has_group_dead=has_group_dead, victim_is_task=victim_is_task)
     obj = open_object(options, config, own_btf=object_path())
     try:
-        for program in (*HOOKS, ITERATOR):
+        for program in (*HOOKS, ITERATOR, INFER):
             obj.skip_program(program)
         load_object(obj)
-        links = _compile(sources, obj, config, offsets)
+        made = _compile(sources, obj, config, offsets)
         try:
-            return run("bcc", obj, config, pins, lambda program: os.dup(links[program]), None)
+            return run("bcc", obj, config, pins, lambda program: os.dup(made[program]), {INFER: os.dup(made[INFER])})
         finally:
-            for fd in links.values():
+            for fd in made.values():
                 os.close(fd)
     finally:
         obj.close()
@@ -87,7 +88,7 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
 
 def version() -> str:
     """Of the bcc that is installed. Raises CaptureError if there is none."""
-    return str(_ask({"hooks": [], "headers": None})["version"])
+    return str(_ask({"hooks": [], "routines": [], "headers": None})["version"])
 
 
 def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
@@ -111,7 +112,8 @@ def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
 
 
 def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int] | None) -> dict[str, int]:
-    """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, which the caller owns."""
+    """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, and of the
+    program that is not attached; the caller owns them."""
     with contextlib.ExitStack() as stack:
         maps = {name: stack.enter_context(contextlib.closing(obj.map(real))).fd for name, real in _MAPS.items()}
         # With offsets at hand the kernel's headers are not wanted, even if there are some: they define what kernel.h does.
@@ -129,12 +131,13 @@ def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int]
             "flags": flags,
             "headers": headers,
             "hooks": list(HOOKS.items()),
+            "routines": [INFER],
             "socket": theirs.fileno(),
         }
         _ask(order, (*maps.values(), theirs.fileno()))
         theirs.close()
-        _, links, _, _ = socket.recv_fds(ours, 16, len(HOOKS))
-        return dict(zip(HOOKS, links, strict=True))
+        _, made, _, _ = socket.recv_fds(ours, 16, len(HOOKS) + 1)
+        return dict(zip((*HOOKS, INFER), made, strict=True))
 
 
 def _ask(order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, Any]:

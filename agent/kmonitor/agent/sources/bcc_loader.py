@@ -8,7 +8,8 @@ Nothing of kmonitor is imported here. Standard input is a JSON object:
     flags     for the compiler
     headers   a folder to use as the kernel's headers, or null for those that bcc finds
     hooks     [[program, tracepoint], ...]: attached in this order
-    socket    descriptor of a Unix socket, to which the links' descriptors are sent, in the same order
+    routines  [program, ...]: loaded, and attached nowhere
+    socket    descriptor of a Unix socket, to which the descriptors of the links, and then of the routines, are sent, in the same order
 
 Standard output is a JSON object: {"version": ...}; or {"error": one line, "errno": number or 0}; or {"error": one line, "missing": true} if
 this interpreter has no bcc. Standard error is what the compiler or the verifier said.
@@ -39,22 +40,25 @@ def load(order: dict[str, Any]) -> dict[str, Any]:
         probe = bcc.BPF(text=order["source"].encode(), cflags=order["flags"])
     except Exception as error:  # noqa: BLE001 - bcc raises nothing more special
         return {"error": f"bcc {version} does not compile the probe: {_line(error)}", "errno": 0}
-    links = []
-    for program, tracepoint in order["hooks"]:
+    made = []
+    for program, tracepoint in [*order["hooks"], *((program, None) for program in order["routines"])]:
         ctypes.set_errno(0)
         try:
             loaded = probe.load_func(program.encode(), bcc.BPF.RAW_TRACEPOINT)
         except Exception as error:  # noqa: BLE001
             return {"error": f"bcc {version} does not load {program}: {_line(error)}", "errno": ctypes.get_errno()}
+        if tracepoint is None:
+            made.append(loaded.fd)
+            continue
         link = bcc.lib.bpf_attach_raw_tracepoint(loaded.fd, tracepoint.encode())
         if link < 0:
             return {
                 "error": f"bcc {version} cannot attach {program} to {tracepoint}: {os.strerror(ctypes.get_errno())}",
                 "errno": ctypes.get_errno(),
             }
-        links.append(link)
+        made.append(link)
     with socket.socket(fileno=order["socket"]) as channel:
-        socket.send_fds(channel, [b"links"], links)
+        socket.send_fds(channel, [b"made"], made)
     return {"version": version}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.probe import ITERATOR, Config, Probe, ProbeOptions, load_object, open_object, run
+from kmonitor.agent.probe import INFER, ITERATOR, Config, Probe, ProbeOptions, load_object, open_object, run
 
 
 def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
@@ -20,6 +20,6 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     obj = open_object(options, config)
     try:
         load_object(obj)
-        return run("core", obj, config, pins, obj.attach, obj.program_fd(ITERATOR))
+        return run("core", obj, config, pins, obj.attach, {program: obj.program_fd(program) for program in (ITERATOR, INFER)})
     finally:
         obj.close()  # maps, programs and links live on by their own descriptors

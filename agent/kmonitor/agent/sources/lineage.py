@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass, field
 
+from kmonitor.agent.processes import comm_bytes
 from kmonitor.agent.procfs import TICK_NS, Stat, read_stat, thread_ids
 
 
@@ -111,8 +112,8 @@ def is_same(start_ns: int, created_ns: int) -> bool:
 
 
 def comm_of(stat: Stat) -> bytes:
-    """As in the records: at most 15 bytes. What is not UTF-8 was replaced on the way."""
-    return stat.comm.encode(errors="replace")[:15]
+    """As in the records."""
+    return comm_bytes(stat.comm)
 
 
 def running(tgid: int) -> tuple[bytes, bytes] | None:

@@ -124,6 +124,10 @@ class MemoryRing:
                 memory[: len(tail) - room] = tail[room:]
         self.producer += size
 
+    def has_room(self) -> bool:
+        """Whether a record of one slot would get in, one that is dropped last."""
+        return self.producer - self.consumer + SLOT_SIZE <= self.size
+
     def has_unread(self) -> bool:
         """Whether anything lies behind `position`, or may, once it is taken in."""
         if self.producer == self.position:

@@ -15,12 +15,15 @@ from kmonitor.agent.errors import CaptureError
 from kmonitor.agent.maps import LOST_FOLLOW, LOST_NODE, Watched
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ProbeOptions
+from kmonitor.agent.processes import Found, comm_bytes
 from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.sources.connector import Batch, Connector
+from kmonitor.agent.sources.lineage import Kin
 from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
 from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
 from kmonitor.agent.sources.proc_events import ProcEvents
-from kmonitor.agent.sources.reconcile import Reconciliation
+from kmonitor.agent.sources.reconcile import DELIBERATION_NS, Reconciliation
+from kmonitor.wire.record import RECORD_VERSION
 
 _AT_ONCE = 8192
 """Messages that are taken before something else gets its turn."""
@@ -30,6 +33,8 @@ _NAP_MESSAGES = 20
 event loop costs far more than a message."""
 _NAP_LEAST_S = 0.001
 _NAP_MOST_S = 0.005
+_ASKED_NS = 5_000_000_000
+"""For so long is known who was waited for. Who asks goes on asking, at far shorter intervals."""
 _LINGER_S = 1.0
 """The socket stays open for so long when nobody asks for anything: where monitors come and go, making it anew costs 0.4 ms each time."""
 
@@ -50,6 +55,7 @@ class Netlink:
 
     name = "netlink"
     adopted = False
+    record_version = RECORD_VERSION
     watched_cgroups = None
 
     def __init__(self, options: ProbeOptions) -> None:
@@ -66,6 +72,8 @@ class Netlink:
         self._taken_ns = 0
         self._idle_since_ns = 0
         self._lingering = False
+        self._asked: dict[tuple[int, int], int] = {}
+        """Pid and start time of processes that are gone and whose message is waited for: since when."""
         self.received = 0
         """Messages that were taken since the start."""
         Connector(self._buffer_bytes, self._batch).close()  # what is wrong is said at the start, and not when somebody asks
@@ -82,6 +90,32 @@ class Netlink:
         while self._drain(now):
             pass
         self._after_drain()
+
+    def infer_exit(self, pid: int, start_boottime_ns: int, known: Found | None = None) -> bool:
+        """Put the end of a process that is gone into the ring; False if it has no room for it. See source.Source.
+
+        /proc does not show the process any more, but its message may be just on its way (reconcile.py): that is waited for first.
+        """
+        self.catch_up()
+        now = _boottime()
+        self._asked = {key: since for key, since in self._asked.items() if now - since < _ASKED_NS}
+        process = pid, start_boottime_ns
+        kin = self._events.kins.get(pid)
+        if kin is not None and kin.start_ns == start_boottime_ns and kin.live:
+            if now - self._asked.setdefault(process, now) < DELIBERATION_NS or not self.ring.has_room():
+                return False
+        elif process in self._asked:
+            del self._asked[process]  # the message came meanwhile
+            return True
+        elif not self.ring.has_room():
+            return False
+        elif known is not None:
+            kin = Kin(pid, start_boottime_ns, known.ppid, known.uid, known.gid, comm_bytes(known.comm))
+        else:
+            kin = Kin(pid, start_boottime_ns, 0, 0, 0, b"")
+        self._asked.pop(process, None)
+        self._events.infer_gone(kin, now)
+        return True
 
     def close(self) -> None:
         """Listen no more."""

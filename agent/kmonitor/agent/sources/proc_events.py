@@ -261,6 +261,11 @@ class ProcEvents:
             self._tell(kin, _PROCESS_EXIT, flags | F_INFERRED, boottime_ns, kin.tgid)
         self._forget(kin)
 
+    def infer_gone(self, kin: Kin, boottime_ns: int) -> None:
+        """The broker has asked for the end of one that is gone: as `infer`, but whatever the masks are, and whatever was told before."""
+        self._tell(kin, _PROCESS_EXIT, F_INFERRED | F_MATCH_PROCESS, boottime_ns, kin.tgid)
+        self._forget(kin)
+
     def adopt(self, kin: Kin, boottime_ns: int) -> None:
         """It was found, its creation was not told: watch it if its parent is followed, and say so by a fork without its time."""
         self.kins[kin.tgid] = kin

@@ -13,7 +13,7 @@ from kmonitor.agent.procfs import read_stat
 from kmonitor.agent.sources.lineage import Kin, all_pids, comm_of, from_proc, live_threads, lives
 from kmonitor.agent.sources.proc_events import ProcEvents
 
-_DELIBERATION_NS = 20_000_000
+DELIBERATION_NS = 20_000_000
 _SHARE = 10
 """At most one part in so many of the time goes into reading /proc, however often messages are missed."""
 
@@ -56,7 +56,7 @@ class Reconciliation:
         if events.wide or events.follows:
             self._find_missed(now_ns)
         done_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        self._due_ns = done_ns + _DELIBERATION_NS
+        self._due_ns = done_ns + DELIBERATION_NS
         self._not_before_ns = done_ns + _SHARE * (done_ns - now_ns)
         return True
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one stream sends: how much at a time, what is released when, and losses; with a ring in memory and no broker."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kmonitor.agent.forwarder import BLOCK_BYTES, Forwarder
+from kmonitor.agent.losses import INTERVAL_S
+from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
+from kmonitor.agent.sources.memory_tables import MemoryControl
+from kmonitor.v1 import agent_pb2
+from kmonitor.wire.record import RECORD_VERSION, SLOT_SIZE
+
+RING = 4 << 20
+EXIT, EXIT_INDEX = 0x40, 6
+MATCH_PROCESS = 0x10
+
+
+class Feed:
+    """Records that a test makes."""
+
+    name = "netlink"
+    epoch = 1
+    record_version = RECORD_VERSION
+
+    def __init__(self, size: int = RING) -> None:
+        self.control = MemoryControl(lambda: None)
+        self.ring = MemoryRing(size, self.control, Pause)
+
+    def make(self, count: int) -> None:
+        """So many exits, as far as there is room for them."""
+        for _ in range(count):
+            self.ring.append(EXIT, MATCH_PROCESS, 0, 0, 1, 1, 0, 0, 0, b"")
+
+    def lose(self, count: int) -> None:
+        """So many were not made."""
+        self.control.count(1, EXIT_INDEX, count)
+
+
+class Broker:
+    """What was written, and when."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[float, agent_pb2.AgentMessage]] = []
+        self._came = asyncio.Condition()
+
+    async def write(self, message: agent_pb2.AgentMessage) -> None:
+        async with self._came:
+            self.messages.append((time.monotonic(), message))
+            self._came.notify_all()
+
+    def of(self, kind: str) -> list[agent_pb2.AgentMessage]:
+        return [message for _, message in self.messages if message.WhichOneof("kind") == kind]
+
+    def lost(self) -> list[agent_pb2.Lost]:
+        return [message.lost for message in self.of("lost")]
+
+    async def until(self, kind: str, count: int) -> None:
+        async with asyncio.timeout(5), self._came:
+            await self._came.wait_for(lambda: len(self.of(kind)) >= count)
+
+
+@pytest.fixture
+def feed() -> Feed:
+    return Feed()
+
+
+@asynccontextmanager
+async def sending(feed: Feed, beat: float = 60.0) -> AsyncIterator[tuple[Forwarder, Broker]]:
+    """A stream's tasks."""
+    broker = Broker()
+    forwarder = Forwarder(feed, broker.write)
+    forwarder.totals()
+    tasks = [asyncio.create_task(job) for job in (forwarder.run(), forwarder.tell_late(), forwarder.heartbeat(beat))]
+    try:
+        yield forwarder, broker
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        feed.ring.close()
+    assert all(isinstance(result, asyncio.CancelledError) for result in results), results
+
+
+BLOCK = BLOCK_BYTES // SLOT_SIZE
+
+
+async def test_what_is_received_makes_room_and_what_is_logged_is_released(feed: Feed) -> None:
+    feed.make(10 * BLOCK)
+    async with sending(feed) as (forwarder, broker):
+        await broker.until("block", 4)
+        await asyncio.sleep(0.05)
+        assert len(broker.of("block")) == 4, "no more without an answer"
+        forwarder.acknowledge(agent_pb2.Ack(position=0, received=2 * BLOCK_BYTES))
+        await broker.until("block", 6)
+        assert feed.ring.consumer == 0
+        forwarder.acknowledge(agent_pb2.Ack(position=BLOCK_BYTES, received=4 * BLOCK_BYTES))
+        await broker.until("block", 8)
+        assert feed.ring.consumer == BLOCK_BYTES
+
+
+async def test_a_broker_that_knows_only_its_log(feed: Feed) -> None:
+    feed.make(10 * BLOCK)
+    async with sending(feed) as (forwarder, broker):
+        await broker.until("block", 4)
+        forwarder.acknowledge(agent_pb2.Ack(position=3 * BLOCK_BYTES))
+        await broker.until("block", 7)
+        assert feed.ring.consumer == 3 * BLOCK_BYTES
+
+
+async def test_a_drain_waits_for_the_log(feed: Feed) -> None:
+    async with sending(feed) as (forwarder, broker):
+        feed.make(3)
+        drained = asyncio.create_task(forwarder.drain())
+        await broker.until("block", 1)
+        forwarder.acknowledge(agent_pb2.Ack(position=SLOT_SIZE, received=3 * SLOT_SIZE))
+        await asyncio.sleep(0.05)
+        assert not drained.done()
+        forwarder.acknowledge(agent_pb2.Ack(position=3 * SLOT_SIZE))
+        await asyncio.wait_for(drained, 5)
+
+
+async def test_losses_are_told_at_most_five_times_a_second(feed: Feed) -> None:
+    async with sending(feed) as (forwarder, broker):
+        began = time.monotonic()
+        losses = 0
+        while time.monotonic() < began + 3 * INTERVAL_S:
+            feed.make(1)
+            feed.lose(1)
+            losses += 1
+            forwarder.wake()
+            await asyncio.sleep(0.005)
+            forwarder.acknowledge(agent_pb2.Ack(position=feed.ring.position))
+        ended = time.monotonic()
+        await asyncio.sleep(2 * INTERVAL_S)
+        times = [at for at, message in broker.messages if message.WhichOneof("kind") == "lost"]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert min(gaps) >= 0.8 * INTERVAL_S
+        assert 3 <= len(times) <= 5
+        assert times[0] < began + INTERVAL_S, "the first at once"
+        assert times[-1] < ended + INTERVAL_S + 0.1, "and the last not much later"
+        lost = broker.lost()
+        assert lost[-1].counts[0].total == losses
+        assert lost[-1].counts[0].watched
+        for before, after in itertools.pairwise(lost):
+            assert before.to_position <= after.from_position + SLOT_SIZE
+            assert after.from_position < after.to_position
+            assert before.to_time_unix_nano <= after.from_time_unix_nano < after.to_time_unix_nano
+        assert lost[-1].to_position == feed.ring.producer
+
+
+async def test_a_loss_is_told_where_it_is(feed: Feed) -> None:
+    """Not before all that was made before it ended has been sent, however long ago the last one was."""
+    feed.make(8 * BLOCK)
+    async with sending(feed) as (forwarder, broker):
+        await broker.until("block", 4)
+        feed.lose(1)
+        forwarder.acknowledge(agent_pb2.Ack(received=BLOCK_BYTES))
+        await broker.until("block", 5)
+        await asyncio.sleep(1.5 * INTERVAL_S)
+        assert broker.lost() == []
+        for blocks in range(2, 5):
+            forwarder.acknowledge(agent_pb2.Ack(received=blocks * BLOCK_BYTES))
+        await broker.until("block", 8)
+        await broker.until("lost", 1)
+        kinds = [message.WhichOneof("kind") for _, message in broker.messages]
+        assert kinds.index("lost") > kinds.index("block") + 7
+
+
+async def test_nothing_is_complete_past_a_loss_that_was_not_told(feed: Feed) -> None:
+    async with sending(feed, beat=0.02) as (forwarder, broker):
+        feed.lose(1)
+        await broker.until("lost", 1)
+        feed.make(1)
+        made_at = feed.ring.producer
+        before_ns = time.time_ns()
+        feed.lose(1)
+        feed.make(1)
+        forwarder.wake()
+        await broker.until("lost", 2)
+        messages = [message for _, message in broker.messages]
+        kinds = [message.WhichOneof("kind") for message in messages]
+        at = [index for index, kind in enumerate(kinds) if kind == "lost"][1]
+        between = [message.heartbeat for message in messages[:at] if message.WhichOneof("kind") == "heartbeat"]
+        assert len(between) > 3, "they go on while the loss waits for its time"
+        assert all(beat.time_unix_nano < before_ns and beat.position <= made_at for beat in between)
+        came = len(broker.of("heartbeat"))
+        await broker.until("heartbeat", came + 2)
+        last = broker.of("heartbeat")[-1].heartbeat
+        assert (last.time_unix_nano > before_ns, last.position) == (True, feed.ring.producer)
+
+
+async def test_losses_while_nothing_is_released() -> None:
+    """The ring is full of what was sent, and nothing wakes the reader: the heartbeat notices."""
+    feed = Feed(64 << 10)
+    async with sending(feed, beat=0.05) as (_, broker):
+        feed.make(600)
+        await broker.until("lost", 1)
+        [lost] = broker.lost()
+        assert lost.counts[0].total == 600 - 512
+        assert lost.to_position == feed.ring.producer
+
+
+async def test_a_drain_tells_what_was_just_lost(feed: Feed) -> None:
+    async with sending(feed) as (forwarder, broker):
+        feed.lose(1)
+        forwarder.wake()
+        await broker.until("lost", 1)
+        feed.lose(2)
+        await asyncio.wait_for(forwarder.drain(), 5)
+        assert [message.counts[0].total for message in broker.lost()] == [1, 3]
+
+
+async def test_the_hello_has_all_of_them(feed: Feed) -> None:
+    async with sending(feed) as (_, broker):
+        feed.lose(3)
+        later = Forwarder(feed, broker.write)
+        assert later.totals().counts[0].total == 3
+        await later.drain()
+        assert broker.lost() == [], "and it is not told again"
