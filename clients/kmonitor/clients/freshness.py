@@ -51,9 +51,7 @@ class Freshness:
             elif not node.away and name not in self._stale and now - node.moved >= self._stale_after:
                 self._stale[name] = node.moved
                 told.append(Stale(name, now - node.moved))
-        for name, node in self._nodes.items():
-            if name not in listed:
-                node.moved = now
+        self._nodes = {name: node for name, node in self._nodes.items() if node.away or name in listed}
         return told
 
     def silent(self, now: float) -> list[Stale | Fresh]:

@@ -80,6 +80,7 @@ class Request:
     registered: list[Registered] = field(default_factory=list)
     held: list[Registered] = field(default_factory=list)  # errors of nodes, while no other node has answered anything else
     connection: int = 0  # on which it was sent last
+    again: bool = False  # it brings again what an earlier stream may have registered
 
 
 class Stream:
@@ -305,6 +306,7 @@ class Stream:
 
     async def _bring_all(self) -> None:
         async with self._sending:
+            resuming = self._brought_on == 0  # what is asked for first goes on behind the caller's cursor
             self._brought_on = self._connection
             first: list[monitor_pb2.WatchRequest] = []
             for registration_id, wanted in self._standing.bring():
@@ -315,8 +317,10 @@ class Stream:
                     del asked.found[:]
                     asked.found.extend(wanted.found)
             unanswered = list(self._requests.values())
-            # What is asked for behind a deregister is new: of the same it may be the opposite.
-            again = itertools.takewhile(lambda request: request.message.WhichOneof("kind") == "register", unanswered)
+            for request in unanswered:
+                request.again |= resuming or request.connection > 0
+            # What was never sent is new; and so is what is asked for behind a deregister: of the same it may be the opposite.
+            again = itertools.takewhile(lambda each: each.again and each.message.WhichOneof("kind") == "register", unanswered)
             self._resuming = len(first) + len(list(again))
             for message in first:
                 await self._write(message)
