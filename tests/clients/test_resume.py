@@ -13,6 +13,7 @@ import pytest
 from kmonitor.clients import (
     ClosedError,
     Cursor,
+    Disconnected,
     Event,
     Gap,
     Monitor,

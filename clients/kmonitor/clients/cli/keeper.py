@@ -23,36 +23,36 @@ class Keeper:
         self._cursor = cursor
         self._saved = cursor.copy()
         self._news = asyncio.Event()
-        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._stopping = False
+        self._saving: asyncio.Task[None] | None = None
 
-    def moved(self) -> None:
-        """Save it, now or soon."""
+    def moved(self, *, at_once: bool = False) -> None:
+        """Save it, now or soon. Raises UsageError if saving has failed."""
+        if self._saving is not None and self._saving.done():
+            self._saving.result()  # it ends before it is told to by raising only
         self._news.set()
+        if at_once:
+            self._hurry.set()
 
     @contextlib.asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Until the end of the block, which is cancelled if saving fails; all is saved then. Raises UsageError if it cannot be."""
-        block = asyncio.current_task()
-        assert block is not None
-        saving = asyncio.create_task(self._save_all(), name="kmon keeper")
-        saving.add_done_callback(lambda done: block.cancel() if not self._stopping.is_set() else None)
+        """Until the end of the block; all is saved then. Raises UsageError if it cannot be."""
+        self._saving = asyncio.create_task(self._save_all(), name="kmon keeper")
         try:
             yield
-        except asyncio.CancelledError:
-            if saving.done() and not saving.cancelled():
-                block.uncancel()
-                saving.result()  # raises
-            raise
         finally:
-            self._stopping.set()
+            self._stopping = True
             self._news.set()
-            await saving
+            self._hurry.set()
+            await self._saving
 
     async def _save_all(self) -> None:
         while True:
             await self._news.wait()
             self._news.clear()
-            stopping = self._stopping.is_set()  # before the copy is made: what moved later is saved in the next round
+            self._hurry.clear()
+            stopping = self._stopping  # before the copy is made: what moved later is saved in the next round
             copy = self._cursor.copy()
             if copy != self._saved:
                 await asyncio.to_thread(copy.save, self._path)
@@ -61,4 +61,4 @@ class Keeper:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SAVE_EVERY_S):
-                    await self._stopping.wait()
+                    await self._hurry.wait()

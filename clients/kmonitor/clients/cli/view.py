@@ -243,4 +243,5 @@ class _View:
     def _took(self, item: Batch | Notice) -> None:
         self._cursor.take(item)
         if self._keeper is not None:
-            self._keeper.moved()
+            # Which process a pid was found to be must outlive us from the first moment on.
+            self._keeper.moved(at_once=isinstance(item, Registered))
