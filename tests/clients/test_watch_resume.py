@@ -226,10 +226,12 @@ async def test_commands_are_run_once(broker: FakeBroker, kmon: Kmon, tmp_path: P
 async def test_a_file_that_cannot_be_written(broker: FakeBroker, kmon: Kmon, tmp_path: Path) -> None:
     path = tmp_path / "none" / "cursor"
     watching = await kmon("watch", "--json", "--resume", str(path))
-    assert (await next_line(watching))["kind"] == "registered"
-    await asyncio.sleep(0.2)  # it is said with the next that comes, or at the end
-    (await broker.session()).send(progress(300))
-    status, _, err = await ended(watching)
+    session = await broker.session()
+    ending = asyncio.create_task(ended(watching))
+    while not ending.done():  # it is said with the next thing that comes
+        session.send(progress(300))
+        await asyncio.wait([ending], timeout=0.05)
+    status, _, err = await ending
     assert (status, err) == (2, f"kmon: cannot save the cursor in {path}: No such file or directory\n")
 
 
