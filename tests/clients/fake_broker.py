@@ -47,12 +47,14 @@ class Session:
 
     def __init__(self) -> None:
         self.outgoing: asyncio.Queue[monitor_pb2.Notification | grpc.StatusCode | None] = asyncio.Queue()
-        self.requests: list[monitor_pb2.WatchRequest] = []
+        self.requests: list[monitor_pb2.WatchRequest] = []  # all but CloseRequest
+        self.closed = False  # by CloseRequest
+        self.over = asyncio.Event()  # the stream has ended
         self.news = asyncio.Condition()
 
     @property
     def cursor(self) -> dict[str, tuple[int, int]]:
-        """What came with the first request."""
+        """The positions that came with the first request."""
         return {at.node: (at.epoch, at.position) for at in self.requests[0].cursor.positions}
 
     async def asked(self, count: int) -> list[monitor_pb2.WatchRequest]:
@@ -73,7 +75,8 @@ class Session:
 
 class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
     """`processes`: (node, pid) -> start time, or None for one that has ended. `pidfiles`: (node, path) -> pid, or what is wrong with
-    the file. `boots`: node -> boot id, where it is not BOOT. `answers`: whether it answers by itself."""
+    the file. `boots`: node -> boot id, where it is not BOOT. `answers`: whether it answers by itself. `heeds_close`: whether it
+    ends a stream that is closed, and answers nothing else if not; None is a broker that does not know CloseRequest."""
 
     def __init__(self) -> None:
         self.nodes: list[str] = ["web1"]
@@ -83,6 +86,8 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         self.boots: dict[str, str] = {}
         self.refuse: grpc.StatusCode | None = None
         self.answers = True
+        self.heeds_close: bool | None = True
+        self.removed: list[str] = []
         self.position = 100
         self.sessions: list[Session] = []
         self._news = asyncio.Condition()
@@ -122,6 +127,14 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
 
         async def read() -> None:
             async for request in request_iterator:
+                if request.WhichOneof("kind") == "close" and self.heeds_close is not None:
+                    session.closed = True
+                    if self.heeds_close:
+                        session.end()
+                    continue
+                if request.WhichOneof("kind") == "close":
+                    session.send(refused(request.request_id, 3, "the request is neither register nor deregister"))
+                    continue
                 async with session.news:
                     session.requests.append(request)
                     session.news.notify_all()
@@ -140,6 +153,7 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
             if item is not None:
                 await context.abort(item, "ended by the test")
         finally:
+            session.over.set()
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
@@ -165,6 +179,16 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no node {request.node}")
         found = [process_of(pid, start) for (node, pid), start in self.processes.items() if node == request.node and start]
         return monitor_pb2.ListProcessesResponse(node=request.node, processes=found, boot_id=self.boots.get(request.node, BOOT))
+
+    async def RemoveNode(self, request: Any, context: Any) -> monitor_pb2.RemoveNodeResponse:  # noqa: N802
+        """As the broker: not one that is connected, not one that nobody knows."""
+        if request.node not in self.nodes:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no node {request.node}")
+        if request.node not in self.unreachable:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"node {request.node} is connected: stop its agent first")
+        self.nodes.remove(request.node)
+        self.removed.append(request.node)
+        return monitor_pb2.RemoveNodeResponse()
 
     def answer(self, request: monitor_pb2.WatchRequest) -> Sequence[monitor_pb2.Notification]:
         """What a broker would say."""
@@ -257,15 +281,31 @@ def refused(request_id: int, code: int, message: str, *, node: str = "", pending
     )
 
 
-def gap(node: str = "web1") -> monitor_pb2.Notification:
+def gap(node: str = "web1", *, number: int = 0, log_id: int = 0, to_position: int = 512, reason: int = 1) -> monitor_pb2.Notification:
     """Three exits lost in the ring."""
     lost = [monitor_pb2.LostCount(type=EXIT, count=3)]  # type: ignore[arg-type]
     return monitor_pb2.Notification(
-        gap=monitor_pb2.Gap(node=node, reason=1, epoch=EPOCH, from_position=128, to_position=512, lost=lost)  # type: ignore[arg-type]
+        gap=monitor_pb2.Gap(
+            node=node,
+            reason=reason,  # type: ignore[arg-type]
+            epoch=EPOCH,
+            from_position=128,
+            to_position=to_position,
+            lost=lost,
+            number=number,
+            log_id=log_id,
+        )
     )
 
 
-def progress(position: int, node: str = "web1") -> monitor_pb2.Notification:
-    """The heartbeat."""
-    at = monitor_pb2.Progress.NodeProgress(node=node, epoch=EPOCH, position=position, time_unix_nano=1)
-    return monitor_pb2.Notification(progress=monitor_pb2.Progress(nodes=[at]))
+def progress(position: int, node: str = "web1", *, number: int = 0, log_id: int = 0, time: int = 1) -> monitor_pb2.Notification:
+    """The heartbeat. `time` is the node's, in nanoseconds."""
+    at = monitor_pb2.Progress.NodeProgress(node=node, epoch=EPOCH, position=position, time_unix_nano=time)
+    return monitor_pb2.Notification(progress=monitor_pb2.Progress(nodes=[at], number=number, log_id=log_id))
+
+
+def node_change(state: int, node: str = "web1", reason: str = "") -> monitor_pb2.Notification:
+    """UP, UNREACHABLE, REBOOTED, GONE: 1 to 4."""
+    return monitor_pb2.Notification(
+        node=monitor_pb2.NodeChange(node=node, state=state, time_unix_nano=1, boot_id=BOOT, reason=reason)  # type: ignore[arg-type]
+    )

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.clients.conftest import Kmon
-from tests.clients.fake_broker import EXIT, FakeBroker, batch, event, gap
-from tests.clients.test_watch import ended
+from tests.clients.fake_broker import EXIT, FakeBroker, batch, event, gap, node_change
+from tests.clients.test_watch import ended, next_line
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,37 @@ async def test_nodes_and_ps(broker: FakeBroker, kmon: Kmon) -> None:
     status, out, _ = await ended(await kmon("ps", "--node", "web1", "--json"))
     assert (json.loads(out)["start_time"], json.loads(out)["boot_id"]) == (90, "boot-1")
     assert await ended(await kmon("ps", "--node", "db1")) == (2, "", "kmon: there is no node db1\n")
+
+
+async def test_nodes_that_will_not_come_back(broker: FakeBroker, kmon: Kmon) -> None:
+    broker.nodes = ["web1", "web2"]
+    broker.unreachable = {"web2"}
+    broker.processes = {("web2", 5): 5000}
+    waiting = await kmon("wait", "--node", "web2", "--pid", "5")
+    assert waiting.stderr is not None
+    assert await waiting.stderr.readline() == b"kmon: web2: not connected, pid 5 will be watched when it returns\n"
+    watching = await kmon("watch", "--json", "--node", "web2", "--pid", "5")
+    assert (await next_line(watching))["state"] == "NODE_UNREACHABLE"
+    for name, words in (("db1", "there is no node db1"), ("web1", "node web1 is connected: stop its agent first"), ("a*", "'a*'")):
+        status, out, err = await ended(await kmon("nodes", "--remove", name))
+        assert (status, out, err.count("\n"), words in err) == (2, "", 1, True)
+    assert (await ended(await kmon("nodes", "web1", "--remove", "web2")))[0] == 2
+    assert broker.removed == []
+    assert await ended(await kmon("nodes", "--remove", "web2")) == (0, "", "kmon: node web2 is removed\n")
+    assert broker.removed == ["web2"]
+    for session in broker.sessions:
+        session.send(node_change(4, "web2", "removed by an operator"))
+    status, out, err = await ended(waiting)
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "kmon: web2: node is GONE: removed by an operator",
+        "kmon: web2 was removed: the end of process 5 there will not be told",
+    ]
+    gone = await next_line(watching)
+    assert (gone["kind"], gone["node"], gone["state"]) == ("node", "web2", "GONE")
+    assert (await ended(watching))[0] == 2  # nothing of what was asked for was ever there
+    await broker.stop()
+    assert (await ended(await kmon("nodes", "--remove", "web2")))[0] == 3
 
 
 async def test_doctor(broker: FakeBroker, kmon: Kmon) -> None:

@@ -87,6 +87,7 @@ async def test_a_node_that_was_rebooted_meanwhile(broker: FakeBroker) -> None:
         assert [found_in(request) for request in second.requests] == [[("web1", 5, 5000, BOOT)]]
         told = await next_registered(monitor)
         assert (told.state, told.boot_id, told.process) == (EXITED, "boot-2", None)
+        second.send(progress(512))  # all that was to come of it has come
         await monitor.register(node="web1", pid=6, events="exit")
         assert await states(monitor, 1) == {"web1": RUNNING}
         third = await cut(broker, 1)

@@ -96,6 +96,8 @@ async def test_each_line_is_there_at_once(broker: FakeBroker, kmon: Kmon) -> Non
     assert (await next_line(watching)) == {
         "kind": "progress",
         "nodes": [{"node": "web1", "epoch": 7, "position": 1000, "time_unix_nano": 1}],
+        "number": 0,
+        "log_id": 0,
     }
     watching.send_signal(signal.SIGINT)
     assert await ended(watching) == (0, "", "")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kmonitor.clients.errors import (
         BrokerError,
         ClosedError,
+        NodeGoneError,
         NoSuchRegistrationError,
         ProcessExitedError,
         ProcessGoneError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kmonitor.clients.notifications import (
         Deregistered,
         Disconnected,
+        Fresh,
         Gap,
         GapReason,
         LostCount,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         Reconnected,
         Registered,
         RegistrationState,
+        Stale,
     )
     from kmonitor.clients.selection import Selection
     from kmonitor.wire.errors import (
@@ -57,12 +60,12 @@ if TYPE_CHECKING:
 
 _WIRE_ERRORS = "BadMaskError BadSelectorError BrokerUnreachableError GapError KmonitorError NotAuthorisedError UsageError"
 _ERRORS = (
-    "BrokerError ClosedError NoSuchRegistrationError ProcessExitedError ProcessGoneError ProcessNotFoundError RegistrationError "
-    "WaitTimeoutError"
+    "BrokerError ClosedError NodeGoneError NoSuchRegistrationError ProcessExitedError ProcessGoneError ProcessNotFoundError "
+    "RegistrationError WaitTimeoutError"
 )
 _NOTIFICATIONS = (
-    "Deregistered Disconnected Gap GapReason LostCount NodeChange NodeProgress NodeState Notice Notification "
-    "Process Progress Reconnected Registered RegistrationState"
+    "Deregistered Disconnected Fresh Gap GapReason LostCount NodeChange NodeProgress NodeState Notice Notification "
+    "Process Progress Reconnected Registered RegistrationState Stale"
 )
 # Imported when first used: `kmon --help`, which passes through here, must not wait for gRPC.
 _HOME = {
@@ -88,6 +91,7 @@ __all__ = [
     "Disconnected",
     "Event",
     "EventType",
+    "Fresh",
     "Gap",
     "GapError",
     "GapReason",
@@ -97,6 +101,7 @@ __all__ = [
     "Monitor",
     "NoSuchRegistrationError",
     "NodeChange",
+    "NodeGoneError",
     "NodeProgress",
     "NodeState",
     "NotAuthorisedError",
@@ -113,6 +118,7 @@ __all__ = [
     "RegistrationError",
     "RegistrationState",
     "Selection",
+    "Stale",
     "UsageError",
     "WaitTimeoutError",
     "connect",

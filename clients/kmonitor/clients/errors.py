@@ -42,6 +42,10 @@ class ProcessNotFoundError(ProcessGoneError):
     """There is no such process on the node."""
 
 
+class NodeGoneError(ProcessGoneError):
+    """An operator removed its node: nothing more will come from there."""
+
+
 class WaitTimeoutError(KmonitorError, TimeoutError):
     """The process was still running when the time was up."""
 

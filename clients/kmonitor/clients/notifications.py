@@ -8,7 +8,7 @@ the node's ring: strictly increasing within an epoch, not dense.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from kmonitor.clients.events import Event
@@ -93,7 +93,7 @@ class Process:
 class Registered:
     """One node's answer to a registration: events from `position` on are delivered. `error` is set if this node could not take it
     (others may have), or, with no node, if a registration that was brought again after a reconnect was refused. `boot_id` is the
-    node's now; empty if it is not known."""
+    node's now; empty if it is not known. `registration` is what was asked for, if this monitor knows of it; not to be changed."""
 
     request_id: int
     registration_id: int
@@ -107,6 +107,7 @@ class Registered:
     target: str
     error: str | None = None
     boot_id: str = ""
+    registration: monitor_pb2.Registration | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_proto(cls, message: monitor_pb2.Registered) -> Registered:
@@ -129,12 +130,14 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class Deregistered:
-    """Bits were cleared. `event_mask` are those that are left; 0 is the registration's end."""
+    """Bits were cleared. `event_mask` are those that are left; 0 is the registration's end. `registration` is as in the request; not
+    to be changed."""
 
     request_id: int
     registration_id: int
     event_mask: int
     error: str | None = None
+    registration: monitor_pb2.Registration | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,8 @@ class LostCount:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Events of a node are missing: all before `from_position` came, and all from `to_position` on will."""
+    """Events of a node are missing: all before `from_position` came, and all from `to_position` on will. `number` is the gap's
+    place in the broker's log, which `log_id` names: larger for later ones; 0 if it is this stream's alone."""
 
     node: str
     reason: GapReason
@@ -157,6 +161,8 @@ class Gap:
     from_time_unix_nano: int
     to_time_unix_nano: int
     lost: tuple[LostCount, ...]
+    number: int = 0
+    log_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +189,12 @@ class NodeProgress:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The heartbeat: all events up to these positions were delivered."""
+    """The heartbeat, every second: all events up to these positions were delivered, and all gaps up to `number` of the log `log_id`
+    told."""
 
     nodes: tuple[NodeProgress, ...]
+    number: int = 0
+    log_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +215,24 @@ class Reconnected:
     seconds: float
 
 
-Notice = Registered | Deregistered | Gap | NodeChange | Progress | Disconnected | Reconnected
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """What this monitor knows of a node is old: it is complete only up to a time that has not moved on for `seconds`, though the
+    broker has not lost the node. Without a node: nothing was heard of the broker itself for `seconds`, so that all is old."""
+
+    node: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A `Stale` for the same node, or for all, is over. `seconds` is how long nothing had moved on in the end."""
+
+    node: str | None
+    seconds: float
+
+
+Notice = Registered | Deregistered | Gap | NodeChange | Progress | Disconnected | Reconnected | Stale | Fresh
 Notification = Event | Notice
 
 
@@ -233,6 +259,8 @@ def gap_from_proto(message: monitor_pb2.Gap) -> Gap:
         message.from_time_unix_nano,
         message.to_time_unix_nano,
         tuple(LostCount(EventType(lost.type), lost.count) for lost in message.lost),
+        message.number,
+        message.log_id,
     )
 
 
@@ -245,4 +273,5 @@ def node_change_from_proto(message: monitor_pb2.NodeChange) -> NodeChange:
 
 def progress_from_proto(message: monitor_pb2.Progress) -> Progress:
     """Of a kmonitor.v1.Progress."""
-    return Progress(tuple(NodeProgress(node.node, node.epoch, node.position, node.time_unix_nano) for node in message.nodes))
+    nodes = tuple(NodeProgress(node.node, node.epoch, node.position, node.time_unix_nano) for node in message.nodes)
+    return Progress(nodes, message.number, message.log_id)

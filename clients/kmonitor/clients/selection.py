@@ -87,7 +87,8 @@ def _target(selection: Selection, target: monitor_pb2.Target) -> None:
 
 
 def key(wanted: monitor_pb2.Registration) -> bytes:
-    """Equal for registrations that the broker takes for the same one: the same nodes, target, filter and `follow`."""
+    """Equal for registrations that the broker takes for the same one: the same nodes, target, filter and `follow`. It is a
+    Registration, serialised."""
     same = monitor_pb2.Registration(target=wanted.target)
     same.nodes.names.extend(sorted(set(wanted.nodes.names)))
     same.nodes.labels.update(wanted.nodes.labels)
@@ -95,11 +96,21 @@ def key(wanted: monitor_pb2.Registration) -> bytes:
     same.filter.uids.extend(sorted(set(wanted.filter.uids)))
     same.filter.failures_only = wanted.filter.failures_only
     # All that a group's or a node's processes fork is in the group, or on the node, already.
-    same.follow = wanted.follow and wanted.target.WhichOneof("kind") in ("process", "pidfile")
+    same.follow = wanted.follow and of_one_process(wanted)
     return same.SerializeToString(deterministic=True)
+
+
+def of_one_process(wanted: monitor_pb2.Registration) -> bool:
+    """Whether its target is one process of each node, by pid or pidfile."""
+    return wanted.target.WhichOneof("kind") in ("process", "pidfile")
 
 
 def names_one_node(wanted: monitor_pb2.Registration) -> bool:
     """Whether it can only ever match one node."""
     names = wanted.nodes.names
     return len(names) == 1 and not selectors.is_glob(names[0])
+
+
+def ends_with_process(wanted: monitor_pb2.Registration) -> bool:
+    """Whether nothing is left of it when the process that it is of has ended."""
+    return of_one_process(wanted) and names_one_node(wanted) and not wanted.follow

@@ -3,29 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kmonitor.clients import selection
+from kmonitor.clients.identity import Identity
 from kmonitor.clients.notifications import Registered, RegistrationState
 from kmonitor.v1 import events_pb2, monitor_pb2
 from kmonitor.wire.masks import EventType
 
 _PROCESS_EXIT = int(EventType.PROCESS_EXIT)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """A process of a node, for good. `start_time` in boot-time nanoseconds; the boot id is empty if the broker does not tell."""
-
-    boot_id: str
-    pid: int
-    start_time: int
-
-    def may_be(self, other: Identity) -> bool:
-        """Whether this is the other process, as far as both say which they mean."""
-        same_boot = self.boot_id == other.boot_id or "" in (self.boot_id, other.boot_id)
-        return same_boot and (self.pid, self.start_time) == (other.pid, other.start_time)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +31,7 @@ class Standing:
     def __init__(self) -> None:
         self._kept: dict[bytes, Kept] = {}  # by selection.key of what the caller asked for
         self._single: dict[tuple[str, int], set[bytes]] = {}  # (node, pid) -> keys of the registrations that end with that process
+        self._ending: set[bytes] = set()  # keys of those of which nothing will come but what is in the log
 
     def __bool__(self) -> bool:
         return bool(self._kept)
@@ -52,15 +40,14 @@ class Standing:
         """Registration ids, and what to request on a new connection."""
         for kept in list(self._kept.values()):
             request = monitor_pb2.RegisterRequest(registration=_copy(kept.wanted))
-            for node, found in kept.found.items():
-                request.found.add(node=node, pid=found.pid, start_time=found.start_time, boot_id=found.boot_id)
+            add_found(request, kept.found)
             yield kept.registration_id, request
 
-    def answered(self, answer: Registered, wanted: monitor_pb2.Registration | None) -> Registered:
-        """Take note of an answer; `wanted` is None for one that nobody awaits. Returns it as the caller is to see it."""
-        if wanted is not None:
-            key, kept = self._keep(answer, wanted)
-            return self._same_process(answer, key, kept, asked_now=True)
+    def answered(self, answer: Registered, asked: monitor_pb2.RegisterRequest | None) -> Registered:
+        """Take note of an answer; `asked` is None for one that nobody awaits. Returns it as the caller is to see it."""
+        if asked is not None:
+            key, kept = self._keep(answer, asked)
+            return self._same_process(answer, key, kept, asked_now=not asked.found)
         for key, kept in self._kept.items():
             if kept.registration_id == answer.registration_id:
                 return self._same_process(answer, key, kept, asked_now=False)
@@ -87,12 +74,28 @@ class Standing:
                 if event.type == _PROCESS_EXIT:
                     self._ended(node, Identity(boot_id, event.pid, event.start_time))
 
-    def _keep(self, answer: Registered, wanted: monitor_pb2.Registration) -> tuple[bytes, Kept]:
+    def progressed(self) -> None:
+        """All up to now has come: of what had ended while the broker was away, too."""
+        for key in self._ending:
+            if key in self._kept:
+                self._forget(key)
+        self._ending.clear()
+
+    def node_gone(self, node: str) -> None:
+        """It was removed, and all registrations there with it."""
+        for key, kept in list(self._kept.items()):
+            if selection.names_one_node(kept.wanted) and kept.wanted.nodes.names[0] == node:
+                self._forget(key)
+
+    def _keep(self, answer: Registered, asked: monitor_pb2.RegisterRequest) -> tuple[bytes, Kept]:
+        wanted = asked.registration
         key = selection.key(wanted)
         kept = self._kept.get(key)
         if kept is None:
             kept = self._kept[key] = Kept(answer.registration_id or answer.request_id, _copy(wanted))
         kept.wanted.event_mask |= wanted.event_mask
+        for item in asked.found:
+            kept.found.setdefault(item.node, Identity(item.boot_id, item.pid, item.start_time))
         return key, kept
 
     def _same_process(self, answer: Registered, key: bytes, kept: Kept, *, asked_now: bool) -> Registered:
@@ -100,15 +103,17 @@ class Standing:
 
         It is brought again with what was found on each node, so the broker sees to it. One that is older may not.
         """
-        target = kept.wanted.target
-        kind = target.WhichOneof("kind")
-        if kind not in ("process", "pidfile"):
+        answer = replace(answer, registration=kept.wanted)
+        if not selection.of_one_process(kept.wanted):
             return answer
         if answer.state is RegistrationState.NOT_FOUND and answer.node in kept.found and not asked_now:
             answer = replace(answer, state=RegistrationState.EXITED)  # it was there: a broker that is new cannot know
         one_node = selection.names_one_node(kept.wanted)
         if one_node and answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND):
-            self._forget(key)
+            if asked_now:
+                self._forget(key)
+            elif not kept.wanted.follow:  # else what it has forked may live on
+                self._ending.add(key)
         if answer.process is None:
             return answer
         found = Identity(answer.process.boot_id, answer.process.pid, answer.process.start_time)
@@ -118,7 +123,7 @@ class Standing:
                 return replace(answer, state=RegistrationState.EXITED, process=None)
             self._unlist(answer.node, before, key)
         kept.found[answer.node] = found
-        if one_node and not kept.wanted.follow and kept.wanted.event_mask & _PROCESS_EXIT:
+        if selection.ends_with_process(kept.wanted) and kept.wanted.event_mask & _PROCESS_EXIT:
             self._single.setdefault((answer.node, found.pid), set()).add(key)
         return answer
 
@@ -138,6 +143,12 @@ class Standing:
         keys.discard(key)
         if not keys:
             self._single.pop((node, process.pid), None)
+
+
+def add_found(request: monitor_pb2.RegisterRequest, found: Mapping[str, Identity]) -> None:
+    """Say which process the registration is of, on each node."""
+    for node, process in found.items():
+        request.found.add(node=node, pid=process.pid, start_time=process.start_time, boot_id=process.boot_id)
 
 
 def _copy(wanted: monitor_pb2.Registration) -> monitor_pb2.Registration:

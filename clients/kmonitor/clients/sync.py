@@ -6,19 +6,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from kmonitor.clients import errors
+from kmonitor.clients import errors, freshness
 from kmonitor.clients import monitor as asynchronous
 from kmonitor.clients.cursor import Cursor
 from kmonitor.clients.events import Batch, Event
-from kmonitor.clients.monitor import Registration
+from kmonitor.clients.monitor import STALE_AFTER_S, Registration
 from kmonitor.clients.notifications import Deregistered, Notice, Notification, Process
 from kmonitor.clients.selection import Selection
+from kmonitor.clients.stream import QUEUE_EVENTS
 from kmonitor.v1 import monitor_pb2
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class Monitor:
         self._next: asyncio.Task[Batch | Notice] | None = None  # of the loop's thread: outlives a `next` that ran out of time
         self._ready: deque[Notification] = deque()
         self._cursor = inner.cursor
+        self._complete_until: dict[str, int] = {}
 
     @property
     def address(self) -> str:
@@ -46,9 +48,18 @@ class Monitor:
         """A copy of how far the caller has come."""
         return self._cursor.copy()
 
+    @property
+    def complete_until(self) -> dict[str, int]:
+        """As `Monitor.complete_until`."""
+        return dict(self._complete_until)
+
     def register(self, **what: Unpack[Selection]) -> Registration:
         """As `Monitor.register`."""
         return self._run(self._inner.register(**what))
+
+    def register_all(self, selections: Sequence[Selection]) -> list[Registration]:
+        """As `Monitor.register_all`."""
+        return self._run(self._inner.register_all(selections))
 
     def deregister(self, registration: Registration | None = None, **what: Unpack[Selection]) -> Deregistered:
         """As `Monitor.deregister`."""
@@ -57,6 +68,10 @@ class Monitor:
     def list_nodes(self, *names: str, labels: Mapping[str, str] | None = None) -> list[monitor_pb2.Node]:
         """As `Monitor.list_nodes`."""
         return self._run(self._inner.list_nodes(*names, labels=labels))
+
+    def remove_node(self, node: str) -> None:
+        """As `Monitor.remove_node`."""
+        self._run(self._inner.remove_node(node))
 
     def list_processes(self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = ()) -> list[Process]:
         """As `Monitor.list_processes`."""
@@ -89,10 +104,15 @@ class Monitor:
             else:
                 self._ready.append(item)
         taken = self._ready.popleft()
-        if not isinstance(taken, Event):
+        if isinstance(taken, Event):
+            batch = Batch(taken.node, taken.epoch, (taken.raw,), taken.boot_id)
+            self._cursor.take(batch)
+            self._cursor.forget_ended(batch, batch.events)
+        else:
             self._cursor.take(taken)
-        elif not taken.raw.inferred:
-            self._cursor.advance(taken.node, taken.epoch, taken.raw.position)
+            if isinstance(taken, Deregistered):
+                self._cursor.forget_deregistered(taken)
+            self._complete_until = freshness.complete_until(self._complete_until, taken)
         return taken
 
     def __iter__(self) -> Self:
@@ -166,20 +186,28 @@ def connect(
     *,
     cursor: Cursor | None = None,
     reconnect: bool = True,
-    queue_events: int | None = None,
+    queue_events: int = QUEUE_EVENTS,
+    linger: float | None = None,
+    resumable: bool = False,
+    stale_after: float | None = STALE_AFTER_S,
     credentials: grpc.ChannelCredentials | None = None,
 ) -> Monitor:
     """As `kmonitor.clients.connect`; use it in a `with`, or call `close`."""
+    opening = asynchronous.connect(
+        address,
+        cursor=cursor,
+        reconnect=reconnect,
+        queue_events=queue_events,
+        linger=linger,
+        resumable=resumable,
+        stale_after=stale_after,
+        credentials=credentials,
+    )
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=_serve, args=(loop,), name="kmonitor monitor", daemon=True)
     thread.start()
-
-    async def make() -> asynchronous.Monitor:
-        opening = asynchronous.connect(address, cursor=cursor, reconnect=reconnect, queue_events=queue_events, credentials=credentials)
-        return await opening.open()
-
     try:
-        inner = asyncio.run_coroutine_threadsafe(make(), loop).result()
+        inner = asyncio.run_coroutine_threadsafe(opening.open(), loop).result()
     except BaseException:
         _stop(loop, thread)
         raise

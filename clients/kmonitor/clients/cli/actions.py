@@ -19,7 +19,7 @@ class Action(Protocol):
     """Done once for each event of a batch, in order; the next event waits for it."""
 
     async def act(self, source: Batch, event: events_pb2.Event) -> None:
-        """May raise a KmonitorError, which ends the watch."""
+        """Let end once it was begun. May raise a KmonitorError, which ends the watch."""
 
 
 class Command:
@@ -29,15 +29,7 @@ class Command:
         self._command = command
 
     async def act(self, source: Batch, event: events_pb2.Event) -> None:
-        """Waits for the command, and reports one that fails. One that was begun is let end: it may be half way through a failover."""
-        running = asyncio.ensure_future(self._run(source, event))
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await running
-            raise
-
-    async def _run(self, source: Batch, event: events_pb2.Event) -> None:
+        """Waits for the command, and reports one that fails."""
         line = event_line(source, event).encode() + b"\n"
         process = await asyncio.create_subprocess_shell(
             self._command, stdin=asyncio.subprocess.PIPE, env={**os.environ, **variables(source, event)}

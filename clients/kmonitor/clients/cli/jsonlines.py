@@ -10,7 +10,18 @@ from enum import IntEnum, IntFlag
 from typing import Any
 
 from kmonitor.clients.events import Batch
-from kmonitor.clients.notifications import Deregistered, Disconnected, Gap, NodeChange, Notice, Progress, Reconnected, Registered
+from kmonitor.clients.notifications import (
+    Deregistered,
+    Disconnected,
+    Fresh,
+    Gap,
+    NodeChange,
+    Notice,
+    Progress,
+    Reconnected,
+    Registered,
+    Stale,
+)
 from kmonitor.v1 import events_pb2
 from kmonitor.wire.masks import TYPE_NAMES
 
@@ -22,6 +33,8 @@ _KINDS: dict[type, str] = {
     Progress: "progress",
     Disconnected: "disconnected",
     Reconnected: "reconnected",
+    Stale: "stale",
+    Fresh: "fresh",
 }
 _CACHE_LIMIT = 4096
 _BOOL = ("false", "true")
@@ -76,7 +89,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (IntEnum, IntFlag)):
         return value.name
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.repr}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value

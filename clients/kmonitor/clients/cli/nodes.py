@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, run
+from kmonitor.clients.cli.options import Broker, Json, run, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,11 +25,35 @@ _STATE_STYLE = {"UP": "green", "UNREACHABLE": "bold red", "REBOOTED": "yellow", 
 def nodes(
     *,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|GLOB]...", help="Only these.")] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Instead: this node is not connected and will not come back. Monitors are told that it is GONE, and what was registered "
+            "there is over.",
+        ),
+    ] = None,
     json: Json = False,
     broker: Broker = "127.0.0.1:7221",
 ) -> None:
-    """List the nodes that the broker knows."""
-    run(_nodes(broker, names or [], json))
+    """List the nodes that the broker knows.
+
+    Exit status: 0 done, 2 usage, or with --remove if the node is connected or not known, 3 no broker, 4 not authorised.
+    """
+    if remove is None:
+        run(_nodes(broker, names or [], json))
+    if names:
+        raise typer.BadParameter("--remove NAME takes no other names")
+    run(_remove(broker, str(remove)))
+
+
+async def _remove(broker: str, name: str) -> int:
+    from kmonitor.clients.monitor import connect  # noqa: PLC0415 - gRPC is not for --help
+
+    async with connect(broker) as monitor:
+        await monitor.remove_node(name)
+    say(f"node {name} is removed")
+    return 0
 
 
 async def _nodes(broker: str, names: list[str], json: bool) -> int:

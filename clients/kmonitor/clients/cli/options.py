@@ -33,6 +33,11 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def duration_or_none(text: str) -> float:
+    """As `parse_duration`, where 0 means not at all."""
+    return 0.0 if text.strip() in ("0", "0s") else parse_duration(text)
+
+
 def duration(text: str | None) -> float | None:
     """As `parse_duration`, for an option that may be left out."""
     return None if text is None else parse_duration(text)

@@ -16,6 +16,7 @@ from kmonitor.clients.events import Batch
 from kmonitor.clients.notifications import (
     Deregistered,
     Disconnected,
+    Fresh,
     Gap,
     NodeChange,
     NodeState,
@@ -24,6 +25,7 @@ from kmonitor.clients.notifications import (
     Reconnected,
     Registered,
     RegistrationState,
+    Stale,
 )
 from kmonitor.v1 import events_pb2
 from kmonitor.wire.masks import mask_names
@@ -197,6 +199,13 @@ def _styled(notice: Notice) -> tuple[str, str]:
         return f"the broker at {notice.address} does not answer, trying again ({notice.reason})", "1;31"
     if isinstance(notice, Reconnected):
         return f"the broker at {notice.address} answers again after {notice.seconds:.1f} s", "1;32"
+    if isinstance(notice, Stale):
+        if notice.node is None:
+            return f"STALE: nothing was heard of the broker for {notice.seconds:.1f} s", "1;33"
+        return f"{notice.node}: STALE, nothing new is known of it for {notice.seconds:.1f} s", "1;33"
+    if isinstance(notice, Fresh):
+        who = "the broker is" if notice.node is None else f"{notice.node}: it is"
+        return f"{who} heard again after {notice.seconds:.1f} s", "1;32"
     return "complete: " + ", ".join(f"{node.node} up to {node.position}" for node in notice.nodes), "2"
 
 

@@ -6,21 +6,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from kmonitor.clients.cli.actions import Action
+from kmonitor.clients.cli.keeper import Keeper
 from kmonitor.clients.cli.options import say
 from kmonitor.clients.cursor import Cursor
 from kmonitor.clients.events import Batch
 from kmonitor.clients.monitor import Monitor
-from kmonitor.clients.notifications import Gap, NodeChange, NodeState, Notice, Progress, Registered, RegistrationState
+from kmonitor.clients.notifications import Gap, GapReason, NodeChange, NodeState, Notice, Progress, Registered, RegistrationState
 from kmonitor.clients.selection import Selection
+from kmonitor.v1 import events_pb2
 from kmonitor.wire.errors import GapError, UsageError
 
-_SAVE_EVERY_S = 1.0
 _FORK, _EXIT = 0x08, 0x40
 _FINAL = (RegistrationState.EXITED, RegistrationState.NOT_FOUND)
 
@@ -44,6 +44,7 @@ class Plan:
     seconds: float | None = None
     fail_on_gap: bool = False
     resume: Path | None = None
+    linger: float | None = None  # seconds
     cursor: Cursor = field(default_factory=Cursor)
     actions: list[Action] = field(default_factory=list)
     # Whether the end of a watched process is sure to be seen: exits are asked for, and no filter hides them.
@@ -65,6 +66,9 @@ class Watched:
         self._delivered = False
         self._found = False
         self._refusal: str | None = None
+        # What was forked before this run is watched, and not known here.
+        self._ends_seen = plan.ends_seen and not (plan.follow and plan.cursor)
+        self._unsure: set[str] = set()  # nodes where the ends of followed processes may not have been told
         # Behind a cursor, and after a reconnect, exits may come from the log after the answer that says EXITED: not before a
         # progress is all said.
         self._behind = bool(plan.cursor)
@@ -80,7 +84,9 @@ class Watched:
         if notice.state in _FINAL or notice.error:
             self._found |= notice.state is RegistrationState.EXITED
             pid = self._running.pop(place, None)
-            gone = [key for key, root in self._open.items() if key[0] == notice.node and root == pid]
+            # What it has forked may live on, and is followed still.
+            alone = notice.node not in self._unsure
+            gone = [key for key, root in self._open.items() if key[0] == notice.node and root == pid and (not alone or key[1] == pid)]
             for each in gone:
                 del self._open[each]
             self._behind |= bool(gone)
@@ -98,9 +104,14 @@ class Watched:
             self._open = {key: root for key, root in self._open.items() if key[0] != notice.node}
             self._armed = {place for place in self._armed if place[1] != notice.node}
 
+    def gap(self, notice: Gap) -> None:
+        """What the log no longer has, nobody will tell."""
+        if notice.reason is GapReason.LOG:
+            self._unsure.add(notice.node)
+
     def batch(self, batch: Batch) -> None:
         """Processes that ended, and those that came with --follow."""
-        if not self._plan.ends_seen or not (self._open or self._behind or self._unanswered):
+        if not self._ends_seen or not (self._open or self._behind or self._unanswered):
             return
         node, watched = batch.node, self._open
         for event in batch.events:
@@ -122,7 +133,7 @@ class Watched:
         """Nothing can come."""
         if self._unanswered or self._armed or self._behind:
             return False
-        return not self._open if self._plan.ends_seen else not self._found and not self._open
+        return not self._open if self._ends_seen else not self._found and not self._open
 
     def check(self) -> None:
         """At the end: raise UsageError if nothing of what was asked for was there to watch."""
@@ -134,10 +145,18 @@ class Watched:
 
 async def show(monitor: Monitor, sink: Sink, plan: Plan) -> int:
     """Run the plan to its end; returns the exit status. Raises KmonitorError; GapError with `fail_on_gap`."""
-    seen = _View(sink, plan)
+    cursor = plan.cursor.copy()
+    if plan.resume is None:
+        return await _show(monitor, _View(sink, plan, cursor, None), plan)
+    keeper = Keeper(plan.resume, cursor)
+    async with keeper.working():
+        return await _show(monitor, _View(sink, plan, cursor, keeper), plan)
+
+
+async def _show(monitor: Monitor, seen: _View, plan: Plan) -> int:
     task = asyncio.current_task()
     assert task is not None
-    registering = asyncio.gather(*(monitor.register(**selection) for selection in plan.selections))
+    registering = asyncio.create_task(monitor.register_all(plan.selections))
     # Beside the loop, which shows what comes meanwhile. A refusal ends the loop.
     registering.add_done_callback(lambda done: task.cancel() if not done.cancelled() and done.exception() else None)
     limit = asyncio.timeout(plan.seconds)
@@ -158,18 +177,17 @@ async def show(monitor: Monitor, sink: Sink, plan: Plan) -> int:
         registering.cancel()
         with contextlib.suppress(BaseException):
             await registering
-        seen.save()
     return 0
 
 
 class _View:
-    def __init__(self, sink: Sink, plan: Plan) -> None:
+    def __init__(self, sink: Sink, plan: Plan, cursor: Cursor, keeper: Keeper | None) -> None:
         self._sink = sink
         self._plan = plan
         self._left = plan.count if plan.count is not None else 1 << 62
         self._watched = Watched(plan)
-        self._cursor = plan.cursor.copy()
-        self._saved = (time.monotonic(), plan.cursor.copy())
+        self._cursor = cursor  # what was shown, and acted on
+        self._keeper = keeper
 
     async def take(self, item: Batch | Notice) -> bool:
         """Show and do; true if that was the last."""
@@ -177,7 +195,7 @@ class _View:
             await self._batch(item)
         else:
             self._sink.notice(item)
-            self._cursor.take(item)
+            self._took(item)
             if isinstance(item, Registered):
                 if item.error and not item.node:
                     raise UsageError(item.error)
@@ -186,10 +204,10 @@ class _View:
                 self._watched.node_changed(item)
             elif isinstance(item, Progress):
                 self._watched.progress()
-            elif isinstance(item, Gap) and self._plan.fail_on_gap:
-                raise GapError(f"events of {item.node} are missing ({item.reason.name})")
-        if self._plan.resume is not None and time.monotonic() - self._saved[0] > _SAVE_EVERY_S:
-            self.save()
+            elif isinstance(item, Gap):
+                self._watched.gap(item)
+                if self._plan.fail_on_gap:
+                    raise GapError(f"events of {item.node} are missing ({item.reason.name})")
         if self._left <= 0:
             return True
         if self._watched.over():
@@ -203,18 +221,27 @@ class _View:
         if limit < len(batch):
             batch = dataclasses.replace(batch, events=batch.events[:limit])
         self._left -= limit
-        self._sink.batch(batch, limit)
         if not self._plan.actions:
-            self._cursor.take(batch)
-        else:
-            for event in batch.events:
-                for action in self._plan.actions:
-                    await action.act(batch, event)
-                self._cursor.advance(batch.node, batch.epoch, event.position)
+            self._sink.batch(batch, limit)
+            self._took(batch)
+        for event in batch.events if self._plan.actions else ():
+            # To its end, also if we are to end: it may be half way through a failover, and must be neither cut off nor done twice.
+            acting = asyncio.ensure_future(self._act(dataclasses.replace(batch, events=(event,)), event))
+            try:
+                await asyncio.shield(acting)
+            except asyncio.CancelledError:
+                await acting
+                raise
         self._watched.batch(batch)
 
-    def save(self) -> None:
-        """The cursor, if it is wanted and has moved. What was taken since the last time comes again after a crash."""
-        if self._plan.resume is not None and self._cursor != self._saved[1]:
-            self._cursor.save(self._plan.resume)
-            self._saved = (time.monotonic(), self._cursor.copy())
+    async def _act(self, batch: Batch, event: events_pb2.Event) -> None:
+        self._sink.batch(batch, 1)
+        for action in self._plan.actions:
+            await action.act(batch, event)
+        self._took(batch)
+
+    def _took(self, item: Batch | Notice) -> None:
+        self._cursor.take(item)
+        if self._keeper is not None:
+            # Which process a pid was found to be must outlive us from the first moment on.
+            self._keeper.moved(at_once=isinstance(item, Registered))

@@ -31,8 +31,9 @@ def wait(
 ) -> None:
     """Wait for the end of a process on any node, and end as it did.
 
-    Exit status: its exit code, or 128+n for signal n. 2 if it had already ended, was not found, or its status is not known; 124 if
-    --timeout ran out, as timeout(1); 3 no broker; 4 not authorised; 130 after Ctrl-C. What the process says goes to stdout, what
+    Exit status: its exit code, or 128+n for signal n. 2 if it had already ended, was not found, ended with a status that is not
+    known, or its node was removed (kmon nodes --remove); 124 if --timeout ran out, as timeout(1); 3 no broker; 4 not authorised;
+    130 after Ctrl-C. What the process says goes to stdout, what
     kmon has to say to stderr.
     """
     if (pid is None) == (pidfile is None):
@@ -70,8 +71,17 @@ async def _wait(broker: str, node: str, which: dict[str, Any], seconds: float | 
 
 def _tell(notice: Notice) -> None:
     from kmonitor.clients.cli.screen import notice_text  # noqa: PLC0415
-    from kmonitor.clients.notifications import Disconnected, Gap, NodeChange, Reconnected, Registered, RegistrationState  # noqa: PLC0415
+    from kmonitor.clients.notifications import (  # noqa: PLC0415
+        Disconnected,
+        Fresh,
+        Gap,
+        NodeChange,
+        Reconnected,
+        Registered,
+        RegistrationState,
+        Stale,
+    )
 
     waiting = isinstance(notice, Registered) and notice.state in (RegistrationState.NODE_UNREACHABLE, RegistrationState.NO_NODE)
-    if waiting or isinstance(notice, (Gap, NodeChange, Disconnected, Reconnected)):
+    if waiting or isinstance(notice, (Gap, NodeChange, Disconnected, Reconnected, Stale, Fresh)):
         say(notice_text(notice))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, duration, run, wants_colour
+from kmonitor.clients.cli.options import Broker, Json, duration, duration_or_none, run, wants_colour
 from kmonitor.wire import clocks, masks
 from kmonitor.wire.errors import KmonitorError, UsageError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kmonitor.clients.monitor import Monitor
     from kmonitor.clients.selection import Selection
 
+_LINGER_S = 300.0
 _WHO, _WHAT, _END, _ACT = "Whom to watch", "Which events", "When to end", "What to do beside"
 
 
@@ -61,7 +62,17 @@ def watch(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Keep how far this run came, and start from there. In this version what came between is told as a gap.",
+            help="Go on where the last run with this file stopped: each event is shown once, those from between too, and a pid or pidfile "
+            "is the process of before for as long as the file is there. Of a kmon that was killed, what came in its last moment may be "
+            "shown a second time. What the broker no longer has is told as a gap.",
+            rich_help_panel=_ACT,
+        ),
+    ] = None,
+    linger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="With --resume: how long the broker watches on after kmon has ended (default 5m, at most 1h; 0: not at all).",
             rich_help_panel=_ACT,
         ),
     ] = None,
@@ -92,11 +103,15 @@ def watch(
 ) -> None:
     """Show events as they happen.
 
-    With --pid, --pidfile, --unit or --cgroup it ends by itself when all of them have ended.
+    With --pid, --pidfile, --unit or --cgroup it ends by itself when all of them have ended (not where it goes on with --follow after
+    an earlier run, which knew what was forked).
 
     Exit status: 0 done, 2 usage or nothing of it there, 3 no broker, 4 not authorised, 5 a gap with --fail-on-gap.
     """
     seconds = duration(for_)
+    if linger is not None and resume is None:
+        raise UsageError("--linger belongs to --resume")
+    lingers = None if resume is None else _LINGER_S if linger is None else duration_or_none(linger)
     if count is not None and count < 1:
         raise UsageError("--count: give a number from 1")
     selections = _selections(node or [], pid or [], pidfile or [], cgroup or [], unit or [])
@@ -112,15 +127,17 @@ def watch(
     from kmonitor.clients.cursor import Cursor  # noqa: PLC0415
     from kmonitor.clients.selection import registration  # noqa: PLC0415
 
-    for selection in selections:
-        registration(selection)  # before anybody is asked: what cannot be meant is said at once
+    wanted = [registration(selection) for selection in selections]  # before anybody is asked: what cannot be meant is said at once
+    cursor = Cursor() if resume is None else Cursor.load(resume)
+    cursor.keep_only(wanted)
     plan = Plan(
         selections,
         count=count,
         seconds=seconds,
         fail_on_gap=fail_on_gap,
         resume=resume,
-        cursor=Cursor() if resume is None else Cursor.load(resume),
+        linger=lingers,
+        cursor=cursor,
         actions=_actions(exec_, signal, notify),
         ends_seen=bool(mask & 0x40) and not (comm or uid or failed or (follow and not mask & 0x08)),
         follow=follow,
@@ -152,7 +169,8 @@ async def _watch(broker: str, plan: Plan, *, json: bool, progress: bool) -> int:
     from kmonitor.clients.cli.view import show  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
-    async with connect(broker, cursor=plan.cursor) as monitor:
+    resumable = plan.resume is not None
+    async with connect(broker, cursor=plan.cursor, linger=plan.linger, resumable=resumable) as monitor:
         return await show(monitor, await make_sink(monitor, json=json, progress=progress), plan)
 
 
