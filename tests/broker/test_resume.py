@@ -384,7 +384,7 @@ async def test_a_stream_that_is_not_known_to_have_ended_is_taken_over(here: Here
     with contextlib.suppress(grpc.aio.AioRpcError):
         while await old.read() is not grpc.aio.EOF:
             pass
-    assert await old.code() is grpc.StatusCode.ABORTED
+    assert await old.code() is grpc.StatusCode.ALREADY_EXISTS
     assert len([each for each in here.broker.sessions if not each.detached]) == 1
 
 

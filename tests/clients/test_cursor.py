@@ -42,7 +42,7 @@ def running(what: Selection, node: str, process: Identity) -> Registered:
 
 @st.composite
 def cursors(draw: st.DrawFn) -> Cursor:
-    cursor = Cursor(draw(st.dictionaries(NAMES, st.tuples(U64, U64))), log_id=draw(U64), number=draw(U64))
+    cursor = Cursor(draw(st.dictionaries(NAMES, st.tuples(U64, U64))), log_id=draw(U64), number=draw(U64), stream_id=draw(U64))
     for what in draw(st.lists(st.sampled_from(SELECTIONS))):
         cursor._is_of(registration(what), draw(NAMES), draw(PROCESSES))
     return cursor

@@ -81,7 +81,7 @@ class Lingering:
             if session.keeper is not None:
                 session.keeper.session_changed(session)
             if not other.detached:
-                other.fail(RefusedError(Code.ABORTED, "the monitor has come back with another stream"))
+                other.fail(RefusedError(Code.ALREADY_EXISTS, "another stream goes on with what this one registered"))
         start, floors = self._place(cursor)
         session.outbox.gather(start, floors, cursor.number if cursor.log_id == self._log.log_id else 0)
 

@@ -26,34 +26,41 @@ _U64 = 1 << 64
 
 class Cursor:
     """Mutable. Of each node the epoch and the position (bytes in its ring) of the last event taken; the number of the last gap
-    taken in the broker's log; and for registrations by pid or pidfile which processes they are of.
+    taken in the broker's log; the stream that it is of; and for registrations by pid or pidfile which processes they are of.
 
     Within an epoch of a node, and within a log, it only ever moves forward.
     """
 
-    __slots__ = ("_at", "_ends_with", "_found", "_log")
+    __slots__ = ("_at", "_ends_with", "_found", "_log", "_stream")
 
-    def __init__(self, positions: Mapping[str, tuple[int, int]] | None = None, *, log_id: int = 0, number: int = 0) -> None:
+    def __init__(
+        self, positions: Mapping[str, tuple[int, int]] | None = None, *, log_id: int = 0, number: int = 0, stream_id: int = 0
+    ) -> None:
         self._at = dict(positions or {})
         self._log = (log_id, number)
+        self._stream = stream_id
         self._found: dict[bytes, dict[str, Identity]] = {}  # by selection.key: node -> the process that was found there
         self._ends_with: dict[tuple[str, int], set[bytes]] = {}  # (node, pid) -> the registrations that are over with that process
 
     def __bool__(self) -> bool:
         """Whether there is anything to go on behind."""
-        return bool(self._at) or self._log != (0, 0)
+        return bool(self._at) or self._log != (0, 0) or self._stream != 0
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cursor) and (self._at, self._log, self._found) == (other._at, other._log, other._found)
+        return isinstance(other, Cursor) and self._all == other._all
+
+    @property
+    def _all(self) -> tuple[Any, ...]:
+        return self._at, self._log, self._stream, self._found
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
     def __repr__(self) -> str:
-        return f"Cursor({self._at}, log_id={self._log[0]}, number={self._log[1]})"
+        return f"Cursor({self._at}, log_id={self._log[0]}, number={self._log[1]}, stream_id={self._stream})"
 
     def copy(self) -> Cursor:
         """One that no longer follows this."""
-        copy = Cursor(self._at, log_id=self._log[0], number=self._log[1])
+        copy = Cursor(self._at, log_id=self._log[0], number=self._log[1], stream_id=self._stream)
         copy._found = {key: dict(found) for key, found in self._found.items()}
         copy._ends_with = {place: set(keys) for place, keys in self._ends_with.items()}
         return copy
@@ -73,6 +80,11 @@ class Cursor:
     def number(self) -> int:
         """Gaps of the log up to this number were taken."""
         return self._log[1]
+
+    @property
+    def stream_id(self) -> int:
+        """Names the stream that it is of, and those that went on with it; 0 is not known."""
+        return self._stream
 
     def advance(self, node: str, epoch: int, position: int) -> None:
         """Take note of a position. A lower one of the same epoch changes nothing; another epoch starts anew."""
@@ -98,11 +110,13 @@ class Cursor:
             for node in item.nodes:
                 self._before(node.node, node.epoch, node.position)
             self._numbered(item.log_id, item.number)
+            self._stream = item.stream_id or self._stream
         elif isinstance(item, Gap):
             self._before(item.node, item.epoch, item.to_position)
             if item.number:  # else it is that stream's alone
                 self._numbered(item.log_id, item.number)
         elif isinstance(item, Registered) and item.node and not item.error:
+            self._stream = item.stream_id or self._stream
             at = self._at.get(item.node)
             if at is None or at[0] != item.epoch:
                 self._before(item.node, item.epoch, item.position)
@@ -171,6 +185,7 @@ class Cursor:
             positions=[monitor_pb2.Cursor.Position(node=node, epoch=at[0], position=at[1]) for node, at in sorted(self._at.items())],
             log_id=self._log[0],
             number=self._log[1],
+            stream_id=self._stream,
         )
 
     def save(self, path: Path) -> None:
@@ -179,6 +194,7 @@ class Cursor:
             "version": _VERSION,
             "positions": [{"node": node, "epoch": at[0], "position": at[1]} for node, at in sorted(self._at.items())],
             "log": {"id": self._log[0], "number": self._log[1]},
+            "stream": self._stream,
             "found": [
                 {
                     "registration": json_format.MessageToDict(monitor_pb2.Registration.FromString(key), preserving_proto_field_name=True),
@@ -223,6 +239,7 @@ class Cursor:
         if version == 1:
             return cursor
         cursor._log = (_u64(content["log"]["id"]), _u64(content["log"]["number"]))
+        cursor._stream = _u64(content["stream"])
         for item in content["found"]:
             registration = json_format.ParseDict(item["registration"], monitor_pb2.Registration())
             for process in item["processes"]:

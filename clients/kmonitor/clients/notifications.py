@@ -108,6 +108,7 @@ class Registered:
     error: str | None = None
     boot_id: str = ""
     registration: monitor_pb2.Registration | None = field(default=None, compare=False, repr=False)
+    stream_id: int = field(default=0, compare=False, repr=False)
 
     @classmethod
     def from_proto(cls, message: monitor_pb2.Registered) -> Registered:
@@ -125,6 +126,7 @@ class Registered:
             target_text(message.target),
             message.error.message if message.HasField("error") else None,
             message.boot_id,
+            stream_id=message.stream_id,
         )
 
 
@@ -195,6 +197,7 @@ class Progress:
     nodes: tuple[NodeProgress, ...]
     number: int = 0
     log_id: int = 0
+    stream_id: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,4 +277,4 @@ def node_change_from_proto(message: monitor_pb2.NodeChange) -> NodeChange:
 def progress_from_proto(message: monitor_pb2.Progress) -> Progress:
     """Of a kmonitor.v1.Progress."""
     nodes = tuple(NodeProgress(node.node, node.epoch, node.position, node.time_unix_nano) for node in message.nodes)
-    return Progress(nodes, message.number, message.log_id)
+    return Progress(nodes, message.number, message.log_id, message.stream_id)

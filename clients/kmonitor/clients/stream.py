@@ -90,7 +90,7 @@ class Stream:
         self.channel = channel
         self.settings = settings
         # Of what was queued; what the caller has taken is the monitor's business.
-        self._received = Cursor(cursor.positions(), log_id=cursor.log_id, number=cursor.number)
+        self._received = Cursor(cursor.positions(), log_id=cursor.log_id, number=cursor.number, stream_id=cursor.stream_id)
         self._brought: dict[bytes, dict[str, Identity]] = cursor.found()  # what an earlier monitor's registrations were of
         self._floor: dict[str, tuple[int, int]] = {}  # events at or below are known, on this connection
         self._queue: deque[Batch | Notice] = deque()
