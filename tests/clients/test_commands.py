@@ -104,7 +104,15 @@ async def test_nodes_that_will_not_come_back(broker: FakeBroker, kmon: Kmon) -> 
     ]
     gone = await next_line(watching)
     assert (gone["kind"], gone["node"], gone["state"]) == ("node", "web2", "GONE")
-    assert (await ended(watching))[0] == 2  # nothing of what was asked for was ever there
+    # Nothing of what was asked for was ever there.
+    assert await ended(watching) == (2, "", "kmon: nothing to watch: removed was web2\n")
+    broker.processes = {("web1", 5): 5000}
+    watching = await kmon("watch", "--json", "--pid", "5")
+    assert (await next_line(watching))["state"] == "RUNNING"
+    broker.sessions[-1].send(node_change(4, "web1"))
+    assert (await next_line(watching))["state"] == "GONE"
+    # What became of it is not known.
+    assert await ended(watching) == (0, "", "kmon: nothing more will come: what was watched has ended, or was on web1, now removed\n")
     await broker.stop()
     assert (await ended(await kmon("nodes", "--remove", "web2")))[0] == 3
 

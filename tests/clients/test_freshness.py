@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -183,6 +184,17 @@ async def test_without_iteration_it_is_not_the_broker_who_is_silent(broker: Fake
         await asyncio.sleep(SOON * 3)
         assert monitor._stream._freshness is not None
         assert not any(isinstance(item, Stale) for item in monitor._stream._queue)
+
+
+async def test_a_program_that_was_held_up_itself(broker: FakeBroker, monitor: Monitor) -> None:
+    await monitor.register(events="exit")
+    session = await broker.session()
+    session.send(progress(100))
+    while not isinstance(await anext(monitor), Progress):
+        pass
+    session.send(progress(101))
+    time.sleep(SOON * 3)  # noqa: ASYNC251 - that is the point
+    assert isinstance(await anext(monitor), Progress)
 
 
 async def test_never(broker: FakeBroker) -> None:

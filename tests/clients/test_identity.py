@@ -202,12 +202,23 @@ async def test_wait(broker: FakeBroker, kmon: Kmon) -> None:
 
 
 async def test_wait_through_a_reboot(broker: FakeBroker) -> None:
-    broker.processes = {("web1", 5): 5000}
-    async with connect(broker.address) as monitor:
-        waiting = asyncio.create_task(monitor.wait(node="web1", pid=5))
-        await broker.session()
-        broker.boots = {"web1": "boot-2"}
-        second = await cut(broker, 0)
-        second.send(progress(512))
-        with pytest.raises(ProcessExitedError, match="ended unseen"):
-            await waiting
+    """The exit is an event of the boot before, and may come before the answer that says so, or behind it; or it was lost."""
+    for number, exit_first in enumerate((True, False, None)):
+        broker.processes = {("web1", 5): 5000}
+        broker.boots = {}
+        async with connect(broker.address) as monitor:
+            waiting = asyncio.create_task(monitor.wait(node="web1", pid=5))
+            await broker.session(2 * number)
+            broker.boots = {"web1": "boot-2"}
+            broker.answers = False
+            second = await cut(broker, 2 * number)
+            inferred = batch("web1", event(384, EXIT, 5, inferred=True))
+            answers = broker.answer(second.requests[0])
+            second.send(*([inferred, *answers] if exit_first else answers), *([inferred] if exit_first is False else []), progress(512))
+            broker.answers = True
+            if exit_first is None:
+                with pytest.raises(ProcessExitedError, match="ended unseen"):
+                    await waiting
+            else:
+                ended_so = await waiting
+                assert (ended_so.inferred, ended_so.exit_code, ended_so.boot_id) == (True, None, BOOT)

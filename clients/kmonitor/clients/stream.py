@@ -297,9 +297,12 @@ class Stream:
 
     async def _listen_for_silence(self, freshness: Freshness) -> None:
         clock = asyncio.get_running_loop().time
+        step = (self.settings.stale_after or 0) / 4
         while True:
-            await asyncio.sleep((self.settings.stale_after or 0) / 4)
-            if self._may_read.is_set() and self._standing:
+            due = clock() + step
+            await asyncio.sleep(step)
+            held_up = clock() - due > step  # this program itself: what has come meanwhile is yet to be read
+            if self._may_read.is_set() and self._standing and not held_up:
                 self._put(*freshness.silent(clock()))
             else:
                 freshness.not_listening(clock())

@@ -66,6 +66,7 @@ class Watched:
         self._delivered = False
         self._found = False
         self._refusal: str | None = None
+        self.removed: list[str] = []  # nodes, while something was watched there
         # What was forked before this run is watched, and not known here.
         self._ends_seen = plan.ends_seen and not (plan.follow and plan.cursor)
         self._unsure: set[str] = set()  # nodes where the ends of followed processes may not have been told
@@ -101,6 +102,8 @@ class Watched:
     def node_changed(self, notice: NodeChange) -> None:
         """A node that was removed has nothing to say any more."""
         if notice.state is NodeState.GONE:
+            if any(node == notice.node for node, _ in self._open) or any(place[1] == notice.node for place in self._armed):
+                self.removed.append(notice.node)
             self._open = {key: root for key, root in self._open.items() if key[0] != notice.node}
             self._armed = {place for place in self._armed if place[1] != notice.node}
 
@@ -138,6 +141,8 @@ class Watched:
     def check(self) -> None:
         """At the end: raise UsageError if nothing of what was asked for was there to watch."""
         if not self._found and not self._delivered:
+            if self.removed:
+                raise UsageError(f"nothing to watch: removed was {', '.join(self.removed)}")
             raise UsageError(
                 self._refusal or "nothing to watch: no node that answered has what was asked for (kmon ps --node NAME lists what runs)"
             )
@@ -212,7 +217,10 @@ class _View:
             return True
         if self._watched.over():
             self._watched.check()
-            say("everything that was watched has ended")
+            if self._watched.removed:  # nobody knows what became of it there
+                say(f"nothing more will come: what was watched has ended, or was on {', '.join(self._watched.removed)}, now removed")
+            else:
+                say("everything that was watched has ended")
             return True
         return False
 
