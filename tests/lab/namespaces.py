@@ -142,9 +142,10 @@ class Shell(Running):
 class Machine:
     """One node's namespaces."""
 
-    def __init__(self, name: str, namespace: str, shell: Shell) -> None:
+    def __init__(self, name: str, namespace: str, address: str, shell: Shell) -> None:
         self.name = name
         self.namespace = namespace
+        self.address = address
         self.shell = shell
         self.shell.do(":")
         host_pid = _child(shell.process.pid)
@@ -152,6 +153,10 @@ class Machine:
             raise shell.failure("has no process 1")
         self.prefix = ["nsenter", "--target", str(host_pid), "--net", "--pid", "--mount"]
         """What to run a command with, so that it runs in the machine."""
+        self.beside = ["nsenter", "--target", str(host_pid), "--net", "--mount", "--"]
+        """The same for one that keeps its pid: it is in the machine's network, and none of its processes."""
+        self.root = Path(f"/proc/{host_pid}/root")
+        """The machine's files, as the test can reach them: what is mounted in there too."""
 
     def agent(self, lab: Lab, broker: str, *options: str, node: str = "", pin: bool = False, wait: bool = True) -> InsideAgent:
         """Start an agent here, by default of the machine's name; wait until it is connected."""
@@ -174,7 +179,7 @@ class Machine:
             lab.stop(idler)  # another one was faster
         raise LabError(f"no process of machine {self.name} got pid {pid}")
 
-    def root(self, lab: Lab, folder: Path, *argv: str | Path) -> InsideRoot:
+    def workload(self, lab: Lab, folder: Path, *argv: str | Path) -> InsideRoot:
         """A workload that waits for the word."""
         root = lab.keep(InsideRoot(argv, folder, [*self.prefix, f"--wdns={folder}", "--"]))
         root.wait_ready()
@@ -213,7 +218,7 @@ class Network:
         ip("-n", self.hub, "link", "set", f"to-{name}", "master", "bridge", "up")
         ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         ip("-n", namespace, "link", "set", "eth0", "up")
-        return Machine(name, namespace, lab.keep(Shell(name, namespace)))
+        return Machine(name, namespace, address, lab.keep(Shell(name, namespace)))
 
     def close(self) -> None:
         """Remove the namespaces. Raises LabError."""

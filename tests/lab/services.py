@@ -91,25 +91,32 @@ class Lab:
         """Start `kmon watch --json`."""
         return self.keep(Watch([BIN / "kmon", "watch", "--json", "--broker", broker, *options]))
 
-    def command(self, *argv: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, own_group: bool = False) -> Running:
+    def command(
+        self,
+        *argv: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        own_group: bool = False,
+        prefix: Sequence[str] = (),
+    ) -> Running:
         """Start any command; one of kmonitor's is found by its name. The test itself looks at how it ends."""
         program = BIN / argv[0] if str(argv[0]).startswith("kmon") else argv[0]
-        started = Running(Path(argv[0]).name, [program, *argv[1:]], env=env, cwd=cwd, own_group=own_group)
+        started = Running(Path(argv[0]).name, [*prefix, program, *argv[1:]], env=env, cwd=cwd, own_group=own_group)
         self._ends_as_it_likes.add(started.pid)
         return self.keep(started)
 
-    def run(self, *argv: str | Path, limit: float = 20.0, env: Mapping[str, str] | None = None) -> Done:
+    def run(self, *argv: str | Path, limit: float = 20.0, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> Done:
         """Run a command to its end."""
-        started = self.command(*argv, env=env)
+        started = self.command(*argv, env=env, prefix=prefix)
         started.close_input()
         started.wait(limit)
         started.wait_closed()
         self.stop(started)
         return Done(started.process.returncode, b"\n".join(started.lines).decode(), started.stderr_text())
 
-    def json_lines(self, *argv: str) -> list[dict[str, Any]]:
+    def json_lines(self, *argv: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
         """What `kmon ... --json` prints."""
-        done = self.run("kmon", *argv)
+        done = self.run("kmon", *argv, prefix=prefix)
         if done.code != 0:
             raise LabError(f"kmon {' '.join(argv)}: {done}")
         return [json.loads(line) for line in done.stdout.splitlines()]
