@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.lab.relay import relay
 from tests.lab.namespaces import HUB, InsideAgent, Machine, Network, network
 from tests.lab.process import Running
+from tests.lab.relay import relay
 from tests.lab.services import Broker, Lab
 from tests.lab.workload import Programs, Root, Stage
 

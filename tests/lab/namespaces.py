@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def _child(parent: int) -> int | None:
     return None
 
 
+def _comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+
+
 def pid_inside(host_pid: int) -> int:
     """A process's pid as its own namespace has it."""
     for line in Path(f"/proc/{host_pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -68,6 +73,14 @@ class Inside(Running):
         if child is None:
             raise self.failure("nothing runs inside")
         return child
+
+    def wait_exec(self, limit: float = END_LIMIT) -> None:
+        """Until it is the program that it was to be, whether it says something or not. Nobody is told of that."""
+        until = time.monotonic() + limit
+        while (child := _child(self.process.pid)) is None or _comm(child) == "nsenter":
+            if time.monotonic() > until or self.process.poll() is not None:
+                raise self.failure("nothing runs inside")
+            time.sleep(0.001)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""

@@ -133,6 +133,12 @@ class Lab:
         process.send(signal.SIGKILL)
         process.wait()
 
+    def expect(self, process: Running, code: int) -> None:
+        """It ends by itself with this exit status, which is no failure of the test."""
+        if process.wait() != code:
+            raise process.failure(f"expected exit status {code}")
+        self._ends_as_it_likes.add(process.pid)
+
     def keep(self, started: R) -> R:
         """Stop it at the end."""
         self.running.append(started)

@@ -7,9 +7,9 @@ It appends what it takes to the file JOURNAL, one JSON line for each batch or no
 with the events, and how far it came, are one write. Started again with the same journal it carries on there. REGISTRATIONS is a
 JSON list of the arguments of `Monitor.register`.
 
-On standard output it says a line for each line of the journal: `taken` events in all, `counted` with those in gaps, the ends that
-were in a batch, and notices as a whole. `--pace` takes so many events a second, until a line comes on standard input; `--window` is how many events the
-client library may read ahead.
+On standard output it says a line for each line of the journal: notices as a whole, of events how many, and which processes ended;
+`taken` events in all, and `counted` with those in gaps. `--pace` takes so many events a second, until a line comes on standard input;
+`--window` is how many events the client library may read ahead.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from kmonitor.wire.masks import TYPE_NAMES, EventType
 
 COLUMNS = ("position", "type", "pid", "code", "inferred", "time", "child")
 """Of a row of a batch's line: `code` is an exit code, or a signal's number, negative; null if neither is known."""
+
+EXIT = int(EventType.PROCESS_EXIT)
 
 
 class Journal:
@@ -130,7 +132,7 @@ class Listener:
                     {
                         "kind": "events",
                         "count": len(events),
-                        "ends": [event.pid for event in events if event.type == EventType.PROCESS_EXIT],
+                        "ends": [event.pid for event in events if event.type == EXIT],
                     }
                 )
             return

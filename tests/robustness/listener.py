@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 from tests.lab.process import Running
 from tests.lab.services import Lab
+from tests.lab.stopped import stopped
 from tests.robustness.account import Account, Line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,6 +57,10 @@ class Listener:
     def again(self) -> None:
         """Start it again, to carry on where it was."""
         self.process = self._start()
+
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        """Within, it does not run."""
+        return stopped(self.process)
 
     def hurry(self) -> None:
         """From now on as fast as it can."""
@@ -104,7 +110,7 @@ class Listener:
 
         def enough(line: Line) -> bool:
             nonlocal told
-            told += line.get("count", 0)
+            told += int(line.get("count", 0))
             return told >= events
 
         self.wait(enough, f"{events} more events", limit=limit, start=self.said)
@@ -115,7 +121,7 @@ class Listener:
 
     def wait_counted(self, total: int, *, limit: float = 60.0) -> None:
         """Until events and those that gaps count are so many, over all its lives, and nothing more came with two further heartbeats."""
-        at = self.wait(lambda line: line.get("counted", 0) >= total, f"{total} events, told or counted", limit=limit)
+        at = self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
         for _ in range(2):
             at = self.wait(lambda line: line["kind"] == "progress", "a heartbeat", start=at + 1)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.lab.bpffs import remove_pins
-from tests.lab.namespaces import Idler, InsideAgent, Machine, Network, network, pid_inside
+from tests.lab.namespaces import Idler, InsideAgent, Machine, Network, ip, network, pid_inside
 from tests.lab.services import Broker, Lab
 from tests.lab.stopped import stopped
 from tests.lab.workload import Programs
@@ -89,16 +91,21 @@ class Rig:
     def _start_agent(self, name: str, *, wait: bool) -> InsideAgent:
         options, pin = self._agent_options[name]
         agent = self.agents[name] = self.machines[name].agent(self.lab, self.address, *options, pin=pin, wait=wait)
+        agent.wait_exec()
         self._did[name] = self._did.get(name, Truth()) + Truth(Counter({"PROCESS_EXEC": 1}))
         return agent
 
-    def kill_agent(self, name: str) -> None:
-        """SIGKILL. Its pins stay."""
+    def kill_agent(self, name: str) -> int:
+        """SIGKILL. Its pins stay. The time of the kill, Unix nanoseconds."""
         agent = self.agents.pop(name)
-        pid = pid_inside(agent.host_pid)
+        host_pid = agent.host_pid
+        pid = pid_inside(host_pid)
+        at = time.time_ns()
+        os.kill(host_pid, signal.SIGKILL)
         self.lab.kill(agent)
         self.lab.stop(agent)
         self._did[name] += ended(pid, -signal.SIGKILL)
+        return at
 
     def restart_agent(self, name: str, *, wait: bool = True) -> InsideAgent:
         """As it was started before."""
@@ -122,6 +129,12 @@ class Rig:
             yield
         finally:
             machine.link("up")
+
+    def narrow(self) -> None:
+        """From here on the kernel buffers little between broker and monitors: what a monitor leaves waits in the broker."""
+        for namespace in (self.net.hub, self.hub.namespace):
+            for name in ("tcp_rmem", "tcp_wmem"):
+                ip("netns", "exec", namespace, "sh", "-c", f"echo '4096 16384 65536' > /proc/sys/net/ipv4/{name}")
 
     def states(self) -> dict[str, str]:
         """Node -> state, as `kmon nodes` says."""
