@@ -171,11 +171,13 @@ class Machine:
         self.root = Path(f"/proc/{host_pid}/root")
         """The machine's files, as the test can reach them: what is mounted in there too."""
 
-    def agent(self, lab: Lab, broker: str, *options: str, node: str = "", pin: bool = False, wait: bool = True) -> InsideAgent:
-        """Start an agent here, by default of the machine's name; wait until it is connected."""
+    def agent(
+        self, lab: Lab, broker: str, *options: str, node: str = "", pin: bool = False, wait: bool = True, within: Sequence[str] = ()
+    ) -> InsideAgent:
+        """Start an agent here, by default of the machine's name; wait until it is connected. `within`: a command to run it with."""
         name = node or self.name
         command = lab.agent_command(name, broker, *options, scope="pidns", pin=pin)
-        agent = lab.keep(InsideAgent(name, [*self.prefix, "--", *command]))
+        agent = lab.keep(InsideAgent(name, [*self.prefix, "--", *within, *command]))
         if wait:
             agent.wait_connected()
         return agent

@@ -87,9 +87,9 @@ class Lab:
         pins: list[str | Path] = ["--pin-root", self.pins] if pin else ["--no-pin"]
         return [BIN / "kmonitor-agent", "--broker", broker, "--node", node, "--source", source, "--scope", scope, *pins, *options]
 
-    def watch(self, broker: str, *options: str) -> Watch:
+    def watch(self, broker: str, *options: str, prefix: Sequence[str] = ()) -> Watch:
         """Start `kmon watch --json`."""
-        return self.keep(Watch([BIN / "kmon", "watch", "--json", "--broker", broker, *options]))
+        return self.keep(Watch([*prefix, BIN / "kmon", "watch", "--json", "--broker", broker, *options]))
 
     def command(
         self,

@@ -64,7 +64,7 @@ class Account:
         """From each event to its line in the journal."""
         self.wrong: list[str] = []
         """What cannot be, whatever was done: told twice, or out of order."""
-        self._seen: dict[tuple[str, int], set[int]] = {}
+        self._seen: dict[tuple[str, int], set[object]] = {}
         self._last: dict[tuple[str, int], int] = {}
         self.duplicates = 0
 
@@ -97,13 +97,15 @@ class Account:
         seen = self._seen.setdefault(place, set())
         last = self._last.get(place, -1)
         for position, kind, pid, code, inferred, time_ns, _ in line["rows"]:
-            if position in seen:
+            # An end that was found has no place of its own in a ring that is no more.
+            key = (position, pid) if inferred else position
+            if key in seen:
                 self.duplicates += 1
                 self.wrong.append(f"twice: {kind} of {pid} on {node}, position {position}")
                 continue
             if position < last:
                 self.wrong.append(f"out of order: {kind} of {pid} on {node}, position {position} behind {last}")
-            seen.add(position)
+            seen.add(key)
             last = max(last, position)
             told[kind] += 1
             self.delays_ns.append(at - time_ns)

@@ -12,7 +12,7 @@ import pytest
 from tests.lab.namespaces import namespaces_lack
 from tests.lab.requires import capture_lack, need
 from tests.lab.workload import Programs
-from tests.robustness.rig import MEMORY, PATIENT, Rig, rig
+from tests.robustness.rig import MEMORY, PATIENT, SQLITE, Rig, rig
 
 HERE = Path(__file__).parent
 
@@ -35,8 +35,8 @@ def make_rig(pins: Path, programs: Programs, tmp_path_factory: pytest.TempPathFa
     """Makes a rig of the nodes that are given."""
     need(capture_lack, namespaces_lack)
 
-    def make(*broker_options: str, nodes: dict[str, tuple[str, ...]], log: str = MEMORY) -> AbstractContextManager[Rig]:
-        return rig(pins, programs, tmp_path_factory.mktemp("rig"), *broker_options, nodes=nodes, log=log)
+    def make(*broker_options: str, nodes: dict[str, tuple[str, ...]], log: str = MEMORY, disk: str = "") -> AbstractContextManager[Rig]:
+        return rig(pins, programs, tmp_path_factory.mktemp("rig"), *broker_options, nodes=nodes, log=log, disk=disk)
 
     return make
 
@@ -45,4 +45,11 @@ def make_rig(pins: Path, programs: Programs, tmp_path_factory: pytest.TempPathFa
 def in_memory(make_rig: Maker) -> Iterator[Rig]:
     """Node a with a ring as it is by default, node s with a small one; the broker's log is in memory."""
     with make_rig(*PATIENT, nodes={"a": (), "s": SMALL_RING}) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def on_disk(make_rig: Maker) -> Iterator[Rig]:
+    """Nodes a and s, as `in_memory`; the broker's log outlives it."""
+    with make_rig(*PATIENT, nodes={"a": (), "s": SMALL_RING}, log=SQLITE) as made:
         yield made

@@ -120,8 +120,13 @@ class Listener:
         return self.wait(lambda line: pid in line.get("ends", ()), f"the end of process {pid}", start=start, limit=limit)
 
     def wait_counted(self, total: int, *, limit: float = 60.0) -> None:
-        """Until events and those that gaps count are so many, over all its lives, and nothing more came with two further heartbeats."""
-        at = self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
+        """Until events and those that gaps count are so many, over all its lives, and whatever else is on its way has come."""
+        self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
+        self.settle()
+
+    def settle(self) -> None:
+        """Until two further heartbeats: what was on its way before them has come."""
+        at = self.said - 1
         for _ in range(2):
             at = self.wait(lambda line: line["kind"] == "progress", "a heartbeat", start=at + 1)
 

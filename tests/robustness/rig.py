@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.lab.bpffs import remove_pins
 from tests.lab.namespaces import Idler, InsideAgent, Machine, Network, ip, network, pid_inside
 from tests.lab.services import Broker, Lab
 from tests.lab.stopped import stopped
+from tests.lab.watch import Watch
 from tests.lab.workload import Programs
 from tests.robustness.account import Truth, ended
 from tests.robustness.listener import Listener, Selection
@@ -30,14 +31,18 @@ PROGRESS = ("--progress-interval", "100ms")
 PATIENT = ("--lease", "30s")
 """An agent that waits for a CPU, or is stopped on purpose, is not to be taken for one that is gone."""
 
+BIND = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+
 _numbers = itertools.count()
 
 
 class Rig:
     """Nodes by name, each with its agent, and a broker. What its own lab holds lives as long as it does."""
 
-    def __init__(self, lab: Lab, net: Network, programs: Programs, folder: Path, log: str, broker_options: Sequence[str]) -> None:
-        """`log` is the broker's --log, where {} stands for the folder `logs`."""
+    def __init__(
+        self, lab: Lab, net: Network, programs: Programs, folder: Path, broker_options: Sequence[str], *, log: str, disk: str
+    ) -> None:
+        """`log` is the broker's --log, where {} stands for the folder `logs`. If `disk` is given, it is a disk of this size."""
         self.lab = lab
         self.net = net
         self.programs = programs
@@ -51,6 +56,9 @@ class Rig:
         self._agent_options: dict[str, tuple[tuple[str, ...], bool]] = {}
         self.hub = net.machine(lab, "broker")
         """The broker's machine. Monitors are outside of it, beyond its link."""
+        if disk:
+            # In the machine's mount namespace: it goes with the machine.
+            self.hub.shell.do(f"mount -t tmpfs -o size={disk} logs {self.logs}")
         self.address = f"{self.hub.address}:0"
         self._broker_options = ["--log", log.format(self.logs), *PROGRESS, *broker_options]
         self.broker = self.start_broker()
@@ -78,6 +86,20 @@ class Rig:
     def broker_stopped(self) -> contextlib.AbstractContextManager[None]:
         """Within, it does not run."""
         return stopped(self.broker)
+
+    @contextlib.contextmanager
+    def disk_full(self) -> Iterator[None]:
+        """Within, there is no room on the disk of its log. Only with a disk of its own."""
+        filler = self.hub.root / (self.logs / "filler").relative_to("/")
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            for size in (1 << 20, 1 << 12):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
+        try:
+            yield
+        finally:
+            filler.unlink()
 
     # ---- nodes
 
@@ -111,6 +133,15 @@ class Rig:
         """As it was started before."""
         return self._start_agent(name, wait=wait)
 
+    def reboot(self, name: str, boot_id: str) -> InsideAgent:
+        """What its broker takes for one: an agent without pins, that is shown another boot id. All its processes go on."""
+        file = self.folder / f"boot id {next(_numbers)}"
+        file.write_text(f"{boot_id}\n", encoding="ascii")
+        options, _ = self._agent_options[name]
+        within = ["unshare", "--mount", "--", "sh", "-c", BIND, str(file)]
+        agent = self.agents[name] = self.machines[name].agent(self.lab, self.address, *options, within=within)
+        return agent
+
     def agents_did(self, name: str) -> Truth:
         """What the node's agents did since this was last asked, as processes of their node: one who watches all of it is told."""
         did, self._did[name] = self._did[name], Truth()
@@ -141,6 +172,13 @@ class Rig:
         done = self.run("nodes", "--json", "--broker", self.address)
         return {line["name"]: line["state"] for line in done}
 
+    def wait_node(self, name: str, wanted: Callable[[dict[str, Any]], bool], limit: float = 30.0) -> None:
+        """Until `kmon nodes` says something of a node: of such things nobody is told."""
+        until = time.monotonic() + limit
+        while not any(wanted(line) for line in self.run("nodes", "--json", "--broker", self.address) if line["name"] == name):
+            if time.monotonic() > until:
+                raise self.broker.failure(f"node {name} did not become what it was to be in {limit:g} s")
+
     def run(self, *argv: str) -> list[dict[str, Any]]:
         """JSON lines of a kmon command that ends."""
         return self.lab.json_lines(*argv, prefix=self.net.prefix)
@@ -155,6 +193,10 @@ class Rig:
         """A process on a node that ends when it is told."""
         return self.machines[name].idler(lab)
 
+    def watch(self, lab: Lab, *options: str) -> Watch:
+        """`kmon watch --json`."""
+        return lab.watch(self.address, *options, prefix=self.net.prefix)
+
     def listener(self, lab: Lab, *selections: Selection, options: Sequence[str] = (), armed: bool = True) -> Listener:
         """A monitor; returns when all that it registered for is answered, if `armed`."""
         journal = self.folder / f"journal {next(_numbers)}"
@@ -166,7 +208,7 @@ class Rig:
 
 @contextlib.contextmanager
 def rig(
-    pins: Path, programs: Programs, folder: Path, *broker_options: str, nodes: dict[str, tuple[str, ...]], log: str = MEMORY
+    pins: Path, programs: Programs, folder: Path, *broker_options: str, nodes: dict[str, tuple[str, ...]], log: str = MEMORY, disk: str = ""
 ) -> Iterator[Rig]:
     """With these nodes, name -> options of its agent, which are connected. All of it is gone at the end."""
     own = pins / f"rig{next(_numbers)}"
@@ -174,7 +216,7 @@ def rig(
         with network() as net:
             lab = Lab(own)
             try:
-                made = Rig(lab, net, programs, folder, log, broker_options)
+                made = Rig(lab, net, programs, folder, broker_options, log=log, disk=disk)
                 for name, options in nodes.items():
                     made.node(name, *options, wait=False)
                 for agent in made.agents.values():

@@ -3,23 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from tests.lab.services import Lab
 from tests.robustness.account import PROCESS
-from tests.robustness.conftest import SMALL_RING, Maker
-from tests.robustness.rig import PATIENT, SQLITE, Rig
+from tests.robustness.rig import Rig
 
 MIDST = 300
-
-
-@pytest.fixture(scope="module")
-def on_disk(make_rig: Maker) -> Iterator[Rig]:
-    """Nodes a and s, as `in_memory`; the broker's log outlives it."""
-    with make_rig(*PATIENT, nodes={"a": (), "s": SMALL_RING}, log=SQLITE) as made:
-        yield made
 
 
 def test_stopped(in_memory: Rig, lab: Lab) -> None:
