@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.lab.namespaces import Machine
+from tests.lab.namespaces import InsideRoot, Machine
 from tests.lab.services import Lab
-from tests.lab.workload import Root
 from tests.robustness.account import Truth
 
 EVERYTHING = "fekt"
@@ -29,7 +28,7 @@ class Pace:
     ):
         """At most `rate` deeds a second (0: flat out), `count` of them (0: until `stop`), each of which is two or three events."""
         self._file = folder / f"pace {next(_numbers)}"
-        self.root: Root = machine.workload(lab, folder, program, str(seed), f"{rate:g}", str(count), mix, self._file)
+        self.root: InsideRoot = machine.workload(lab, folder, program, str(seed), f"{rate:g}", str(count), mix, self._file)
         self.node = machine.name
         self.pid = self.root.root_pid
         self.seconds = 0.0

@@ -16,7 +16,7 @@ from tests.lab.control_groups import control_group, hierarchy_lack
 from tests.lab.requires import need
 from tests.lab.services import Lab
 from tests.lab.watch import Line, Watch
-from tests.robustness.account import PROCESS, Truth, ended
+from tests.robustness.account import PROCESS, ended
 from tests.robustness.conftest import Maker
 from tests.robustness.listener import Listener
 from tests.robustness.rig import PATIENT, SQLITE, Rig
@@ -167,7 +167,7 @@ def told(watches: list[Watch]) -> list[Line]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
 def test_kmon_watch_with_a_file(on_disk: Rig, lab: Lab, tmp_path: Path, number: signal.Signals) -> None:
-    """Ended in order, it goes on behind the last event that it has printed. Killed, behind the last that its file has: nothing is missing."""
+    """Ended in order, it goes on behind the last event that it has printed; killed, behind the last that its file has."""
     file = tmp_path / "cursor"
     pace = on_disk.pace(lab, "a", rate=RATE)
     options = ("--node", "a", "--pid", str(pace.pid), "--follow", "--events", "all", "--resume", str(file))
