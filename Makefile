@@ -15,7 +15,7 @@ SYSTEM_TEST := build/system-test.stamp
 INSTALLED := $(VENV)/kmonitor.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test lint format generate check-generated wheel clean FORCE
+.PHONY: help setup setup-test build demo test soak lint format generate check-generated wheel clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -31,6 +31,9 @@ demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (r
 
 test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goes to pytest
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(ARGS)
+
+soak: setup-test ## random faults under load, and then the books (root, for BPF); FOR=2m SEED=7 ARGS="--nodes 3"
+	$(BIN)/python -m tests.robustness.soak $(if $(FOR),--for $(FOR)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: setup check-generated ## format, style, types, import layers, generated code, licence lines
 	$(BIN)/ruff format --check --quiet .

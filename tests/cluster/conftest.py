@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import ZONES, Cluster, running
+from tests.lab.cluster import ZONES, Cluster, running
 from tests.lab.namespaces import namespaces_lack
 from tests.lab.requires import capture_lack, need
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kmonitor.clients import Event, Gap, Monitor, NodeChange, NodeState, Notification, Registered, RegistrationState, connect
-from tests.cluster.cluster import ZONES, Cluster
+from tests.lab.cluster import ZONES, Cluster
 from tests.lab.namespaces import InsideAgent
 from tests.lab.services import Lab
 from tests.lab.watch import Line, Watch

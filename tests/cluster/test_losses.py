@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, NodeStage, running
 from tests.lab import storm
+from tests.lab.cluster import Cluster, NodeStage, running
 from tests.lab.compare import Line
 from tests.lab.control_groups import control_group, hierarchy_lack
 from tests.lab.namespaces import namespaces_lack

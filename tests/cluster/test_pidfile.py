@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster
 from tests.cluster.test_faults import ends, wait_answer, wait_change
+from tests.lab.cluster import Cluster
 from tests.lab.namespaces import Machine
 from tests.lab.services import Lab
 from tests.lab.watch import Watch

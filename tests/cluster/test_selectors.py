@@ -12,7 +12,7 @@ from typing import Unpack
 
 from kmonitor.clients import Batch, Monitor, RegistrationState, Selection, connect
 from kmonitor.clients.cli.jsonlines import event_line
-from tests.cluster.cluster import Cluster, NodeStage
+from tests.lab.cluster import Cluster, NodeStage
 from tests.lab.compare import Line, differences
 from tests.lab.services import Lab
 from tests.lab.watch import Watch

@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def _child(parent: int) -> int | None:
     return None
 
 
+def _comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+
+
 def pid_inside(host_pid: int) -> int:
     """A process's pid as its own namespace has it."""
     for line in Path(f"/proc/{host_pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -68,6 +73,14 @@ class Inside(Running):
         if child is None:
             raise self.failure("nothing runs inside")
         return child
+
+    def wait_exec(self, limit: float = END_LIMIT) -> None:
+        """Until it is the program that it was to be, whether it says something or not. Nobody is told of that."""
+        until = time.monotonic() + limit
+        while (child := _child(self.process.pid)) is None or _comm(child) == "nsenter":
+            if time.monotonic() > until or self.process.poll() is not None:
+                raise self.failure("nothing runs inside")
+            time.sleep(0.001)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""
@@ -142,9 +155,10 @@ class Shell(Running):
 class Machine:
     """One node's namespaces."""
 
-    def __init__(self, name: str, namespace: str, shell: Shell) -> None:
+    def __init__(self, name: str, namespace: str, address: str, shell: Shell) -> None:
         self.name = name
         self.namespace = namespace
+        self.address = address
         self.shell = shell
         self.shell.do(":")
         host_pid = _child(shell.process.pid)
@@ -152,12 +166,18 @@ class Machine:
             raise shell.failure("has no process 1")
         self.prefix = ["nsenter", "--target", str(host_pid), "--net", "--pid", "--mount"]
         """What to run a command with, so that it runs in the machine."""
+        self.beside = ["nsenter", "--target", str(host_pid), "--net", "--mount", "--"]
+        """The same for one that keeps its pid: it is in the machine's network, and none of its processes."""
+        self.root = Path(f"/proc/{host_pid}/root")
+        """The machine's files, as the test can reach them: what is mounted in there too."""
 
-    def agent(self, lab: Lab, broker: str, *options: str, node: str = "", pin: bool = False, wait: bool = True) -> InsideAgent:
-        """Start an agent here, by default of the machine's name; wait until it is connected."""
+    def agent(
+        self, lab: Lab, broker: str, *options: str, node: str = "", pin: bool = False, wait: bool = True, within: Sequence[str] = ()
+    ) -> InsideAgent:
+        """Start an agent here, by default of the machine's name; wait until it is connected. `within`: a command to run it with."""
         name = node or self.name
         command = lab.agent_command(name, broker, *options, scope="pidns", pin=pin)
-        agent = lab.keep(InsideAgent(name, [*self.prefix, "--", *command]))
+        agent = lab.keep(InsideAgent(name, [*self.prefix, "--", *within, *command]))
         if wait:
             agent.wait_connected()
         return agent
@@ -174,7 +194,7 @@ class Machine:
             lab.stop(idler)  # another one was faster
         raise LabError(f"no process of machine {self.name} got pid {pid}")
 
-    def root(self, lab: Lab, folder: Path, *argv: str | Path) -> InsideRoot:
+    def workload(self, lab: Lab, folder: Path, *argv: str | Path) -> InsideRoot:
         """A workload that waits for the word."""
         root = lab.keep(InsideRoot(argv, folder, [*self.prefix, f"--wdns={folder}", "--"]))
         root.wait_ready()
@@ -213,7 +233,7 @@ class Network:
         ip("-n", self.hub, "link", "set", f"to-{name}", "master", "bridge", "up")
         ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
         ip("-n", namespace, "link", "set", "eth0", "up")
-        return Machine(name, namespace, lab.keep(Shell(name, namespace)))
+        return Machine(name, namespace, address, lab.keep(Shell(name, namespace)))
 
     def close(self) -> None:
         """Remove the namespaces. Raises LabError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -124,6 +125,15 @@ class Running:
         return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
 
     _stderr_at_end = ""
+
+    def wait_stderr(self, pattern: str, limit: float = 20.0) -> str:
+        """Until standard error has something that matches; the match. It is a file, of which nobody is told."""
+        until = time.monotonic() + limit
+        while not (found := re.search(pattern, self.stderr_text())):
+            if time.monotonic() > until:
+                raise self.failure(f"said nothing like {pattern!r} in {limit:g} s")
+            time.sleep(0.01)
+        return found[0]
 
     def failure(self, what: str) -> LabError:
         """An error that shows the process's last words."""

@@ -88,29 +88,36 @@ class Lab:
         pins: list[str | Path] = ["--pin-root", self.pins] if pin else ["--no-pin"]
         return [BIN / "kmonitor-agent", "--broker", broker, "--node", node, "--source", source, "--scope", scope, *pins, *options]
 
-    def watch(self, broker: str, *options: str) -> Watch:
+    def watch(self, broker: str, *options: str, prefix: Sequence[str] = ()) -> Watch:
         """Start `kmon watch --json`."""
-        return self.keep(Watch([BIN / "kmon", "watch", "--json", "--broker", broker, *options]))
+        return self.keep(Watch([*prefix, BIN / "kmon", "watch", "--json", "--broker", broker, *options]))
 
-    def command(self, *argv: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, own_group: bool = False) -> Running:
+    def command(
+        self,
+        *argv: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        own_group: bool = False,
+        prefix: Sequence[str] = (),
+    ) -> Running:
         """Start any command; one of kmonitor's is found by its name. The test itself looks at how it ends."""
         program = BIN / argv[0] if str(argv[0]).startswith("kmon") else argv[0]
-        started = Running(Path(argv[0]).name, [program, *argv[1:]], env=env, cwd=cwd, own_group=own_group)
+        started = Running(Path(argv[0]).name, [*prefix, program, *argv[1:]], env=env, cwd=cwd, own_group=own_group)
         self._ends_as_it_likes.add(started.pid)
         return self.keep(started)
 
-    def run(self, *argv: str | Path, limit: float = 20.0, env: Mapping[str, str] | None = None) -> Done:
+    def run(self, *argv: str | Path, limit: float = 20.0, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()) -> Done:
         """Run a command to its end."""
-        started = self.command(*argv, env=env)
+        started = self.command(*argv, env=env, prefix=prefix)
         started.close_input()
         started.wait(limit)
         started.wait_closed()
         self.stop(started)
         return Done(started.process.returncode, b"\n".join(started.lines).decode(), started.stderr_text())
 
-    def json_lines(self, *argv: str) -> list[dict[str, Any]]:
+    def json_lines(self, *argv: str, prefix: Sequence[str] = ()) -> list[dict[str, Any]]:
         """What `kmon ... --json` prints."""
-        done = self.run("kmon", *argv)
+        done = self.run("kmon", *argv, prefix=prefix)
         if done.code != 0:
             raise LabError(f"kmon {' '.join(argv)}: {done}")
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -126,6 +133,12 @@ class Lab:
         self._ends_as_it_likes.add(process.pid)
         process.send(signal.SIGKILL)
         process.wait()
+
+    def expect(self, process: Running, code: int) -> None:
+        """It ends by itself with this exit status, which is no failure of the test."""
+        if process.wait() != code:
+            raise process.failure(f"expected exit status {code}")
+        self._ends_as_it_likes.add(process.pid)
 
     def keep(self, started: R) -> R:
         """Stop it at the end."""

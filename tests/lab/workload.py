@@ -26,15 +26,17 @@ class Programs:
     truth: Path
     storm: Path
     brief: Path
+    pace: Path
 
 
 def build(folder: Path) -> Programs:
     """Compile all of them into `folder`."""
-    programs = Programs(folder / "truth", folder / "storm", folder / "brief")
+    programs = Programs(folder / "truth", folder / "storm", folder / "brief", folder / "pace")
     jobs = {
         programs.truth: sorted(SOURCES.glob("truth*.c")),
         programs.storm: [SOURCES / "storm.c"],
         programs.brief: [SOURCES / "brief.c"],
+        programs.pace: [SOURCES / "pace.c"],
     }
     for program, sources in jobs.items():
         subprocess.run(["cc", "-O2", "-pthread", "-Wall", "-Wextra", "-Werror", "-o", program, *sources], check=True)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.relay import relay
 from tests.lab.namespaces import HUB, InsideAgent, Machine, Network, network
 from tests.lab.process import Running
+from tests.lab.relay import relay
 from tests.lab.services import Broker, Lab
 from tests.lab.workload import Programs, Root, Stage
 
@@ -81,4 +81,4 @@ class NodeStage(Stage):
 
     def prepare(self, program: Path, *arguments: str) -> Root:
         """A workload of the node."""
-        return self._machine.root(self.lab, self.folder, program, *arguments)
+        return self._machine.workload(self.lab, self.folder, program, *arguments)
