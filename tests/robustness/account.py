@@ -107,12 +107,13 @@ class Account:
                 self.wrong.append(f"out of order: {kind} of {pid} on {node}, position {position} behind {last}")
             seen.add(key)
             last = max(last, position)
+            if inferred:  # found, not seen: the gap that hides the event counts it
+                self.inferred.setdefault(node, Counter())[pid] += 1
+                continue
             told[kind] += 1
             self.delays_ns.append(at - time_ns)
             if kind == "PROCESS_EXIT":
                 ends[pid, code] += 1
-                if inferred:
-                    self.inferred.setdefault(node, Counter())[pid] += 1
         self._last[place] = last
 
     @property
@@ -150,15 +151,13 @@ class Account:
         if not truth.counts["PROCESS_EXIT"]:
             return []
         ends = self.ends.get(node, Counter())
-        known = Counter({end: count for end, count in ends.items() if end[1] is not None})
-        wrong = [f"{node}: told of the end {end}, which never was" for end in known - truth.ends]
-        missing = truth.ends - known
+        wrong = [f"{node}: told of the end {end}, which never was" for end in ends - truth.ends]
+        missing = truth.ends - ends
         # Of an inferred end the status is not known: any of that pid is meant.
         for pid, count in self.inferred.get(node, Counter()).items():
             some = [end for end in missing.elements() if end[0] == pid][:count]
             if len(some) < count:
                 wrong.append(f"{node}: the end of {pid} was inferred, and there was none, or it was told")
-            missing -= Counter(some)
         if missing.total() != lost["PROCESS_EXIT"]:
             wrong.append(f"{node}: {missing.total()} ends are missing, gaps count {lost['PROCESS_EXIT']}: {list(missing)[:5]}")
         return wrong

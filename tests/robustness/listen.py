@@ -27,6 +27,7 @@ from typing import Any
 
 from kmonitor.clients import Batch, BrokerUnreachableError, Cursor, Monitor, Notice, connect
 from kmonitor.clients.cli.jsonlines import notice_line
+from kmonitor.clients.stream import QUEUE_EVENTS
 from kmonitor.v1 import events_pb2, monitor_pb2
 from kmonitor.wire.masks import TYPE_NAMES, EventType
 
@@ -34,6 +35,8 @@ COLUMNS = ("position", "type", "pid", "code", "inferred", "time", "child")
 """Of a row of a batch's line: `code` is an exit code, or a signal's number, negative; null if neither is known."""
 
 EXIT = int(EventType.PROCESS_EXIT)
+LINGER_S = 60.0
+"""For so long its place is kept when it was killed."""
 
 
 class Journal:
@@ -82,7 +85,8 @@ def write_cursor(cursor: Cursor) -> str:
 def read_cursor(text: str) -> Cursor:
     """What `write_cursor` has made."""
     message = monitor_pb2.Cursor.FromString(base64.b85decode(text))
-    return Cursor({at.node: (at.epoch, at.position) for at in message.positions})
+    positions = {at.node: (at.epoch, at.position) for at in message.positions}
+    return Cursor(positions, log_id=message.log_id, number=message.number, stream_id=message.stream_id)
 
 
 def row(event: events_pb2.Event) -> tuple[object, ...]:
@@ -161,7 +165,7 @@ async def connected(address: str, cursor: Cursor, window: int | None) -> Monitor
     """As soon as there is a broker."""
     while True:
         try:
-            return await connect(address, cursor=cursor, queue_events=window).open()
+            return await connect(address, cursor=cursor, linger=LINGER_S, queue_events=window or QUEUE_EVENTS).open()
         except BrokerUnreachableError:
             print(json.dumps({"kind": "unreachable"}), flush=True)
 
@@ -184,7 +188,7 @@ async def main(argv: list[str]) -> None:
         loop.add_reader(0, listener.hurry)
     try:
         async with await connected(options.broker, journal.cursor.copy(), options.window) as monitor:
-            asking = asyncio.gather(*(monitor.register(**what) for what in options.registrations))
+            asking = asyncio.ensure_future(monitor.register_all(options.registrations))
             asking.add_done_callback(lambda done: task.cancel() if not done.cancelled() and done.exception() else None)
             try:
                 async for item in monitor.batches():
