@@ -181,7 +181,8 @@ def test_all_of_the_old_ring_comes_once_and_then_the_new_epoch(upgrade: Upgrade,
     again = broker.records(broker.epochs[1])
     assert set(again["version"].tolist()) == {RECORD_VERSION}
     assert int(again["boottime_ns"][0]) > int(rows["boottime_ns"][-1]) - 100_000_000
-    print(f"\n{len(rows)} records of the old ring, {broker.resent} bytes sent twice")
+    blind_ms = (int(again["boottime_ns"].min()) - int(rows["boottime_ns"].max())) / 1e6
+    print(f"\n{len(rows)} records of the old ring, {broker.resent} bytes sent twice; {blind_ms:.0f} ms to the first of the new one")
 
 
 def test_another_object_of_the_same_version(upgrade: Upgrade, tmp_path: Path) -> None:
