@@ -197,6 +197,16 @@ def test_another_object_of_the_same_version(upgrade: Upgrade, tmp_path: Path) ->
         assert (ring.any_mask(), ring.consumer()) == (0, ring.producer())
 
 
+def test_a_probe_of_before_exits_were_inferred(upgrade: Upgrade) -> None:
+    """All is there but the program for that."""
+    agent = upgrade.new()
+    agent.wait_connected()
+    upgrade.lab.kill(agent)
+    (upgrade.folder(RECORD_VERSION).path / "prog_kmonitor_infer").unlink()
+    upgrade.new().wait_connected()
+    upgrade.is_replaced(1, RECORD_VERSION)
+
+
 def test_a_broker_that_is_away(upgrade: Upgrade) -> None:
     """Nothing is stopped or lost; SIGTERM leaves it so, and the next agent delivers it."""
     upgrade.lab.kill(upgrade.old())
