@@ -24,9 +24,11 @@ from kmonitor.agent.sources import SOURCES, open_source
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_INFERRED, F_MATCH_PROCESS, SLOT_SIZE, Slots, check_records, slots_of
+from tests.agent.fake_broker import FakeBroker
 from tests.lab.connector import connector_lack
 from tests.lab.privileges import as_nobody, need_another_user
 from tests.lab.requires import capture_lack, need
+from tests.lab.services import Lab
 
 pytestmark = pytest.mark.capture
 
@@ -251,6 +253,31 @@ async def test_tried_again_while_there_is_no_room(bench: Bench) -> None:
         assert sorted(bench.told()) == sorted([(first.pid, True), (second.pid, True)])
     finally:
         task.cancel()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_the_broker_asks_for_comes_in_a_block(lab: Lab, name: str) -> None:
+    """The whole agent, while nothing else happens: its reader sleeps."""
+    need(connector_lack if name == "netlink" else capture_lack)
+    broker = FakeBroker()
+    broker.interest = agent_pb2.Interest(version=1, reset=True)
+    try:
+        agent = lab.agent("infers", broker.address, "--ring-size", "64K", source=name)
+        stream = broker.stream(0)
+        assert (stream.hello.infers_exits, stream.hello.draining, stream.hello.ring_bytes) == (True, False, 64 << 10)
+        broker.wait(lambda: len(stream.of("applied")) == 1)
+        request = asked(*((4_000_000 + number, 1 + number) for number in range(1200)))
+        stream.send(infer_exits=request)
+        broker.wait(lambda: stream.end == 1200 * SLOT_SIZE)  # far more than there is room for at once
+        stream.send(infer_exits=asked((4_100_000, 7)))
+        broker.wait(lambda: stream.end == 1201 * SLOT_SIZE)
+        rows = broker.records(broker.epochs[0])
+        assert sorted(rows["tgid"].tolist()) == [4_000_000 + number for number in range(1200)] + [4_100_000]
+        assert set(rows["flags"].tolist()) == {F_INFERRED | F_MATCH_PROCESS}
+        lab.stop(agent)
+        assert (broker.wrong, stream.of("lost"), stream.end) == ([], [], 1201 * SLOT_SIZE)
+    finally:
+        broker.close()
 
 
 def test_a_message_that_is_on_its_way() -> None:

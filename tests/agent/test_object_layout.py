@@ -76,3 +76,12 @@ def test_what_is_fixed_for_ever(btf: Btf) -> None:
     folder = PinFolder(Path("/root"), "a.node", "host", 7)
     assert folder.path == Path("/root/a%2enode@host@v7")
     assert {"events", "control"} <= set(probe.MAPS)
+
+
+def test_gone(btf: Btf) -> None:
+    packed = maps.pack_gone(1, 2, 3, 4, 5, 6, b"name")
+    assert btf.size("kmonitor_gone") == len(packed)
+    places = {"start_boottime_ns": 1, "cgroup_id": 2, "tgid": 3, "ppid": 4, "uid": 5, "gid": 6}
+    fields = btf.fields("kmonitor_gone")
+    assert {name: int.from_bytes(packed[fields[name][0] :][: fields[name][1]], "little") for name in places} == places
+    assert packed[fields["comm"][0] :].rstrip(b"\0") == b"name"

@@ -181,7 +181,8 @@ def test_all_of_the_old_ring_comes_once_and_then_the_new_epoch(upgrade: Upgrade,
     again = broker.records(broker.epochs[1])
     assert set(again["version"].tolist()) == {RECORD_VERSION}
     assert int(again["boottime_ns"][0]) > int(rows["boottime_ns"][-1]) - 100_000_000
-    print(f"\n{len(rows)} records of the old ring, {broker.resent} bytes sent twice")
+    blind_ms = (int(again["boottime_ns"].min()) - int(rows["boottime_ns"].max())) / 1e6
+    print(f"\n{len(rows)} records of the old ring, {broker.resent} bytes sent twice; {blind_ms:.0f} ms to the first of the new one")
 
 
 def test_another_object_of_the_same_version(upgrade: Upgrade, tmp_path: Path) -> None:
@@ -194,6 +195,16 @@ def test_another_object_of_the_same_version(upgrade: Upgrade, tmp_path: Path) ->
         upgrade.new().wait_connected()
         upgrade.is_replaced(1, RECORD_VERSION)
         assert (ring.any_mask(), ring.consumer()) == (0, ring.producer())
+
+
+def test_a_probe_of_before_exits_were_inferred(upgrade: Upgrade) -> None:
+    """All is there but the program for that."""
+    agent = upgrade.new()
+    agent.wait_connected()
+    upgrade.lab.kill(agent)
+    (upgrade.folder(RECORD_VERSION).path / "prog_kmonitor_infer").unlink()
+    upgrade.new().wait_connected()
+    upgrade.is_replaced(1, RECORD_VERSION)
 
 
 def test_a_broker_that_is_away(upgrade: Upgrade) -> None:

@@ -65,7 +65,7 @@ def kernel() -> Check:
     match = re.match(r"(\d+)\.(\d+)", release)
     if match is not None and (int(match[1]), int(match[2])) >= _MIN_KERNEL:
         return Check("ok", "kernel", release)
-    return Check("fail", "kernel", release, "the probe needs Linux 5.12 or later, compiled by bcc 5.8; source netlink any")
+    return Check("fail", "kernel", release, "the probe needs Linux 5.12 or later, compiled by bcc 5.10; source netlink any")
 
 
 def btf() -> Check:

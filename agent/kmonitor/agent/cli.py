@@ -29,6 +29,7 @@ from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
 if TYPE_CHECKING:
+    from kmonitor.agent.predecessor import Predecessor
     from kmonitor.agent.uplink import Uplink
 
 log = logging.getLogger("kmonitor-agent")
@@ -132,16 +133,21 @@ def agent(
             if unpin:
                 _remove(folders)
                 return
-            signalled = _succeed(choice, options, folders, address, name, labels)
-            if signalled is not None:
+        opened: Source | None = None
+        if folders and (found := _predecessors(folders)):
+            opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
+            stack.callback(opened.close)
+            identity = Identity(name, scope, labels)
+            if signalled := _succeed(found, folders, address, identity):
                 if signalled == "int":
                     _remove(folders)
                 return
-        opened = _open(choice, options, pins)
-        try:
-            signalled = asyncio.run(_run(address, name, scope, labels, opened))
-        finally:
-            opened.close()
+            if isinstance(opened, Probe):
+                opened.pin(folders[0])
+        if opened is None:
+            opened = _open(choice, options, pins)
+            stack.callback(opened.close)
+        signalled = asyncio.run(_run(address, name, scope, labels, opened))
         if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
 
@@ -152,30 +158,28 @@ def _remove(folders: list[PinFolder]) -> None:
             folder.remove()
 
 
-def _succeed(
-    choice: SourceName | Literal["auto"], options: ProbeOptions, folders: list[PinFolder], address: str, node: str, labels: dict[str, str]
-) -> Signalled | None:
-    """Bring to the broker what probes of other versions have left, and remove them; the signal that ended it before, if one did.
-
-    `folders` are open; the first is this version's.
-    """
+def _predecessors(folders: list[PinFolder]) -> list[Predecessor]:
+    """What other versions have left. `folders` are open; the first is this version's."""
     own, *others = folders
     if not others and (not own.names() or is_current(own)):
-        return None
-    from kmonitor.agent import predecessor  # noqa: PLC0415  # with grpc; and rarely there is one
+        return []
+    from kmonitor.agent.predecessor import find  # noqa: PLC0415  # with grpc; and rarely there is one
 
-    found = predecessor.find(own, others)
-    if found:
-        # A version that cannot capture here must not end one that does.
-        open_source(choice, options, None).close()
+    return find(own, others)
+
+
+def _succeed(found: list[Predecessor], folders: list[PinFolder], address: str, identity: Identity) -> Signalled | None:
+    """Bring to the broker what they have recorded, and remove them; the signal that ended it, if one did."""
+    from kmonitor.agent.predecessor import Draining, discard  # noqa: PLC0415
+
     try:
         for old in found:
-            draining = predecessor.Draining(address, Identity(node, options.scope, labels), old)
+            draining = Draining(address, identity, old)
             signalled = asyncio.run(_until_signal(draining))
             if not draining.drained:
                 return signalled or "term"
             old.close()
-            predecessor.discard(old.pins, own)
+            discard(old.pins, folders[0])
             log.info("the probe of the other version is replaced: all that it had recorded was delivered")
             if signalled is not None:
                 return signalled

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 from kmonitor.agent.interest import InterestTable
@@ -11,6 +12,10 @@ from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2
 
 _RETRY_S = 0.1
+_AT_ONCE = 1000
+"""Some 20 us each; the rest when it is tried again. Blocks must not wait for long."""
+_REFUSALS_MOST = 16
+"""So many in a row: there is no room for the others either."""
 
 
 class Inference:
@@ -40,17 +45,21 @@ class Inference:
     def _tell(self) -> None:
         """Each is looked up anew: a death is never told of a process that lives."""
         self._source.catch_up()
-        found = self._source.processes.look_up([pid for pid, _ in self._asked])
-        made = False
-        for pid, start_boottime_ns in list(self._asked):
+        some = list(itertools.islice(self._asked, _AT_ONCE))
+        found = self._source.processes.look_up([pid for pid, _ in some])
+        made, refusals = False, 0
+        for pid, start_boottime_ns in some:
             known = found.get(pid)
             if known is not None and known.start_boottime_ns != start_boottime_ns:
                 known = None  # the pid was given out again
             # A zombie that the source has an entry for was not told yet, but is about to be.
             if known is None or (not known.live and not self._interest.will_tell(pid, start_boottime_ns)):
                 if not self._source.infer_exit(pid, start_boottime_ns, known):
+                    refusals += 1
+                    if refusals == _REFUSALS_MOST:
+                        break
                     continue
-                made = True
+                made, refusals = True, 0
             self._asked.discard((pid, start_boottime_ns))
         if made:
             self._wake()

@@ -95,8 +95,9 @@ class Config:
 class Probe:
     """Ring, control and maps of a running probe. `close` detaches it, unless it is pinned."""
 
-    def __init__(self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: list[int], *, adopted: bool) -> None:
-        """Owns all that it is given. `programs`: INFER, and ITERATOR; without the latter processes are looked up in /proc."""
+    def __init__(self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: dict[str, int], *, adopted: bool) -> None:
+        """Owns all that it is given. `programs`: INFER, and ITERATOR; without the latter processes are looked up in /proc. `links` by
+        program; none are needed of a probe that is pinned."""
         self.name = name
         self.record_version = RECORD_VERSION
         self._maps = maps
@@ -126,13 +127,22 @@ class Probe:
         gone = pack_gone(start_boottime_ns, cgroup_id, pid, ppid, uid, gid, comm)
         return libbpf.run_program(self._programs[INFER], gone) == 1
 
+    def pin(self, pins: PinFolder) -> None:
+        """Have it outlive this process. `pins` is open and empty. Raises PinError, BpfError."""
+        for name, each in self._maps.items():
+            libbpf.pin(each.fd, pins.path / f"map_{name}")
+        for name, fd in self._programs.items():
+            libbpf.pin(fd, pins.path / f"prog_{name}")
+        for name, fd in self._links.items():  # the last: with them it is whole
+            libbpf.pin(fd, pins.path / f"link_{name}")
+
     def close(self) -> None:
         """Give back what this process holds."""
         self.ring.close()
         self.control.close()
         for each in self._maps.values():
             each.close()
-        for fd in [*self._links, *self._programs.values()]:
+        for fd in (*self._links.values(), *self._programs.values()):
             os.close(fd)
 
 
@@ -185,14 +195,7 @@ def run(
             links[program] = attach(program)
         if config.pidns_inum:
             _learn_level(control, config.pidns_inum)
-        if pins is not None:
-            for mine, each in maps.items():
-                libbpf.pin(each.fd, pins.path / f"map_{mine}")
-            for program, fd in programs.items():
-                libbpf.pin(fd, pins.path / f"prog_{program}")
-            for program, fd in links.items():
-                libbpf.pin(fd, pins.path / f"link_{program}")
-        return Probe(name, maps, programs, list(links.values()), adopted=False)
+        probe = Probe(name, maps, programs, links, adopted=False)
     except BaseException:
         for each in maps.values():
             each.close()
@@ -201,6 +204,13 @@ def run(
         raise
     finally:
         control.close()
+    if pins is not None:
+        try:
+            probe.pin(pins)
+        except BaseException:
+            probe.close()
+            raise
+    return probe
 
 
 def is_current(pins: PinFolder) -> bool:
@@ -243,7 +253,7 @@ def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
         raise CaptureError(f"what is pinned in {pins.path} is another version's: remove it with --unpin")
     programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER) if f"prog_{name}" in found}
     maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in MAPS}
-    probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, [], adopted=True)
+    probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, {}, adopted=True)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()
         raise CaptureError(
