@@ -67,7 +67,7 @@ def test_pins_that_were_lost(unpinned: Rig, lab: Lab) -> None:
 
 
 def test_pins_that_were_lost_while_the_broker_was_away(unpinned: Rig, lab: Lab) -> None:
-    """A broker knows from its log what was watched. One without knows only what the monitor brings again: of what is gone it says EXITED."""
+    """A broker knows from its log what was watched. One without knows what the monitor brings again: of what is gone it says EXITED."""
     idlers, listener = watched(unpinned, lab, "v")
     unseen, alive = idlers[: COUNT // 2], idlers[COUNT // 2 :]
     unpinned.kill_broker()
