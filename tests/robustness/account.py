@@ -56,7 +56,7 @@ class Account:
         """All of them, without progress."""
         self.gaps: list[Line] = []
         self.told: dict[str, Counts] = {}
-        """Node -> events by type."""
+        """Node -> events by type, without those that are inferred: they were lost before, and gaps may have counted them."""
         self.inferred: dict[str, Counter[int]] = {}
         """Node -> pids of the ends that were found, not seen."""
         self.ends: dict[str, Counter[End]] = {}
@@ -107,13 +107,13 @@ class Account:
                 self.wrong.append(f"out of order: {kind} of {pid} on {node}, position {position} behind {last}")
             seen.add(key)
             last = max(last, position)
-            if inferred:  # found, not seen: the gap that hides the event counts it
+            if kind == "PROCESS_EXIT":
+                ends[pid, code] += 1
+            if inferred:
                 self.inferred.setdefault(node, Counter())[pid] += 1
                 continue
             told[kind] += 1
             self.delays_ns.append(at - time_ns)
-            if kind == "PROCESS_EXIT":
-                ends[pid, code] += 1
         self._last[place] = last
 
     @property
@@ -151,17 +151,19 @@ class Account:
         if not truth.counts["PROCESS_EXIT"]:
             return []
         ends = self.ends.get(node, Counter())
-        wrong = [f"{node}: told of the end {end}, which never was" for end in ends - truth.ends]
-        missing = truth.ends - ends
-        # Of an inferred end the status is not known: any of that pid is meant.
-        for pid, count in self.inferred.get(node, Counter()).items():
-            some = [end for end in missing.elements() if end[0] == pid][:count]
-            if len(some) < count:
-                wrong.append(f"{node}: the end of {pid} was inferred, and there was none, or it was told")
+        known = Counter({end: count for end, count in ends.items() if end[1] is not None})
+        wrong = [f"{node}: told of the end {end}, which never was" for end in known - truth.ends]
+        missing = truth.ends - known
         if missing.total() != lost["PROCESS_EXIT"]:
             wrong.append(f"{node}: {missing.total()} ends are missing, gaps count {lost['PROCESS_EXIT']}: {list(missing)[:5]}")
+        # Of an inferred end the status is not known: any of that pid is meant.
+        for pid, count in self.inferred.get(node, Counter()).items():
+            if sum(number for (lost_pid, _), number in missing.items() if lost_pid == pid) < count:
+                wrong.append(f"{node}: the end of {pid} was inferred, and there was none, or it was told")
         return wrong
 
     def summary(self, generated: int) -> str:
         """One line for people."""
-        return f"generated {generated}, delivered {self.delivered}, duplicated {self.duplicates}, in gaps {self.in_gaps}"
+        found = sum(counts.total() for counts in self.inferred.values())
+        of_them = f", of which {found} ends were found" if found else ""
+        return f"generated {generated}, delivered {self.delivered}, duplicated {self.duplicates}, in gaps {self.in_gaps}{of_them}"

@@ -95,6 +95,14 @@ class Listener:
 
         self.wait(all_answered, "answers to its registrations", limit=limit)
 
+    def wait_answer(self, node: str, state: str, target: str, *, limit: float = 30.0) -> None:
+        """Until a node has answered a registration so."""
+        self.wait(
+            lambda line: line["kind"] == "registered" and (line["node"], line["state"], line["target"]) == (node, state, target),
+            f"{target} on {node} is {state}",
+            limit=limit,
+        )
+
     def wait_change(self, node: str, state: str, *, start: int = 0, limit: float = 30.0) -> int:
         """Until a node has come into a state; the line's index."""
         return self.wait(

@@ -50,6 +50,8 @@ class Rig:
         self.logs = folder / "logs"
         """In the broker's machine a file system of its own may be mounted here."""
         self.logs.mkdir()
+        self.forgets = log == MEMORY
+        """Nothing of the broker's outlives it."""
         self.machines: dict[str, Machine] = {}
         self.agents: dict[str, InsideAgent] = {}
         self._did: dict[str, Truth] = {}
