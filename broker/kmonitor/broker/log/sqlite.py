@@ -205,6 +205,7 @@ class SqliteLog:
         self._writer.stop()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._ended), 0 if self._flying else CLOSE_S)
+            self._writer.join()
             os.close(self._lock)  # not while the writer may still have the file
 
     # -- writing
@@ -275,7 +276,9 @@ class SqliteLog:
         for (node, epoch), dropped in eviction.dropped.items():
             self._ends.drop(node, epoch, dropped)
         self._leave_tail(eviction.until)
+        # Ahead of all that waits, or the file would grow by that first.
         self._order(Delete(eviction.until))
+        self._waiting.insert(0, self._waiting.pop())
 
     def _give_up(self) -> None:
         """Make one mark of what waits in vain, for each node and epoch."""
