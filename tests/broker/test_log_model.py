@@ -258,5 +258,5 @@ def last_of(entry: Entry) -> int | None:
 @pytest.mark.parametrize("machine", [MemoryMachine, SqliteMachine])
 def test_same_as_the_model(machine: type[LogMachine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "TAIL_BYTES", 30_000)  # the rest is read from the file
-    chosen = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+    chosen = settings(max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(machine, settings=chosen)
