@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import sqlite3
@@ -22,7 +23,7 @@ from kmonitor.broker.log.database import LogFileError
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import SqliteLog
 from kmonitor.broker.mark import Mark, MarkKind
-from tests.broker.logs import Told, block, content, contents, mark, opened
+from tests.broker.logs import LIMIT_S, Told, block, content, contents, mark, opened
 
 
 @pytest.fixture
@@ -233,6 +234,9 @@ async def test_closing_does_not_wait_for_a_disk_that_does_not_answer(
     assert "2 blocks and marks of 1 nodes (a), 0 values: the disk has not answered for 0.2 s" in caplog.text
     other.execute("ROLLBACK")
     other.close()
+    # Its thread ends when it can, and only then others may have the file.
+    with path.with_name("log.db-lock").open() as lock:
+        await asyncio.wait_for(asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX), LIMIT_S)
 
 
 @pytest.mark.parametrize("records", [1, 60, 2000])
