@@ -68,6 +68,8 @@ class SqliteLog:
         """In order, behind those of `_flying`."""
         self._flying: list[Order] = []
         """What the writer has."""
+        self._at_work = False
+        """The writer has something: it may be an empty batch."""
         self._busy = False
         """Something will call `_hand_over`: the event loop, the writer's answer, or the timer."""
         self._timer: asyncio.TimerHandle | None = None
@@ -88,7 +90,7 @@ class SqliteLog:
             max_bytes=max_bytes,
             max_age_s=max_age_s,
             on_outcome=self._outcome,
-            on_end=lambda: self._ended.set_result(None),
+            on_end=self._writer_ended,
         )
         self._tick_s = None if max_age_s is None else min(max(max_age_s / 16, 0.05), 60.0)
         self._ticker: asyncio.TimerHandle | None = None
@@ -191,10 +193,10 @@ class SqliteLog:
             return
         self._order(Next(self._end))
         self._closing = True
-        if self._trouble and not self._flying:
+        if self._trouble:
             self._hand_over()  # one more try, at once
         with contextlib.suppress(TimeoutError):
-            while self._waiting or self._flying:
+            while self._waiting or self._at_work:
                 self._answered.clear()
                 await asyncio.wait_for(self._answered.wait(), CLOSE_S)
                 if self._trouble:
@@ -208,8 +210,12 @@ class SqliteLog:
         self._reader.close()
         self._writer.stop()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._ended), 0 if self._flying else CLOSE_S)
-            os.close(self._lock)  # not while the writer may still have the file
+            await asyncio.wait_for(asyncio.shield(self._ended), 0 if self._at_work else CLOSE_S)
+
+    def _writer_ended(self) -> None:
+        self._writer.join()
+        os.close(self._lock)
+        self._ended.set_result(None)
 
     # -- writing
 
@@ -224,7 +230,7 @@ class SqliteLog:
 
     def _hand_over(self) -> None:
         """Give the writer what waits, or the first part of a lot. Nothing is good too: it looks after retention."""
-        if self._flying or self._closed:
+        if self._at_work or self._closed:
             return
         count = size = 0
         for order in self._waiting:
@@ -234,6 +240,7 @@ class SqliteLog:
                 break
             count += 1
         self._flying, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._at_work = True
         self._set_timer(SLOW_S, self._slow)
         self._writer.submit(self._flying)
 
@@ -241,6 +248,7 @@ class SqliteLog:
         """The writer's answer."""
         if self._closed:
             return
+        self._at_work = False
         batch, self._flying = self._flying, []
         self._trouble = outcome.error
         if outcome.error:
@@ -280,7 +288,9 @@ class SqliteLog:
         for (node, epoch), dropped in eviction.dropped.items():
             self._ends.drop(node, epoch, dropped)
         self._leave_tail(eviction.until)
+        # Ahead of all that waits, or the file would grow by that first.
         self._order(Delete(eviction.until))
+        self._waiting.insert(0, self._waiting.pop())
 
     def _give_up(self) -> None:
         """Make one mark of what waits in vain, for each node and epoch."""
@@ -304,7 +314,7 @@ class SqliteLog:
             self._tail[mark.offset] = mark
         if gone:
             self._waiting = [order for at, order in enumerate(self._waiting) if at not in gone]
-        if not self._flying:
+        if not self._at_work:
             self._given_up.clear()
         self._commit()
 

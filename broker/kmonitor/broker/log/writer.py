@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 ROW_BYTES = 192
 """That a row takes in the file beside its data, about, its place in the index included."""
-EVICT_ROWS = 4096
+EVICT_ROWS = 8192
 EVICT_BYTES = 16 << 20
-"""Retention takes at most so much at once, to keep transactions short."""
+"""Retention takes at most so much at once, to keep transactions short; it is more than a batch can bring."""
 
 _CHUNKS = (256, 32, 4, 1)
 _CHUNK_BYTES = 1 << 20
@@ -119,7 +119,8 @@ class Writer:
         self._evicting = False
         """An eviction was proposed, and its Delete is not committed yet."""
         # A daemon: a disk that does not answer must not keep the broker from ending.
-        threading.Thread(target=self._run, name="kmonitor-log", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="kmonitor-log", daemon=True)
+        self._thread.start()
 
     def submit(self, batch: Sequence[Order]) -> None:
         """Write it, and look whether retention has something to do. One at a time; not to be changed before its outcome is there."""
@@ -128,6 +129,10 @@ class Writer:
     def stop(self) -> None:
         """End behind what was submitted."""
         self._batches.put(None)
+
+    def join(self) -> None:
+        """After `on_end`: until the thread is gone, which is at once."""
+        self._thread.join()
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop was closed before the log was
@@ -253,11 +258,11 @@ class Writer:
         ).fetchone()
         if oldest is None or oldest == until:
             return None
-        self._evicting = True
         found = self._connection.execute(
             'SELECT node, epoch, max(last), "end", time_ns FROM entries WHERE offset < ? GROUP BY node, epoch', (until,)
         )
         dropped = {
             (node, unsigned(epoch)): dropped_from(last, end, time_ns) for node, epoch, last, end, time_ns in found if last is not None
         }
+        self._evicting = True
         return Eviction(until, dropped)
