@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ from typing import Any
 from kmonitor.clients import Batch, BrokerUnreachableError, Cursor, Monitor, Notice, connect
 from kmonitor.clients.cli.jsonlines import notice_line
 from kmonitor.clients.stream import QUEUE_EVENTS
-from kmonitor.v1 import events_pb2, monitor_pb2
+from kmonitor.v1 import events_pb2
 from kmonitor.wire.masks import TYPE_NAMES, EventType
 
 COLUMNS = ("position", "type", "pid", "code", "inferred", "time", "child")
@@ -52,7 +51,7 @@ class Journal:
         for text in whole.splitlines():
             self._count(json.loads(text))
         if whole:
-            self.cursor = read_cursor(json.loads(whole.splitlines()[-1])["cursor"])
+            self.cursor = Cursor.from_json(json.loads(whole.splitlines()[-1])["cursor"])
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._file, len(whole))
         os.lseek(self._file, 0, os.SEEK_END)
@@ -60,7 +59,7 @@ class Journal:
     def add(self, line: dict[str, Any]) -> None:
         """Take one line: from here on its content is done."""
         line["at"] = time.time_ns()
-        line["cursor"] = write_cursor(self.cursor)
+        line["cursor"] = self.cursor.to_json()
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
         while data:
             data = data[os.write(self._file, data) :]
@@ -76,18 +75,6 @@ class Journal:
     def close(self) -> None:
         """Give the file back."""
         os.close(self._file)
-
-
-def write_cursor(cursor: Cursor) -> str:
-    """As text."""
-    return base64.b85encode(cursor.to_proto().SerializeToString()).decode()
-
-
-def read_cursor(text: str) -> Cursor:
-    """What `write_cursor` has made."""
-    message = monitor_pb2.Cursor.FromString(base64.b85decode(text))
-    positions = {at.node: (at.epoch, at.position) for at in message.positions}
-    return Cursor(positions, log_id=message.log_id, number=message.number, stream_id=message.stream_id)
 
 
 def row(event: events_pb2.Event) -> tuple[object, ...]:

@@ -136,7 +136,7 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
             loop.add_signal_handler(number, stop)
         print(f"{PROGRAM}: listening on {host}:{port}", flush=True)
         await stopping.wait()
-        logger.info("stopping")
+        print(f"{PROGRAM}: stopping; a second signal ends it at once", flush=True)
         await server.stop(STOP_GRACE, drain=DRAIN)
     finally:
         await log.close()

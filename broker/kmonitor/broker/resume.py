@@ -104,7 +104,6 @@ class Lingering:
         theirs = donor.session
         assert isinstance(theirs, Session)
         session.donors.append(donor)
-        same_stream = theirs.stream_id == session.stream_id
         for name, arm in donor.arms.items():
             mine = registration.arms.setdefault(name, Arm(registration, name))
             mine.process, mine.named = arm.process, arm.named
@@ -112,24 +111,34 @@ class Lingering:
             if arm.process is not None and name not in registration.found:
                 registration.found[name] = arm.process
         copied = [span for span in theirs.matcher.all_spans() if span.arm.registration is donor and span.mask & mask]
+        if theirs.stream_id != session.stream_id:
+            self._say_what_came_before(session, session.cursor, copied)
         for span in copied:
             if span.end is None:
-                self._go_on(registration, span, mask, same_stream=same_stream)
+                self._go_on(registration, span, mask)
         for span in copied:
             if span.end is not None:
                 self._keep_past(registration, span, mask)
         session.registrations.setdefault(registration.key, registration)
         return True
 
-    def _go_on(self, registration: Registration, span: Span, mask: int, *, same_stream: bool) -> None:
+    def _say_what_came_before(self, session: Session, cursor: Cursor, spans: list[Span]) -> None:
+        """These may be somebody else's, who came when this monitor had gone."""
+        begins: dict[tuple[str, int], int] = {}
+        for span in spans:
+            if span.root or span.process is None:
+                place = span.node, span.epoch
+                begins[place] = min(span.first, begins.get(place, span.first))
+        for (node, epoch), first in begins.items():
+            at = cursor.positions.get(node)
+            if at is not None and at[0] == epoch and first > at[1] + 1:
+                positions, times = (at[1] + 1, first), (0, time.time_ns())
+                session.before.append(gap(node, _LOG, epoch, positions=positions, times=times, counts={}))
+
+    def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
         arm = registration.arms[span.node]
         copy = self._copy(arm, span, mask)
         session = copy.owner
-        epoch, taken = session.cursor.positions.get(span.node, (0, 0))
-        if not same_stream and epoch == span.epoch and span.first > taken + 1:
-            # Somebody else's, who came later than this monitor had gone.
-            positions, times = (taken + 1, span.first), (0, time.time_ns())
-            session.before.append(gap(span.node, _LOG, epoch, positions=positions, times=times, counts={}))
         self._arms.router.add(copy)
         if copy.lingers:
             self._arms.router.linger(copy)
@@ -196,7 +205,8 @@ class Lingering:
             offset = max(offset, 0)
             latest = max(latest, offset)
             ends = self._log.ends(name)
-            if next(reversed(ends)) == epoch and position >= ends[epoch].position:
+            told = cursor.number if cursor.log_id == self._log.log_id else 0
+            if next(reversed(ends)) == epoch and position >= ends[epoch].position - 1 and ends[epoch].offset < told:
                 offset = self._log.end  # quiet since
             floors[name] = offset
             start = min(start, offset)

@@ -188,8 +188,8 @@ class Cursor:
             stream_id=self._stream,
         )
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON so that a reader, and a crash, finds the old or the new one whole. Raises UsageError."""
+    def to_json(self) -> str:
+        """All of it, in one line of text: for who keeps it together with what was done with the events."""
         content = {
             "version": _VERSION,
             "positions": [{"node": node, "epoch": at[0], "position": at[1]} for node, at in sorted(self._at.items())],
@@ -206,10 +206,22 @@ class Cursor:
                 for key, found in sorted(self._found.items())
             ],
         }
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> Cursor:
+        """What `to_json` made. Raises UsageError for anything else."""
+        try:
+            return cls._from_json(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError, json_format.Error):
+            raise UsageError("this is no cursor of this version") from None
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON so that a reader, and a crash, finds the old or the new one whole. Raises UsageError."""
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with fresh.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")  # json.dump takes five times as long
+                file.write(self.to_json() + "\n")  # json.dump takes five times as long
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(path)
@@ -226,8 +238,8 @@ class Cursor:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the cursor in {path}: {error}") from None
         try:
-            return cls._from_json(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError, json_format.Error):
+            return cls.from_json(text)
+        except UsageError:
             raise UsageError(f"{path} holds no cursor of this version: name another file, or remove it to start anew") from None
 
     @classmethod
