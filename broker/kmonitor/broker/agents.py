@@ -217,7 +217,11 @@ class Agents:
         would fill the ring, is given up for the log. Those who read it there are told of the gap."""
         most = (node.hello.ring_bytes or _RING_BYTES) // 2
         if self._broker.trouble and node.expected - node.logged > most:
-            self._broker.log.give_up(node.name, node.epoch, node.expected - most // 2)
+            until = node.give_up(node.expected - most // 2)
+            self._broker.log.give_up(node.name, node.epoch, until)
+            for link in (node.link, node.drain):
+                if link is not None:
+                    link.ack(node.logged, node.expected)
 
     def _hole(self, node: Node, position: int) -> None:
         """The agent goes on further ahead than the broker has come."""

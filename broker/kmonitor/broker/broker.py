@@ -35,8 +35,6 @@ DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
 DEFAULT_LINGER = 10.0  # seconds
 LINGER_MOST = 3600  # seconds
-DETACHED_SPANS = 1 << 14
-"""Ended spans that a session without a stream keeps."""
 
 logger = logging.getLogger(__name__)
 
@@ -386,8 +384,8 @@ class Broker:
         known = {node.name: (node.name, node.epoch, node.position, node.time_ns) for node in self.nodes}
         for session in self.sessions:
             if session.detached:
-                if session.matcher.ended_spans > DETACHED_SPANS:
-                    session.matcher.prune(self.log.end, keep=DETACHED_SPANS)
+                if session.matcher.ended_spans > 2 * PAST:
+                    session.matcher.prune(self.log.end, keep=PAST)
                 continue
             session.outbox.prune(self.log.end)
             session.progress([known[name] for name in session.matcher.nodes()])

@@ -58,7 +58,11 @@ class LogKeeper:
 
     def session_changed(self, session: Session) -> None:
         """It goes on with what another stream had."""
-        self._log.put(SESSIONS, str(session.id), _dump({"linger": session.linger, "stream_id": session.stream_id}))
+        self._log.put(
+            SESSIONS,
+            str(session.id),
+            _dump({"linger": session.linger, "stream_id": session.stream_id, "remembers_from": session.matcher.remembers_from}),
+        )
 
     def session_closed(self, session: Session) -> None:
         """It is over. Its registrations and spans are of no use any more."""
@@ -76,6 +80,8 @@ class LogKeeper:
             if span.id:
                 self._log.put(SPANS, str(span.id), None)
             return
+        if span.lingers and span.end is not None:
+            return  # that its process has ended is noted already: no record is its own from there on
         if not span.id:
             span.id = self._next_span
             self._next_span += 1
@@ -121,6 +127,7 @@ class LogKeeper:
             session: Session = open_session(content["linger"])
             session.id = int(key)
             session.stream_id = session.outbox.stream_id = content["stream_id"]
+            session.matcher.remembers_from = content["remembers_from"]
             sessions[session.id] = session
         registrations: dict[tuple[int, int], Registration] = {}
         for name, value in self._log.values(REGISTRATIONS).items():

@@ -22,8 +22,8 @@ from kmonitor.broker.filters import NO_FILTER, Filter
 from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, Indices
 
 NO_ROWS: Indices = np.empty(0, dtype=np.intp)
-PAST = 1024
-"""Ended spans that a session keeps after it has read past them."""
+PAST = 1 << 15
+"""Ended spans that a session keeps after it has read past them: as many as there can be among what lies in a connection's buffers."""
 
 
 @dataclass(eq=False, slots=True)
@@ -121,9 +121,13 @@ class _Table:
 class Matcher:
     """All spans of one session, open and ended."""
 
-    def __init__(self, on_change: Callable[[Span, bool], None] = lambda _span, _there: None) -> None:
-        """`on_change`: called with a span when it is there or has ended (True), and when it is forgotten (False)."""
+    def __init__(
+        self, on_change: Callable[[Span, bool], None] = lambda _span, _there: None, on_forget: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_change`: called with a span when it is there or has ended (True), and when it is forgotten (False). `on_forget`: when
+        `remembers_from` has changed, before spans are forgotten."""
         self._on_change = on_change
+        self._on_forget = on_forget
         self._tables: dict[str, _Table] = {}
         self._ended: deque[tuple[int, Span]] = deque()
         """(log offset from which on the span means nothing, span), ascending."""
@@ -149,10 +153,12 @@ class Matcher:
             item = self._ended.popleft()
             self._tables[item[1].node].discard(item[1])
             self._past.append(item)
-        while len(self._past) > keep:
-            ended, span = self._past.popleft()
-            self.remembers_from = max(self.remembers_from, ended)
-            self._on_change(span, False)
+        if len(self._past) > keep + keep // 8:  # not one by one
+            count = len(self._past) - keep
+            self.remembers_from = max(self.remembers_from, self._past[count - 1][0])
+            self._on_forget()
+            for _ in range(count):
+                self._on_change(self._past.popleft()[1], False)
 
     def recall(self) -> None:
         """Blocks are to be read again that were passed: spans that were kept hold for them again."""

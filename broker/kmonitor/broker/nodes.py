@@ -153,6 +153,12 @@ class Node:
             self.logged = max(self.logged, self._unlogged.popleft()[1])
         return self.logged != before
 
+    def give_up(self, position: int) -> int:
+        """What ends at `position` or before will not get into the log: all the same the agent may forget it. Where that ends."""
+        while self._unlogged and self._unlogged[0][1] <= position:
+            self.logged = max(self.logged, self._unlogged.popleft()[1])
+        return self.logged
+
     def starts_anew(self, position: int) -> None:
         """Its positions start anew here."""
         self.expected = self.position = self.logged = position

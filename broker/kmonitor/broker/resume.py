@@ -138,7 +138,6 @@ class Lingering:
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
         arm = registration.arms[span.node]
         copy = self._copy(arm, span, mask)
-        session = copy.owner
         self._arms.router.add(copy)
         if copy.lingers:
             self._arms.router.linger(copy)

@@ -125,7 +125,7 @@ class Session:
         self.linger = linger
         self.keeper: Keeper | None = None
         """Remembers it, where the broker outlives itself."""
-        self.matcher = Matcher(self._span_changed)
+        self.matcher = Matcher(self._span_changed, self._changed)
         self.outbox = Outbox(log, encoder, router, self.matcher, lagging, self._rebooted, self.stream_id)
         self.registrations: dict[Key, Registration] = {}
         self.past: dict[Key, Registration] = {}
@@ -249,6 +249,10 @@ class Session:
     def _span_changed(self, span: Span, there: bool) -> None:
         if self.keeper is not None:
             self.keeper.span_changed(self, span, there=there)
+
+    def _changed(self) -> None:
+        if self.keeper is not None:
+            self.keeper.session_changed(self)
 
     def _rebooted(self, mark: Mark) -> bytes | None:
         ids = [registration.id for registration in self.registrations.values() if mark.node in registration.arms]
