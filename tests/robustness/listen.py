@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A monitor as one writes it that must not lose or repeat anything though it may be killed at any moment: a program.
 
-    python -m tests.robustness.listen BROKER JOURNAL REGISTRATIONS [--pace N] [--window N] [--linger MS]
+    python -m tests.robustness.listen BROKER JOURNAL REGISTRATIONS [--pace N] [--window N] [--linger S]
 
 It appends what it takes to the file JOURNAL, one JSON line for each batch or notice, each with the cursor behind it: what was done
 with the events, and how far it came, are one write. Started again with the same journal it carries on there. REGISTRATIONS is a
@@ -9,7 +9,7 @@ JSON list of the arguments of `Monitor.register`.
 
 On standard output it says a line for each line of the journal: notices as a whole, of events how many, and which processes ended;
 `taken` events in all, and `counted` with those in gaps. `--pace` takes so many events a second, until a line comes on standard input;
-`--window` is how many events the client library may read ahead.
+`--window` is how many events the client library may read ahead; `--linger`, for how many seconds its place is kept when it was killed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ COLUMNS = ("position", "type", "pid", "code", "inferred", "time", "child")
 """Of a row of a batch's line: `code` is an exit code, or a signal's number, negative; null if neither is known."""
 
 EXIT = int(EventType.PROCESS_EXIT)
-LINGER_S = 60.0
-"""For so long its place is kept when it was killed."""
 
 
 class Journal:
@@ -149,11 +147,11 @@ class Listener:
         print(json.dumps({**line, "taken": self._journal.taken, "counted": self._journal.taken + self._journal.lost}), flush=True)
 
 
-async def connected(address: str, cursor: Cursor, window: int | None) -> Monitor:
+async def connected(address: str, cursor: Cursor, window: int, linger: float) -> Monitor:
     """As soon as there is a broker."""
     while True:
         try:
-            return await connect(address, cursor=cursor, linger=LINGER_S, queue_events=window or QUEUE_EVENTS).open()
+            return await connect(address, cursor=cursor, linger=linger, queue_events=window).open()
         except BrokerUnreachableError:
             print(json.dumps({"kind": "unreachable"}), flush=True)
 
@@ -165,7 +163,8 @@ async def main(argv: list[str]) -> None:
     parser.add_argument("journal", type=Path)
     parser.add_argument("registrations", type=json.loads)
     parser.add_argument("--pace", type=float, default=0)
-    parser.add_argument("--window", type=int)
+    parser.add_argument("--window", type=int, default=QUEUE_EVENTS)
+    parser.add_argument("--linger", type=float, default=60)
     options = parser.parse_args(argv)
     journal = Journal(options.journal)
     listener = Listener(journal, options.pace)
@@ -175,7 +174,7 @@ async def main(argv: list[str]) -> None:
     if options.pace:
         loop.add_reader(0, listener.hurry)
     try:
-        async with await connected(options.broker, journal.cursor.copy(), options.window) as monitor:
+        async with await connected(options.broker, journal.cursor.copy(), options.window, options.linger) as monitor:
             asking = asyncio.ensure_future(monitor.register_all(options.registrations))
             asking.add_done_callback(lambda done: task.cancel() if not done.cancelled() and done.exception() else None)
             try:
