@@ -163,6 +163,21 @@ class Taker:
         raise TimeoutError
 
 
+class OneByOne:
+    """A call that several tasks write to: gRPC takes one message at a time."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._writing = asyncio.Lock()
+
+    async def write(self, message: agent_pb2.AgentMessage) -> None:
+        async with self._writing:
+            await self._call.write(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
 class Served(Agent):
     """An agent that does what it is told: arms all that is not `gone`, and makes records of ends when it is asked for them."""
 
@@ -184,6 +199,7 @@ class Served(Agent):
         end, self.position = self.position, self.acked
         welcome = await self.connect(infers_exits=True)
         self.position, self.acked = end, max(self.acked, welcome.position)
+        self.call = OneByOne(self.call)
         self.news = asyncio.Event()
         self.task = asyncio.create_task(self._serve())
         for position, records in self.sent:
@@ -394,6 +410,7 @@ async def test_two_monitors_with_the_same_registration(here: Here) -> None:
     second = Taker(here, [registration(0x40)])
     await second.open()
     await second.until("registered")
+    await here.log.flush()
     await agent.send([rec(EXIT, 1)])
     await first.until_events(1)
     await second.until_events(1)

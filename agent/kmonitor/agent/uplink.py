@@ -27,6 +27,8 @@ from kmonitor.wire.record import RECORD_SIZE, SLOT_SIZE
 log = logging.getLogger("kmonitor-agent")
 
 _BACKOFF_FIRST = 0.1
+HEARTBEAT_MOST_S = 1.0
+"""However long the lease is: so often monitors can be told how far all is complete."""
 _BACKOFF_MOST = 5.0
 _CONNECT_TIMEOUT = 5.0
 _DRAIN_TIMEOUT = 1.0
@@ -171,7 +173,12 @@ class Uplink:
 
     async def _serve(self, call: _Call, forwarder: Forwarder, lease: float) -> None:
         # The forwarder's own first: it is the one that must not send while the ring is drained.
-        jobs = [forwarder.run(), self._receive(call, forwarder), forwarder.tell_late(), forwarder.heartbeat(lease / 3)]
+        jobs = [
+            forwarder.run(),
+            self._receive(call, forwarder),
+            forwarder.tell_late(),
+            forwarder.heartbeat(min(lease / 3, HEARTBEAT_MOST_S)),
+        ]
         tasks = [asyncio.create_task(job) for job in [*jobs, self._stopping.wait(), *self._jobs(forwarder)]]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -101,6 +101,7 @@ class Agents:
             self._lost(node, message.lost)
         elif kind == "heartbeat":
             node.reached(message.heartbeat.position, message.heartbeat.time_unix_nano)
+            node.complete = min(message.heartbeat.position, node.position), message.heartbeat.time_unix_nano
         elif kind == "hello":
             raise RefusedError(Code.INVALID_ARGUMENT, "a second hello on one stream")
         elif link.draining:

@@ -381,7 +381,7 @@ class Broker:
     def _tick(self) -> None:
         """Every `progress_interval`: progress for all, and what is kept for late records goes."""
         self.router.retire(self._position_of, self.log.end)
-        known = {node.name: (node.name, node.epoch, node.position, node.time_ns) for node in self.nodes}
+        known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
         for session in self.sessions:
             if session.detached:
                 if session.matcher.ended_spans > 2 * PAST:

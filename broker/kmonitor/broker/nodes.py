@@ -107,6 +107,8 @@ class Node:
         """All records before it have come."""
         self.time_ns = 0
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
+        self.complete = (0, 0)
+        """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
         self.number = 0
@@ -162,6 +164,7 @@ class Node:
     def starts_anew(self, position: int) -> None:
         """Its positions start anew here."""
         self.expected = self.position = self.logged = position
+        self.complete = position, self.complete[1]
         self._unlogged.clear()
 
     def when_reached(self, position: int, action: Callable[[], None]) -> None:

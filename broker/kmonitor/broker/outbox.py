@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,6 +114,8 @@ class Outbox:
         self._progress: bytes | None = None
         """The progress message that waits among the items."""
         self._progress_due = False
+        self._complete: dict[str, tuple[int, int, int]] = {}
+        """Node -> (epoch, position, Unix ns) up to which all of it has come."""
         self._blocked = False
         """It has come upon a mark that is not safe yet: see `committed`."""
         self._taken = asyncio.Event()
@@ -161,11 +163,14 @@ class Outbox:
         self.messages_bytes += len(message)
         self._fill()
 
-    def put_progress(self, message: bytes) -> None:
-        """How far all nodes are now. Left out while one waits to be sent; a session that is behind says how far it is itself."""
+    def put_progress(self, nodes: list[tuple[str, int, int, int]]) -> None:
+        """How far all nodes are now: (node, epoch, position, Unix nanoseconds). Left out while one waits to be sent; a session that is
+        behind says how far it is itself. Raises OverflowedError."""
+        self._complete = {node: (epoch, position, time_ns) for node, epoch, position, time_ns in nodes}
         if self._stretches:
             self._progress_due = True
         elif self._progress is None:
+            message = progress(nodes, self._log.end, self._log.log_id, self.stream_id)
             self.put(message)
             self._progress = message
 
@@ -334,9 +339,8 @@ class Outbox:
                 entry.trim()
         if self._progress_due:
             self._progress_due = False
-            nodes = set(self._matcher.nodes())
-            done = ((node, *at) for node, at in self._delivered.items() if node in nodes)
-            out.append(progress(done, min(stretch.start, stretch.end), self._log.log_id, self.stream_id))
+            number = min(stretch.start, stretch.end)
+            out.append(progress(self._read_so_far(), number, self._log.log_id, self.stream_id))
         if stretch.start >= stretch.end:
             self._items.popleft()
             self._stretches.popleft()
@@ -345,6 +349,16 @@ class Outbox:
                 self._delivered.clear()
         self.prune(self._log.end)
         return out
+
+    def _read_so_far(self) -> Iterator[tuple[str, int, int, int]]:
+        """Of the nodes that it watches now, no further than they are complete themselves: losses may stand behind the records around."""
+        nodes = set(self._matcher.nodes())
+        for node, (epoch, position, time_ns) in self._delivered.items():
+            if node in nodes:
+                whole = self._complete.get(node)
+                if whole is None or whole[0] != epoch:
+                    whole = epoch, position, time_ns
+                yield node, epoch, min(position, whole[1]), min(time_ns, whole[2])
 
     def _messages(self, parts: list[tuple[Block, Indices]]) -> list[bytes]:
         out: list[bytes] = []

@@ -21,7 +21,7 @@ from kmonitor.broker.losses import told
 from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
-from kmonitor.broker.notices import node_change, progress
+from kmonitor.broker.notices import node_change
 from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
 from kmonitor.broker.registrations import ArmState, Key, Registration
 from kmonitor.broker.router import Router
@@ -180,7 +180,7 @@ class Session:
         """How far the nodes are that it watches: (node, epoch, position, Unix nanoseconds)."""
         if self.failure is None and not self.detached:
             with contextlib.suppress(OverflowedError):  # it has much to read before that
-                self.outbox.put_progress(progress(nodes, self.log.end, self.log.log_id, self.stream_id))
+                self.outbox.put_progress(nodes)
 
     def pends(self, answers: int) -> None:
         """So many more answers are awaited; fewer, if negative."""
