@@ -15,7 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from kmonitor.clients import Monitor, Notification, Process, Reconnected, Registered, RegistrationState, connect
+from kmonitor.clients import (
+    Event,
+    Monitor,
+    NodeChange,
+    NodeState,
+    Notification,
+    Process,
+    Reconnected,
+    Registered,
+    RegistrationState,
+    connect,
+)
 from kmonitor.wire import clocks
 from tests.bad_input.refusal import refused
 from tests.capture.test_pidfile import LIMIT, end, idler, next_exit
@@ -83,13 +94,15 @@ async def test_pinned_to_a_boot(lab: Lab, another_boot: Sequence[str]) -> None:
         )
 
 
-async def until_exited(monitor: Monitor, node: str, *, limit: float) -> list[Notification]:
-    """What comes up to the answer that says so."""
+async def until_gone(monitor: Monitor, node: str, *, limit: float) -> list[Notification]:
+    """What comes up to the word that the process is gone: an event, or the answer of a broker that never knew it."""
     seen: list[Notification] = []
     async with asyncio.timeout(limit):
         async for item in monitor:
             seen.append(item)
             if isinstance(item, Registered) and (item.node, item.state) == (node, EXITED):
+                return seen
+            if isinstance(item, Event) and item.inferred:
                 return seen
     raise AssertionError("the stream has ended")
 
@@ -109,10 +122,16 @@ async def test_a_node_that_is_rebooted(lab: Lab, another_boot: Sequence[str], na
             lab.stop(broker)
             broker = lab.broker(listen=broker.address)
         lab.agent("beta", broker.address, prefix=another_boot)
-        seen = await until_exited(monitor, "beta", limit=30)
+        seen = await until_gone(monitor, "beta", limit=30)
         answers = [item for item in seen if isinstance(item, Registered)]
         assert [item.state for item in answers if item.state is RUNNING] == [RUNNING]  # the first
-        assert (answers[-1].boot_id, answers[-1].process) == (OTHER, None)
+        if broker_too:
+            assert (answers[-1].boot_id, answers[-1].process) == (OTHER, None)
+        else:
+            ended = seen[-1]
+            assert isinstance(ended, Event)
+            assert (ended.pid, ended.boot_id, ended.raw.HasField("exit_code")) == (process.pid, clocks.boot_id(), False)
+            assert [item.state for item in seen if isinstance(item, NodeChange)] == [NodeState.UNREACHABLE, NodeState.REBOOTED]
         assert any(isinstance(item, Reconnected) for item in seen) == broker_too
         assert (await monitor.list_nodes("beta"))[0].watched_processes == 0
         found = await watched(monitor, "beta", fence)
