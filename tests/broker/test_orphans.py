@@ -20,6 +20,7 @@ class Monitor:
     """One session with one registration."""
 
     matcher: Matcher = field(default_factory=Matcher)
+    takes: bool = True
     got: list[tuple[int, int]] = field(default_factory=list)
     """(position, pid) of what it was told."""
 

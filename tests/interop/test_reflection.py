@@ -41,7 +41,7 @@ def test_reflection_resolves_our_types(channel: grpc.Channel) -> None:
     assert event.fields_by_name["exit_code"].number == 19
     assert pool.FindEnumTypeByName("kmonitor.v1.EventType").values_by_name["EVENT_TYPE_PROCESS_EXIT"].number == 0x40
     monitor = pool.FindServiceByName("kmonitor.v1.MonitorService")
-    assert [method.name for method in monitor.methods] == ["Watch", "Subscribe", "ListNodes", "ListProcesses"]
+    assert [method.name for method in monitor.methods] == ["Watch", "Subscribe", "ListNodes", "ListProcesses", "RemoveNode"]
     assert monitor.methods_by_name["Subscribe"].output_type.full_name == "kmonitor.v1.Notification"
 
 

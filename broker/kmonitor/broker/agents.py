@@ -44,6 +44,18 @@ class Agents:
 
     def connect(self, hello: agent_pb2.Hello) -> Link:
         """An agent's first message. Raises RefusedError if it cannot be this node's agent now."""
+        try:
+            return self._connect(hello)
+        except RefusedError:
+            raise
+        except Exception:
+            # Whatever it has said that nobody thought of: the next agent of this node must not suffer for it.
+            node = self._broker.nodes.get(hello.node)
+            if node is not None:
+                node.link = node.drain = None
+            raise
+
+    def _connect(self, hello: agent_pb2.Hello) -> Link:
         _check(hello)
         if self._broker.failure is not None:
             raise self._broker.failure
@@ -62,6 +74,8 @@ class Agents:
             self._end(node.link, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
         if node.drain is not None:
             self._end(node.drain, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
+        if successor and hello.draining:
+            self._unreachable(node, "its agent has ended, and another drains what it left")
         link = Link(node, draining=hello.draining)
         link.heard = self._loop.time()
         if hello.draining:
@@ -254,8 +268,11 @@ class Agents:
             self._broker.reconcile.ends_lost(node)
 
 
+_TYPES = frozenset((0, *EventType))
+
+
 def _totals(lost: agent_pb2.Lost) -> dict[tuple[int, bool], int]:
-    return {(int(count.type), count.watched): count.total for count in lost.counts}
+    return {(int(count.type), count.watched): count.total for count in lost.counts if count.type in _TYPES}
 
 
 def _check(hello: agent_pb2.Hello) -> None:

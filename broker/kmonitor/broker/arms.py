@@ -86,11 +86,12 @@ class Arms:
 
     def spans(self, arm: Arm) -> list[Span]:
         """The open ones."""
-        return [span for span in session_of(arm).matcher.spans(arm.node) if span.arm is arm]
+        return session_of(arm).matcher.spans_of(arm)
 
     def open(self, node: Node, ask: Ask, position: int, process: tuple[int, int] | None, cgroup_id: int | None) -> bool:
         """Deliver the asked bits from `position` on, unless that is so already. Whether anything is new."""
         arm, registration = ask.arm, ask.arm.registration
+        registration.had_spans = True
         self.set_state(arm, ArmState.ARMED)
         covered = 0
         for span in self.spans(arm):
@@ -203,16 +204,17 @@ class Arms:
 
     def tell_of_absence(self, node: Node, arm: Arm, position: int) -> None:
         """A client that comes back has missed what was between its cursor and now, if nobody has kept its place."""
-        absent, arm.absent = arm.absent, None
-        if absent is None:
-            return
-        session = session_of(arm)
-        if node.name in session.told_of_absence:
-            return  # for another registration
-        session.told_of_absence.add(node.name)
+        absent, session = arm.absent, session_of(arm)
+        if absent is None or session.detached:
+            return  # a stream that comes back is told
+        arm.absent = None
         epoch, taken = absent
         first = taken + 1 if epoch == node.epoch else 0
+        epoch, until = session.told_of_absence.get(node.name, (0, 0))
+        if epoch == node.epoch:
+            first = max(first, until)  # for another registration
         if first < position:
+            session.told_of_absence[node.name] = node.epoch, position
             times = (0, time.time_ns())
             session.tell(gap(node.name, monitor_pb2.GAP_REASON_LOG, node.epoch, positions=(first, position), times=times, counts={}))
 

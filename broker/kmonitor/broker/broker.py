@@ -36,6 +36,9 @@ DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
 DEFAULT_LINGER = 10.0  # seconds
 LINGER_MOST = 3600  # seconds
 
+COUNTED_MOST = 2048
+"""Entries times sessions without a stream that are looked at when the log drops something: some 0.1 s."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -99,8 +102,8 @@ class Broker:
         """The stream has ended. What it registered stays for a while, unless it has closed `for_good`."""
         if session not in self.sessions or session.detached or self.failure is not None:
             return
-        registrations = session.registrations.values()
-        stays = bool(registrations or session.past) and not all(each.taken for each in registrations)
+        everything = (*session.registrations.values(), *session.past.values())
+        stays = bool(everything) and not all(each.taken for each in everything)
         if for_good or not session.linger or not stays:
             self._forget(session)
         else:
@@ -156,20 +159,20 @@ class Broker:
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         unknown = [name for name in key.exact_names if self.nodes.get(name) is None]
-        if unknown and not self.nodes.settling:
+        if unknown and not self.nodes.settling and not session.resuming:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
         registration = session.registrations.get(key)
-        fresh = False
         if registration is None:
             if any(other.id == request_id for other in session.registrations.values()):
                 raise RefusedError(Code.INVALID_ARGUMENT, f"request id {request_id} names a registration of this stream already")
             registration = Registration(session, request_id, key, message.target, 0, message=message.SerializeToString())
             session.registrations[key] = registration
             session.past.pop(key, None)
-            fresh = True
+            registration.serial = session.next_serial()
+        new = message.event_mask & ~registration.mask
         registration.mask |= message.event_mask
         registration.found |= processes
-        adopted = fresh and bool(session.resuming) and self.lingering.adopt(registration, message.event_mask)
+        adopted = bool(session.resuming and new) and self.lingering.adopt(registration, new)
         names = [node.name for node in self.nodes.selected(key)] + unknown
         request = Request(request_id, len(names))
         for name in names:
@@ -284,6 +287,8 @@ class Broker:
         self.tell_concerned(node, monitor_pb2.NODE_STATE_GONE, "an operator removed it", node.boot_id)
         for session in self.sessions:
             self.arming.remove_node(node, list(session.registrations.values()))
+            for span in session.matcher.spans(name):  # of processes that have just ended
+                self.router.end(span, node.position, self.log.end)
         self.nodes.remove(name)
         if self._keeper is not None:
             self._keeper.node_removed(name)
@@ -347,9 +352,16 @@ class Broker:
 
     def _evicting(self, until: int) -> None:
         """The log is about to drop all entries before `until`: who has not read them is to know what that was."""
+        try:
+            self._count_evicted(until)
+        except Exception:  # the log must go on
+            logger.exception("counting what the log drops failed: please report it")
+
+    def _count_evicted(self, until: int) -> None:
         readers = [outbox for outbox in self.lagging if outbox.reads_from is not None and outbox.reads_from < until]
         detached = list(self.lingering)
         offset = self.log.oldest
+        budget = COUNTED_MOST
         while (readers or detached) and offset < until:
             entries = self.log.read(offset, READ_SIZE)
             for entry in entries:
@@ -359,9 +371,18 @@ class Broker:
                 for outbox in readers:
                     outbox.evicting(entry)
                 for session in detached:
-                    session.evicting(entry)
+                    if session.matcher.knows(entry.node):
+                        session.evicting(entry)
+                        budget -= 1
+                if isinstance(entry, Block):
+                    entry.trim()
             if not entries:
                 break
+            if budget < 0 and detached:
+                # Exact numbers are not worth it that everybody waits: those who come back are told from where to where.
+                for session in detached:
+                    session.evicted.give_up()
+                detached = []
 
     def _committed(self, offset: int) -> None:
         self.agents.committed(offset)
@@ -386,9 +407,10 @@ class Broker:
             if session.detached:
                 if session.matcher.ended_spans > 2 * PAST:
                     session.matcher.prune(self.log.end, keep=PAST)
+                    session.matcher.recall()
                 continue
             session.outbox.prune(self.log.end)
-            session.progress([known[name] for name in session.matcher.nodes()])
+            session.progress([known[name] for name in session.matcher.nodes() if name in known])
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)
 
     def _position_of(self, name: str) -> int:

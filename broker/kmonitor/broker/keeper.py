@@ -66,6 +66,7 @@ class LogKeeper:
 
     def session_closed(self, session: Session) -> None:
         """It is over. Its registrations and spans are of no use any more."""
+        self.write()  # what another one goes on with is there before
         session.keeper = None
         self._log.put(SESSIONS, str(session.id), None)
         for registration in (*session.registrations.values(), *session.past.values()):
@@ -137,7 +138,7 @@ class LogKeeper:
             if registration is None or owner is None:
                 self._log.put(REGISTRATIONS, name, None)
                 continue
-            registrations[content["session"], registration.id] = registration
+            registrations[content["session"], registration.serial] = registration
             (owner.past if content["over"] else owner.registrations)[registration.key] = registration
         spans = sorted((int(key), json.loads(value)) for key, value in self._log.values(SPANS).items())
         if spans:
@@ -206,7 +207,7 @@ class LogKeeper:
 def _key_of(registration: Registration) -> str:
     session = registration.session
     assert isinstance(session, Session)
-    return f"{session.id}/{registration.id}"
+    return f"{session.id}/{registration.serial}"
 
 
 def _dump(value: Any) -> bytes:
@@ -228,6 +229,7 @@ def _pack_registration(registration: Registration) -> bytes:
         {
             "session": session.id,
             "id": registration.id,
+            "serial": registration.serial,
             "message": registration.message.hex(),
             "mask": registration.mask,
             "granted": registration.granted,
@@ -249,7 +251,10 @@ def _unpack_registration(session: Session, content: dict[str, Any]) -> Registrat
     except UsageError:
         return None
     registration = Registration(session, content["id"], key, message.target, content["mask"], message=message.SerializeToString())
-    registration.granted = content["granted"]
+    registration.had_spans = True
+    registration.granted, registration.serial = content["granted"], content["serial"]
+    while session.next_serial() < registration.serial:
+        pass
     for node, packed in content["found"].items():
         process = _unpack_process(packed)
         if process is not None:
@@ -266,7 +271,7 @@ def _unpack_registration(session: Session, content: dict[str, Any]) -> Registrat
 def _pack_span(session: Session, span: Span) -> bytes:
     return _dump(
         [
-            session.id, span.arm.registration.id, span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
+            session.id, span.arm.registration.serial, span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
             span.follow, span.end, span.lingers, span.root, span.since, span.end_offset,
         ]
     )  # fmt: skip

@@ -135,16 +135,30 @@ class Matcher:
         """The same, of those that the session has passed."""
         self.remembers_from = 0
         """Log offset from which on no span was forgotten."""
+        self._of_arms: dict[Any, dict[Span, None]] = {}
+        """Arm -> its open spans."""
+        self.version = 0
+        """Counts the changes."""
+        self.taken: dict[str, tuple[int, int]] = {}
+        """Node -> (epoch, position) up to which the client has taken everything from an earlier stream."""
 
     def add(self, span: Span) -> None:
         """Take a span up."""
         self._tables.setdefault(span.node, _Table()).bucket(span).append(span)
+        if span.end is None:
+            self._of_arms.setdefault(span.arm, {})[span] = None
+        self.version += 1
         self._on_change(span, True)
 
     def ended(self, span: Span, offset: int) -> None:
         """The span has got its `end`: no block at or behind this log offset can match it."""
         span.end_offset = offset
         self._ended.append((offset, span))
+        self.version += 1
+        of_arm = self._of_arms.get(span.arm, {})
+        of_arm.pop(span, None)
+        if not of_arm:
+            self._of_arms.pop(span.arm, None)
         self._on_change(span, True)
 
     def prune(self, offset: int, *, keep: int = 0) -> None:
@@ -155,7 +169,7 @@ class Matcher:
             self._past.append(item)
         if len(self._past) > keep + keep // 8:  # not one by one
             count = len(self._past) - keep
-            self.remembers_from = max(self.remembers_from, self._past[count - 1][0])
+            self.remembers_from = max(self.remembers_from, *(ended for ended, _ in itertools.islice(self._past, count)))
             self._on_forget()
             for _ in range(count):
                 self._on_change(self._past.popleft()[1], False)
@@ -176,6 +190,10 @@ class Matcher:
         """How many ended spans there are that were not passed."""
         return len(self._ended)
 
+    def spans_of(self, arm: Any) -> list[Span]:
+        """The open spans of an arm."""
+        return list(self._of_arms.get(arm, ()))
+
     def spans(self, node: str) -> list[Span]:
         """The open spans on a node."""
         return [span for span in self._tables.get(node, ()) if span.end is None]
@@ -193,9 +211,13 @@ class Matcher:
             if span.epoch == epoch and span.first <= end and (span.end is None or span.end > position)
         ]
 
+    def knows(self, node: str) -> bool:
+        """Whether there are spans on a node, open or ended where the session has still to read."""
+        return any(True for _ in self._tables.get(node, ()))
+
     def nodes_known(self) -> set[str]:
         """The nodes with spans, open or ended where the session has still to read."""
-        return {node for node, table in self._tables.items() if any(True for _ in table)}
+        return {node for node in self._tables if self.knows(node)}
 
     def spans_on(self, node: str) -> list[Span]:
         """The spans on a node that are open, or ended where the session has still to read."""
@@ -229,9 +251,16 @@ class Matcher:
         found = [rows for rows in found if len(rows)]
         if not found:
             return NO_ROWS
-        if len(found) == 1:
-            return found[0]
-        return np.unique(np.concatenate(found))
+        rows = found[0] if len(found) == 1 else np.unique(np.concatenate(found))
+        return self._not_taken(block, rows) if self.taken else rows
+
+    def _not_taken(self, block: Block, rows: Indices) -> Indices:
+        """It may come again, from the log, or from an agent that nobody has acknowledged it to."""
+        epoch, position = self.taken.get(block.node, (0, 0))
+        if epoch != block.epoch or block.position > position:
+            return rows
+        kept: Indices = rows[block.positions[rows] > np.uint64(position)]
+        return kept
 
 
 def rows_of_node(block: Block) -> Indices:

@@ -30,13 +30,13 @@ def gap(
         epoch=epoch,
         from_position=positions[0],
         to_position=positions[1],
-        from_time_unix_nano=max(times[0], 0),
-        to_time_unix_nano=max(times[1], 0),
+        from_time_unix_nano=_u64(times[0]),
+        to_time_unix_nano=_u64(times[1]),
         number=number,
         log_id=log_id,
     )
     for kind in sorted(counts):
-        message.lost.add(type=events_pb2.EventType.Name(kind), count=counts[kind])  # type: ignore[arg-type]
+        message.lost.add(type=events_pb2.EventType.Name(kind), count=_u64(counts[kind]))  # type: ignore[arg-type]
     return monitor_pb2.Notification(gap=message).SerializeToString()
 
 
@@ -52,8 +52,13 @@ def progress(nodes: Iterable[tuple[str, int, int, int]], number: int, log_id: in
     """(node, epoch, position, Unix nanoseconds): all before it was delivered; and the marks of the log up to `number` were told."""
     message = monitor_pb2.Progress(number=number, log_id=log_id, stream_id=stream_id)
     for node, epoch, position, unix_ns in nodes:
-        message.nodes.add(node=node, epoch=epoch, position=position, time_unix_nano=max(unix_ns, 0))
+        message.nodes.add(node=node, epoch=epoch, position=position, time_unix_nano=_u64(unix_ns))
     return monitor_pb2.Notification(progress=message).SerializeToString()
+
+
+def _u64(number: int) -> int:
+    """Clocks, and agents, may say anything."""
+    return min(max(number, 0), (1 << 64) - 1)
 
 
 def registered(message: monitor_pb2.Registered) -> bytes:

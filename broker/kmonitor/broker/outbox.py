@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ ROWS_LIMIT = 8 << 20
 """Bytes of blocks that a session holds on to before it falls back to the log."""
 MESSAGES_LIMIT = 4 << 20
 """Bytes of other messages that wait; a session that lets more gather is ended."""
+GATHERING_LIMIT = 32 << 20
+"""The same of one that comes back: the answers wait for all its registrations, and then for what it has missed."""
+MARK_WAIT = 1.0
+"""Seconds, at most, that a mark waits to be safe: behind it waits all that came since."""
 READ_SIZE = 1 << 20
 """Bytes of the log that a session reads at once, and of messages that it gives out at once."""
 
@@ -107,6 +112,8 @@ class Outbox:
         self._stretches: deque[_Stretch] = deque()
         self._gathering: _Stretch | None = None
         """What is to be read first, while it is not known yet whose rows it is to be searched for."""
+        self.evicted_while_gathering = False
+        self._limit = MESSAGES_LIMIT
         self._rows_bytes = 0
         self.messages_bytes = 0
         self._delivered: dict[str, tuple[int, int, int]] = {}
@@ -116,6 +123,7 @@ class Outbox:
         self._progress_due = False
         self._complete: dict[str, tuple[int, int, int]] = {}
         """Node -> (epoch, position, Unix ns) up to which all of it has come."""
+        self._blocked_since: float | None = None
         self._blocked = False
         """It has come upon a mark that is not safe yet: see `committed`."""
         self._taken = asyncio.Event()
@@ -143,6 +151,7 @@ class Outbox:
         end = self._log.end
         stretch = _Stretch(min(max(start, self._log.oldest), end), end, floors=floors, number=number, resumed=True)
         self._gathering = stretch
+        self._limit = GATHERING_LIMIT
         self._items.append(stretch)
         self._stretches.append(stretch)
         self._lagging.add(self)
@@ -157,7 +166,7 @@ class Outbox:
 
     def put(self, message: bytes) -> None:
         """A message, behind all that is there. Raises OverflowedError."""
-        if self.messages_bytes + len(message) > MESSAGES_LIMIT:
+        if self.messages_bytes + len(message) > self._limit:
             raise OverflowedError
         self._items.append(message)
         self.messages_bytes += len(message)
@@ -169,6 +178,7 @@ class Outbox:
         self._complete = {node: (epoch, position, time_ns) for node, epoch, position, time_ns in nodes}
         if self._stretches:
             self._progress_due = True
+            self._fill()  # also one that has come upon a mark that is not safe yet says so
         elif self._progress is None:
             message = progress(nodes, self._log.end, self._log.log_id, self.stream_id)
             self.put(message)
@@ -222,6 +232,9 @@ class Outbox:
             if stretch.end <= entry.offset:
                 continue
             stretch.start = entry.offset + 1
+            if stretch is self._gathering:
+                self.evicted_while_gathering = True  # whose rows they were is not known yet
+                continue
             if isinstance(entry, Mark):
                 stretch.notices += self._read_mark(stretch, entry)
             elif entry.offset >= stretch.floors.get(entry.node, 0):
@@ -231,7 +244,6 @@ class Outbox:
                     before = stretch.missed.setdefault((entry.node, entry.epoch), missed)
                     if before is not missed:
                         before.add(missed)
-                entry.trim()
         self.prune(entry.offset + 1)
 
     def prune(self, end: int) -> None:
@@ -247,6 +259,8 @@ class Outbox:
             if isinstance(item, bytes):
                 self._items.popleft()
                 self.messages_bytes -= len(item)
+                if self.messages_bytes < MESSAGES_LIMIT // 2:
+                    self._limit = MESSAGES_LIMIT
                 if item is self._progress:
                     self._progress = None
                 made = [item]
@@ -284,7 +298,13 @@ class Outbox:
         self._lagging.add(self)
 
     def _must_wait(self, mark: Mark) -> bool:
-        return self.waits_for_log and mark.offset >= self._log.committed
+        if not self.waits_for_log or mark.offset < self._log.committed:
+            self._blocked_since = None
+            return False
+        now = time.monotonic()
+        if self._blocked_since is None:
+            self._blocked_since = now
+        return now - self._blocked_since < MARK_WAIT
 
     def _take_rows(self) -> list[tuple[Block, Indices]]:
         """The rows at the head, as far as they are of one node and boot and make about one message."""

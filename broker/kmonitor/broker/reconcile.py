@@ -20,6 +20,7 @@ from kmonitor.broker.nodes import Node
 from kmonitor.broker.registrations import Arm, ArmState, Ask, Pidfile, Process
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2
+from kmonitor.wire.errors import BadRecordError
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_INFERRED, F_MATCH_PROCESS, RECORD_SIZE, RECORD_VERSION, SLOT_DTYPE, SLOT_SIZE
 
@@ -55,7 +56,10 @@ class Reconcile:
         pids, starts = zip(*living, strict=True)
         records["tgid"], records["tid"], records["start_boottime_ns"] = pids, pids, starts
         assert records.itemsize == SLOT_SIZE
-        return Block(node.name, node.epoch, node.expected, records.tobytes(), time.time_ns(), node.boot_id)
+        try:
+            return Block(node.name, node.epoch, node.expected, records.tobytes(), time.time_ns(), node.boot_id)
+        except BadRecordError:
+            return None  # its agent's positions were no positions
 
     def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, epoch: int) -> agent_pb2.Interest:
         """The node is up: everything that is wanted of it, for its agent. `epoch`: that of its ring now."""

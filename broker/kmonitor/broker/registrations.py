@@ -135,6 +135,10 @@ class Registration:
     """Whether any node has answered with anything but an error."""
     message: bytes = b""
     """As it was asked for: a kmonitor.v1.Registration, of which the mask may have changed since."""
+    had_spans: bool = False
+    """Whether there has been anything to deliver."""
+    serial: int = 0
+    """Under which it is remembered: clients may use an id again."""
     taken: bool = False
     """Another stream goes on with it."""
 

@@ -25,7 +25,7 @@ from kmonitor.broker.sessions import Cursor, Session
 from kmonitor.v1 import monitor_pb2
 
 DETACHED_MOST = 1024
-"""Sessions without a stream; the one that would go first goes when there are more."""
+"""Sessions without a stream; the one that has waited longest goes when there are more."""
 
 _LOG = monitor_pb2.GAP_REASON_LOG
 
@@ -51,7 +51,7 @@ class Lingering:
         """The stream has ended: keep its place for `session.linger` seconds."""
         session.detach()
         while len(self._timers) >= DETACHED_MOST:
-            self.drop(min(self._timers, key=lambda each: self._timers[each].when()))
+            self.drop(next(iter(self._timers)))
         self._timers[session] = asyncio.get_running_loop().call_later(session.linger, self.drop, session)
 
     def drop(self, session: Session) -> None:
@@ -74,6 +74,7 @@ class Lingering:
         positions = {item.node: (item.epoch, item.position) for item in message.positions}
         cursor = Cursor(positions, message.log_id, message.number, message.stream_id)
         session.cursor = cursor
+        session.matcher.taken = dict(positions)
         session.resuming = max(requests, 1)
         for other in [each for each in self._sessions if each.stream_id == cursor.stream_id and each is not session]:
             # It is the same monitor, and we have not noticed yet that its stream broke.
@@ -82,8 +83,8 @@ class Lingering:
                 session.keeper.session_changed(session)
             if not other.detached:
                 other.fail(RefusedError(Code.ALREADY_EXISTS, "another stream goes on with what this one registered"))
-        start, floors = self._place(cursor)
-        session.outbox.gather(start, floors, cursor.number if cursor.log_id == self._log.log_id else 0)
+        session.reads_from, session.floors = self._place(cursor)
+        session.outbox.gather(session.reads_from, session.floors, cursor.number if cursor.log_id == self._log.log_id else 0)
 
     def requested(self, session: Session) -> None:
         """One of these requests was taken, or refused."""
@@ -100,43 +101,70 @@ class Lingering:
         donor = self._donor(session, registration, mask)
         if donor is None:
             return False
-        donor.taken = True
         theirs = donor.session
         assert isinstance(theirs, Session)
-        session.donors.append(donor)
         for name, arm in donor.arms.items():
             mine = registration.arms.setdefault(name, Arm(registration, name))
-            mine.process, mine.named = arm.process, arm.named
+            mine.process, mine.named, mine.absent = arm.process, arm.named, arm.absent
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
             if arm.process is not None and name not in registration.found:
                 registration.found[name] = arm.process
-        copied = [span for span in theirs.matcher.all_spans() if span.arm.registration is donor and span.mask & mask]
-        if theirs.stream_id != session.stream_id:
-            self._say_what_came_before(session, session.cursor, copied)
+        # Of the same key: it may have been over, and registered again, since the client took its last.
+        registration.had_spans = donor.had_spans
+        copied = [span for span in self._spans_of(session, theirs, donor) if span.mask & mask]
+        self._say_what_came_before(registration, session.cursor, copied, same_stream=theirs.stream_id == session.stream_id)
         for span in copied:
             if span.end is None:
                 self._go_on(registration, span, mask)
         for span in copied:
             if span.end is not None:
                 self._keep_past(registration, span, mask)
+        session.matcher.remembers_from = max(session.matcher.remembers_from, theirs.matcher.remembers_from)
         session.registrations.setdefault(registration.key, registration)
+        session.donors[theirs] = None
+        # Somebody else's place is kept for him.
+        donor.taken = theirs.stream_id == session.stream_id or (theirs.detached and not session.cursor.stream_id)
         return True
 
-    def _say_what_came_before(self, session: Session, cursor: Cursor, spans: list[Span]) -> None:
-        """These may be somebody else's, who came when this monitor had gone."""
+    def _spans_of(self, session: Session, theirs: Session, donor: Registration) -> list[Span]:
+        version, by_key = session.donor_spans.get(theirs, (-1, {}))
+        if version != theirs.matcher.version:
+            by_key = {}
+            for span in theirs.matcher.all_spans():
+                by_key.setdefault(span.arm.registration.key, []).append(span)
+            session.donor_spans[theirs] = theirs.matcher.version, by_key
+        return by_key.get(donor.key, [])
+
+    def _is_later(self, node: str, epoch: int, other: int) -> bool:
+        """Whether a node's epoch came after another one; also if nothing is known of that one."""
+        epochs = list(self._log.ends(node))
+        return other not in epochs or epoch not in epochs or epochs.index(epoch) > epochs.index(other)
+
+    def _say_what_came_before(self, registration: Registration, cursor: Cursor, spans: list[Span], *, same_stream: bool) -> None:
+        """Where these spans begin later than the client has come: they are somebody else's, who came when this monitor had gone; or its
+        own, of a node that came back when nobody could be told what had been missed there."""
+        session = registration.session
+        assert isinstance(session, Session)
         begins: dict[tuple[str, int], int] = {}
         for span in spans:
             if span.root or span.process is None:
                 place = span.node, span.epoch
                 begins[place] = min(span.first, begins.get(place, span.first))
         for (node, epoch), first in begins.items():
-            at = cursor.positions.get(node)
-            if at is not None and at[0] == epoch and first > at[1] + 1:
-                positions, times = (at[1] + 1, first), (0, time.time_ns())
+            arm = registration.arms.get(node)
+            absent = arm.absent if arm is not None else None
+            at = absent or (None if same_stream else cursor.positions.get(node))
+            if at is None:
+                continue
+            taken = at[1] if at[0] == epoch else -1
+            if (at[0] == epoch or absent is not None) and first > taken + 1:
+                positions, times = (taken + 1, first), (0, time.time_ns())
                 session.before.append(gap(node, _LOG, epoch, positions=positions, times=times, counts={}))
+            if arm is not None:
+                arm.absent = None
 
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
-        arm = registration.arms[span.node]
+        arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
         copy = self._copy(arm, span, mask)
         self._arms.router.add(copy)
         if copy.lingers:
@@ -153,7 +181,7 @@ class Lingering:
                 node.interest.learn_process(arm, *copy.process, mask=registration.mask, follow=follow)
 
     def _keep_past(self, registration: Registration, span: Span, mask: int) -> None:
-        arm = registration.arms[span.node]
+        arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
         copy = self._copy(arm, span, mask)
         if span.end is None or span.end <= copy.first:
             return
@@ -167,14 +195,8 @@ class Lingering:
             copy.owner.matcher.ended(copy, span.end_offset)
 
     def _copy(self, arm: Arm, span: Span, mask: int) -> Span:
-        session = arm.registration.session
-        assert isinstance(session, Session)
-        assert session.cursor is not None
-        first = span.first
-        epoch, taken = session.cursor.positions.get(span.node, (0, 0))
-        if epoch == span.epoch:
-            first = max(first, taken + 1)
-        return dataclasses.replace(span, owner=session, claim=arm, arm=arm, mask=span.mask & mask, first=first, id=0)
+        # With its own beginning: what the client has taken is left out by its position, and a fork among that must be known.
+        return dataclasses.replace(span, owner=arm.registration.session, claim=arm, arm=arm, mask=span.mask & mask, id=0)
 
     def _donor(self, session: Session, registration: Registration, mask: int) -> Registration | None:
         """The registration of another session that has most of what is wanted, best the one that this stream had itself."""
@@ -185,7 +207,7 @@ class Lingering:
             theirs = other.registration_of(registration.key)
             if theirs is None or not _same_processes(registration, theirs):
                 continue
-            covered = (_mask_of(theirs) & mask).bit_count()
+            covered = (theirs.mask & mask).bit_count()
             rank = (other.stream_id == session.stream_id, other.detached and not theirs.taken, covered)
             if covered and (best is None or rank > best[0]):
                 best = rank, theirs
@@ -196,16 +218,20 @@ class Lingering:
         floors: dict[str, int] = {}
         start = self._log.end
         latest = 0
+        number = cursor.number if cursor.log_id == self._log.log_id else 0
         for name, (epoch, position) in cursor.positions.items():
+            ends = self._log.ends(name)
+            if not ends:
+                continue
             offset = self._log.offset_behind(name, epoch, position)
             if offset is None:  # of a ring that this log has never known: all that it has of the node came later, or is not its own
-                floors[name] = start = self._log.oldest
+                floors[name] = 0
+                start = min(start, self._log.oldest)
                 continue
             offset = max(offset, 0)
             latest = max(latest, offset)
-            ends = self._log.ends(name)
-            told = cursor.number if cursor.log_id == self._log.log_id else 0
-            if next(reversed(ends)) == epoch and position >= ends[epoch].position - 1 and ends[epoch].offset < told:
+            last = max(end.offset for end in ends.values())
+            if position >= ends[epoch].position - 1 and ends[epoch].offset == last < number:
                 offset = self._log.end  # quiet since
             floors[name] = offset
             start = min(start, offset)
@@ -214,7 +240,7 @@ class Lingering:
             if name not in floors:
                 floors[name] = latest
                 start = min(start, latest)
-        return max(start, self._log.oldest), floors
+        return start, floors
 
     def _nodes_in_log(self) -> list[str]:
         return [node.name for node in self._arms.nodes if self._log.ends(node.name)]
@@ -225,46 +251,51 @@ class Lingering:
         session.before += self._evicted(session, session.cursor)
         session.outbox.gathered(session.before)
         session.before = []
-        donors, session.donors = session.donors, []
-        for theirs in {donor.session for donor in donors}:
-            assert isinstance(theirs, Session)
-            if theirs.detached and all(each.taken for each in theirs.registrations.values()):
+        donors, session.donors = session.donors, {}
+        session.donor_spans.clear()
+        for theirs in donors:
+            everything = (*theirs.registrations.values(), *theirs.past.values())
+            if theirs.detached and all(each.taken for each in everything):
                 self.drop(theirs)
 
     def _evicted(self, session: Session, cursor: Cursor) -> list[bytes]:
-        """Gaps for what retention has taken."""
+        """Gaps for what retention has taken, or the earlier session has forgotten."""
         out: list[bytes] = []
-        unknown = False
-        floor = 0
-        for donor in session.donors:
-            theirs = donor.session
-            assert isinstance(theirs, Session)
-            unknown |= not theirs.evicted.whole or not theirs.detached or self._place(cursor)[0] < theirs.detached_from
-            floor = max(floor, theirs.matcher.remembers_from)
-            out += [gap_of(missed, node, epoch, _LOG) for (node, epoch), missed in theirs.evicted.behind(cursor.positions).items()]
+        counted_from = 0
+        for theirs in session.donors:
+            if not theirs.evicted.whole or not theirs.detached or session.outbox.evicted_while_gathering:
+                counted_from = self._log.end
+            counted_from = max(counted_from, theirs.detached_from)
+            missed = theirs.evicted.behind(cursor.positions, session.floors, self._is_later)
+            out += [gap_of(each, node, epoch, _LOG) for (node, epoch), each in missed.items()]
             for mark in theirs.evicted.marks:
                 message = told(mark, session.matcher, self._log.log_id)
                 if message is not None and number_of(mark) > cursor.number:
                     out.append(message)
-        for name, (epoch, position) in cursor.positions.items():
-            if name not in session.matcher.nodes_known():
-                continue
+        for name in session.matcher.nodes_known():
+            floor = session.floors.get(name, 0)
+            epoch, position = cursor.positions.get(name, (0, -1))
+            if floor < counted_from:
+                out += self._dropped(session, name, epoch, position)
             end = self._log.ends(name).get(epoch)
-            dropped = end.dropped if end is not None else None
-            if unknown and dropped is not None and position < dropped.last:
-                positions, times = (position + 1, dropped.end), (0, dropped.time_ns)
-                out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
-            offset = self._log.offset_behind(name, epoch, position)
-            if end is not None and offset is not None and max(offset, 0) < floor and position < end.position:
+            if end is not None and floor < session.matcher.remembers_from and position < end.position:
                 # So many processes have ended since that the session does not know any more whose they were.
                 positions, times = (position + 1, end.position), (0, time.time_ns())
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
         return out
 
-
-def _mask_of(registration: Registration) -> int:
-    """What it is, or was, registered for: one that is over has kept its spans."""
-    return registration.mask
+    def _dropped(self, session: Session, name: str, epoch: int, position: int) -> Iterator[bytes]:
+        """What retention has taken of a node, nobody has counted it, and the client has come to a position of an epoch."""
+        behind = epoch not in self._log.ends(name)
+        for each, end in self._log.ends(name).items():
+            behind = behind or each == epoch
+            taken = position if each == epoch else -1
+            if not behind or end.dropped is None or taken >= end.dropped.last:
+                continue
+            spans = session.matcher.spans_between(name, each, taken + 1, end.dropped.end - 1)
+            if spans:
+                positions = max(taken + 1, min(span.first for span in spans)), end.dropped.end
+                yield gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
 
 
 def _same_processes(mine: Registration, theirs: Registration) -> bool:

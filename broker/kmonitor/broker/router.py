@@ -26,6 +26,11 @@ class Receiver(Protocol):
 
     matcher: Matcher
 
+    @property
+    def takes(self) -> bool:
+        """Whether there is anybody to bring rows to."""
+        ...
+
     def offer(self, block: Block, rows: Indices) -> None:
         """Take these rows. Never blocks."""
         ...
@@ -139,6 +144,8 @@ class Router:
             for key in known:
                 receivers.update((span.owner, None) for span in route.processes[key])
         for receiver in receivers:
+            if not receiver.takes:
+                continue
             rows = receiver.matcher.select(block, route.cgroup_tree)
             if len(rows):
                 receiver.offer(block, rows)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +32,9 @@ REQUESTS_HELD_ABOVE = 256 << 10
 """Bytes of unsent messages above which no more requests are read from the stream."""
 REQUESTS_PENDING = 1024
 """Requests that no node has answered yet, above which no more are read."""
+PAST_REGISTRATIONS = 4096
+"""Registrations that are over, kept for a stream that comes back."""
+MISSED_MARKS = 1024
 MISSED_ROWS = 1 << 16
 """So many rows that retention has taken are known one by one, for a session without a stream."""
 
@@ -53,6 +56,7 @@ class Cursor:
 class _Part:
     """The session's rows of one block."""
 
+    offset: int
     node: str
     epoch: int
     positions: npt.NDArray[np.uint64]
@@ -71,21 +75,40 @@ class Evicted:
     _parts: list[_Part] = field(default_factory=list)
     _rows: int = 0
 
+    def add_mark(self, mark: Mark) -> None:
+        """A mark that concerns the session is about to go."""
+        self.marks.append(mark)
+        if len(self.marks) > MISSED_MARKS:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """From here on it is only known that something was dropped."""
+        self.whole = False
+        self.marks.clear()
+        self._parts.clear()
+
     def add(self, block: Block, rows: Indices) -> None:
         """These rows of a block are about to go."""
         self._rows += len(rows)
         if self._rows > MISSED_ROWS:
-            self.whole = False
-            self._parts.clear()
+            self.give_up()
         if self.whole and len(rows):
             times = block.unix_ns(int(rows[0])), block.unix_ns(int(rows[-1]))
-            self._parts.append(_Part(block.node, block.epoch, block.positions[rows], block.column("type")[rows], times, block.end))
+            types = block.column("type")[rows]
+            self._parts.append(_Part(block.offset, block.node, block.epoch, block.positions[rows], types, times, block.end))
 
-    def behind(self, positions: Mapping[str, tuple[int, int]]) -> dict[tuple[str, int], Missed]:
-        """(node, epoch) -> what a client with this cursor has not taken of it. `positions`: node -> (epoch, last position taken)."""
+    def behind(
+        self, positions: Mapping[str, tuple[int, int]], floors: Mapping[str, int], is_later: Callable[[str, int, int], bool]
+    ) -> dict[tuple[str, int], Missed]:
+        """(node, epoch) -> what a client with this cursor has not taken of it. `positions`: node -> (epoch, last position taken);
+        `floors`: node -> log offset before which it has taken everything; `is_later` says of a node whether one epoch came after another."""
         found: dict[tuple[str, int], Missed] = {}
         for part in self._parts:
+            if part.offset < floors.get(part.node, 0):
+                continue
             epoch, position = positions.get(part.node, (0, -1))
+            if part.epoch != epoch and not is_later(part.node, part.epoch, epoch):
+                continue
             first = int(np.searchsorted(part.positions, np.uint64(position), side="right")) if epoch == part.epoch else 0
             if first == len(part.positions):
                 continue
@@ -132,8 +155,8 @@ class Session:
         """Registrations that are over, and still have spans."""
         self.cursor: Cursor | None = None
         """What the client took from an earlier stream, if it brought that."""
-        self.told_of_absence: set[str] = set()
-        """The nodes of which a gap says that nobody kept its place there."""
+        self.told_of_absence: dict[str, tuple[int, int]] = {}
+        """Node -> (epoch, position) up to which a gap says that nobody kept its place there."""
         self.resuming = 0
         """Register requests that are still to come before anything is delivered."""
         self.detached = False
@@ -141,20 +164,37 @@ class Session:
         self.detached_from = 0
         """Log offset before which it was not counted what is dropped."""
         self.evicted = Evicted()
-        self.donors: list[Registration] = []
-        """What it goes on with, of other sessions, until all of that is known."""
+        self.donors: dict[Session, None] = {}
+        """The sessions that it goes on with, until all of that is known."""
+        self.donor_spans: dict[Session, tuple[int, dict[Key, list[Span]]]] = {}
+        """Their spans by registration, and of which version of their matchers that is."""
+        self.reads_from = 0
+        """Log offset from which on it had something to read when it came back."""
+        self.floors: dict[str, int] = {}
+        """The same by node."""
         self.before: list[bytes] = []
         """What is to be told before anything of that."""
         self.failure: RefusedError | None = None
         """Why the broker ended the stream."""
         self.pending = 0
         """Answers to requests that are still to come from agents."""
+        self._serials = 0
         self._calm = asyncio.Event()
         self._calm.set()
 
+    @property
+    def takes(self) -> bool:
+        """Whether there is a stream to bring anything to."""
+        return self.failure is None and not self.detached
+
+    def next_serial(self) -> int:
+        """A number for a registration that no other of the session has had."""
+        self._serials += 1
+        return self._serials
+
     def offer(self, block: Block, rows: Indices) -> None:
         """Rows of a block for this session."""
-        if self.failure is None and not self.detached:
+        if self.takes:
             self.outbox.offer(block, rows)
 
     def offer_mark(self, mark: Mark) -> None:
@@ -203,12 +243,10 @@ class Session:
 
     def evicting(self, entry: Entry) -> None:
         """The log is about to drop an entry: of what this session had there, the numbers remain."""
-        if isinstance(entry, Mark):
-            if told(entry, self.matcher, self.log.log_id) is not None:
-                self.evicted.marks.append(entry)
-            return
-        self.evicted.add(entry, self.outbox.select(entry))
-        entry.trim()
+        if isinstance(entry, Block):
+            self.evicted.add(entry, self.outbox.select(entry))
+        elif told(entry, self.matcher, self.log.log_id) is not None:
+            self.evicted.add_mark(entry)
 
     async def ready_for_request(self) -> None:
         """Wait until the monitor has read enough of what it caused for its next request to be taken."""
@@ -233,9 +271,16 @@ class Session:
 
     def over(self, registration: Registration) -> None:
         """It is over on all nodes that it names."""
-        if self.registrations.get(registration.key) is registration:
-            del self.registrations[registration.key]
-            self.past[registration.key] = registration
+        if self.registrations.get(registration.key) is not registration:
+            return
+        del self.registrations[registration.key]
+        if not registration.had_spans:
+            return
+        self.past[registration.key] = registration
+        if len(self.past) > PAST_REGISTRATIONS:
+            forgotten = self.past.pop(next(iter(self.past)))
+            if self.keeper is not None:
+                self.keeper.registration_changed(forgotten)
 
     def concerned(self, node: Node) -> list[int]:
         """Ids of the registrations that hold on a node, or will once it is armed."""
@@ -262,7 +307,9 @@ class Session:
         self.fail(RefusedError(Code.RESOURCE_EXHAUSTED, "the monitor does not read: too many messages wait for it"))
 
     def _weigh(self) -> None:
-        if self.failure is None and (self.outbox.messages_bytes > REQUESTS_HELD_ABOVE or self.pending > REQUESTS_PENDING):
+        # While it says what it had before, nothing is given to it: it could wait for ever.
+        held = self.outbox.messages_bytes > REQUESTS_HELD_ABOVE or self.pending > REQUESTS_PENDING
+        if self.failure is None and held and not self.resuming:
             self._calm.clear()
         else:
             self._calm.set()
