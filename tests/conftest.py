@@ -63,7 +63,7 @@ def source() -> str:
 @pytest.fixture(scope="module")
 def service(module_lab: Lab, source: str) -> Iterator[tuple[str, str]]:
     """A broker with one agent: its address, and the node's name."""
-    broker = module_lab.broker()
+    broker = module_lab.broker("--linger", "2s")
     agent = module_lab.agent("alpha", broker.address, source=source)
     yield broker.address, agent.node
     module_lab.stop(agent, broker)  # the next source's comes now: two at once would only take each other's time

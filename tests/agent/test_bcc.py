@@ -30,7 +30,8 @@ from kmonitor.agent.sources import start
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.record import check_records, slots_of
 source = start("bcc", ProbeOptions(ring_bytes=1 << 20), None)
-child = subprocess.Popen(["sh", "-c", "read line; exec sleep 1000"], stdin=subprocess.PIPE)
+child = subprocess.Popen(["sh", "-c", "echo; read line; exec sleep 1000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()  # its own exec is over
 want = agent_pb2.Interest.ProcessInterest(pid=child.pid, event_mask=0x7F, look_up=True)
 answer = InterestTable(source).apply(agent_pb2.Interest(version=1, processes=[want]))
 child.stdin.close()

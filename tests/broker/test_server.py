@@ -114,7 +114,7 @@ class World:
 
 @asynccontextmanager
 async def world(**options: Any) -> AsyncIterator[World]:
-    broker = Broker(MemoryLog(options.pop("log_bytes", 64 << 20)), **{"lease": 30.0, "progress_interval": 60.0, **options})
+    broker = Broker(MemoryLog(options.pop("log_bytes", 64 << 20)), **{"lease": 30.0, "progress_interval": 60.0, "linger": 0.3, **options})
     server = Server(broker)
     port = await server.start("127.0.0.1:0")
     try:

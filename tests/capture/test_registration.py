@@ -19,7 +19,7 @@ RUNNING = RegistrationState.RUNNING
 EXITED = RegistrationState.EXITED
 NOT_FOUND = RegistrationState.NOT_FOUND
 
-ROUNDS = 4_000
+ROUNDS = 2_000
 FORKERS = 4
 LONGEST_US = 4_000
 LIMIT = 10.0

@@ -21,7 +21,7 @@ LIMIT = 110.0
 def test_for_a_while(lab: Lab) -> None:
     """The books balance."""
     need(capture_lack, namespaces_lack)
-    soak = lab.command(sys.executable, "-m", "tests.robustness.soak", "--for", "20s", "--seed", SEED, cwd=REPOSITORY)
+    soak = lab.command(sys.executable, "-m", "tests.robustness.soak", "--for", "12s", "--seed", SEED, cwd=REPOSITORY)
     code = soak.wait(LIMIT)
     soak.wait_closed()
     said = b"\n".join(soak.lines).decode()

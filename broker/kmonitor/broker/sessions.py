@@ -101,7 +101,7 @@ class Evicted:
         self, positions: Mapping[str, tuple[int, int]], floors: Mapping[str, int], is_later: Callable[[str, int, int], bool]
     ) -> dict[tuple[str, int], Missed]:
         """(node, epoch) -> what a client with this cursor has not taken of it. `positions`: node -> (epoch, last position taken);
-        `floors`: node -> log offset before which it has taken everything; `is_later` says of a node whether one epoch came after another."""
+        `floors`: node -> log offset before which it has taken everything; `is_later`: whether one epoch of a node came after another."""
         found: dict[tuple[str, int], Missed] = {}
         for part in self._parts:
             if part.offset < floors.get(part.node, 0):
