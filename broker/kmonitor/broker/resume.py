@@ -236,8 +236,7 @@ class Lingering:
         out: list[bytes] = []
         unknown = False
         floor = 0
-        for donor in session.donors:
-            theirs = donor.session
+        for theirs in dict.fromkeys(donor.session for donor in session.donors):
             assert isinstance(theirs, Session)
             unknown |= not theirs.evicted.whole or not theirs.detached or self._place(cursor)[0] < theirs.detached_from
             floor = max(floor, theirs.matcher.remembers_from)

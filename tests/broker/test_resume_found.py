@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine of test_resume_model.py has found, each as the shortest story that shows it."""
+
+from __future__ import annotations
+
+from kmonitor.broker.log.memory import MemoryLog
+from kmonitor.v1 import monitor_pb2
+from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE
+from tests.broker.records import EXEC, EXIT, rec
+from tests.broker.test_resume import Here, start
+from tests.broker.test_server import registration
+
+LOG = monitor_pb2.GAP_REASON_LOG
+RING = monitor_pb2.GAP_REASON_RING
+
+
+async def test_what_retention_took_is_told_once_to_a_stream_with_several_registrations() -> None:
+    """And not once for each of them."""
+    here = await Here.start(MemoryLog(40_000), None, "")
+    try:
+        agent, taker = await start(here, registration(0x60), registration(0x60, cgroup="/a"))
+        await agent.send([rec(EXIT, 1)])
+        await taker.until_events(1)
+        await taker.leave()
+        await agent.lose(3)
+        for pid in range(200):
+            await agent.send([rec(EXIT, pid), rec(EXEC, pid, flags=F_MATCH_NODE | F_MATCH_CGROUP, match_cgroup_id=50)])
+        await agent.acknowledged()
+        await taker.open()
+        await taker.until("registered")
+        assert [gap.reason for gap in taker.gaps] == [LOG, RING]
+        dropped = sum(each.count for each in taker.gaps[0].lost)
+        assert dropped + len(taker.events) - 1 == 400
+    finally:
+        await here.stop()
