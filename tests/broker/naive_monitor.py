@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from kmonitor.broker.errors import Code
 from kmonitor.v1 import events_pb2, monitor_pb2
 from tests.broker.kernels import ARMED, EXITED, GROUPS, NOT_FOUND, RUNNING, Deed, Kernel, Process, ProcessKey
 from tests.broker.records import EXIT, FORK
@@ -151,7 +152,9 @@ class Monitor:
 
     def _registered(self, message: monitor_pb2.Registered) -> None:
         self.stream_id = message.stream_id or self.stream_id
-        assert not message.HasField("error"), self.says("refused")
+        if message.HasField("error"):
+            assert message.error.code == Code.ABORTED, self.says("refused")  # deregistered before it was answered
+            return
         wish = self.wishes[message.registration_id]
         if message.state in {RUNNING, ARMED}:
             key = (message.process.pid, message.process.start_time) if message.state == RUNNING else None
@@ -166,6 +169,12 @@ class Monitor:
         at = self.positions.get(node)
         if position and epoch and (at is None or at[0] != epoch or at[1] < position - 1):
             self.positions[node] = epoch, position - 1
+
+    def starts_anew(self) -> None:
+        """It comes back with nothing to go on behind."""
+        for each in self.wishes:
+            each.told.clear()
+            each.over.clear()
 
     def says(self, what: str) -> str:
         """With what came before it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -288,6 +288,8 @@ class ResumeMachine(RuleBasedStateMachine):
         if requests and (cursor.positions or cursor.stream_id):
             requests[0].cursor.CopyFrom(cursor)
             requests[0].resuming = len(requests)
+        else:
+            monitor.starts_anew()
         try:
             session = self.call(self.broker.open_session)
         except RefusedError:
@@ -483,6 +485,8 @@ def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.Mon
     chosen = settings(
         max_examples=40 * MORE, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
+    if os.environ.get("KMONITOR_TEST_RAW"):
+        chosen = settings(chosen, phases=[Phase.generate])
     run_state_machine_as_test(machine, settings=chosen)
 
 
