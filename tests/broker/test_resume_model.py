@@ -150,6 +150,7 @@ class ResumeMachine(RuleBasedStateMachine):
                 self.call(self.broker.reconcile._look_again, node)
         self.turn()
 
+    @precondition(lambda self: any(self.monitors))
     @rule(crashes=st.booleans(), before=st.integers(0, 3))
     def restart(self, crashes: bool, before: int) -> None:
         """`before`: how much monitors take that was sent."""
@@ -242,6 +243,7 @@ class ResumeMachine(RuleBasedStateMachine):
         self.call(kernel.beat)
         self.turn()
 
+    @precondition(lambda self: any(kernel.link is None for kernel in self.kernels))
     @rule(which=NODE)
     def connect(self, which: int) -> None:
         if self.kernels[which].link is None:
@@ -253,6 +255,7 @@ class ResumeMachine(RuleBasedStateMachine):
         self.call(self.kernels[which].disconnect)
         self.turn()
 
+    @precondition(lambda self: any(self.monitors))
     @rule(which=NODE, reboot=st.booleans())
     def start_anew(self, which: int, reboot: bool) -> None:
         kernel = self.kernels[which]
@@ -264,8 +267,8 @@ class ResumeMachine(RuleBasedStateMachine):
     # -- monitors
 
     @precondition(lambda self: len(self.monitors) < 3)
-    @rule(wanted=st.lists(WISHES, min_size=1, max_size=3, unique_by=lambda each: each.SerializeToString()), names_stream=st.booleans())
-    def open(self, wanted: list[monitor_pb2.Registration], names_stream: bool) -> None:
+    @rule(wanted=st.lists(WISHES, min_size=1, max_size=3, unique_by=lambda each: each.SerializeToString()), names_stream=st.booleans(), flows=st.sampled_from([True, True, False]))
+    def open(self, wanted: list[monitor_pb2.Registration], names_stream: bool, flows: bool) -> None:
         distinct = {(each.target.SerializeToString(), each.follow, tuple(each.nodes.names)): each for each in wanted}
         deeds = {(kernel.name, deed.epoch, deed.position): deed for kernel in self.kernels for deed in kernel.deeds if deed.data}
         monitor = Monitor(next(self.numbers), [Wish(each) for each in distinct.values()], names_stream, deeds)
@@ -273,6 +276,11 @@ class ResumeMachine(RuleBasedStateMachine):
             each.asked_at = next(self.clock)
         self.come(monitor, found=False)
         self.ask(monitor)
+        if flows:
+            for which in range(len(self.kernels)):
+                self.flow(which)
+            self.commit()
+            self.let_take(monitor, 1000)
 
     def come(self, monitor: Monitor, *, found: bool) -> None:
         """Open a stream; the requests are to be sent."""
@@ -308,13 +316,15 @@ class ResumeMachine(RuleBasedStateMachine):
     def pick(self, number: int) -> Monitor | None:
         return list(self.monitors)[number % len(self.monitors)] if self.monitors else None
 
+    @precondition(lambda self: any(stream and stream.requests for stream in self.monitors.values()))
     @rule(number=WHO, count=st.integers(1, 2))
     def request(self, number: int, count: int) -> None:
         monitor = self.pick(number)
         if monitor is not None:
             self.ask(monitor, count)
 
-    @rule(number=WHO, count=st.sampled_from([1, 2, 3, 10, 1000]))
+    @precondition(lambda self: any(self.monitors.values()))
+    @rule(number=WHO, count=st.sampled_from([1, 2, 3, 10, 1000, 1000, 1000]))
     def take(self, number: int, count: int) -> None:
         monitor = self.pick(number)
         if monitor is not None:
@@ -352,12 +362,19 @@ class ResumeMachine(RuleBasedStateMachine):
         self.monitors[monitor] = None
         self.turn()
 
-    @rule(number=WHO, before=st.integers(0, 3))
-    def go(self, number: int, before: int) -> None:
+    @precondition(lambda self: any(self.monitors.values()))
+    @rule(number=WHO, before=st.sampled_from([0, 1, 2, 1000]), stays=st.sampled_from([True, True, True, False]))
+    def go(self, number: int, before: int, stays: bool) -> None:
+        """`stays`: its place is kept."""
         monitor = self.pick(number)
-        if monitor is not None:
+        stream = self.monitors[monitor] if monitor is not None else None
+        if monitor is not None and stream is not None:
             self.leave(monitor, before)
+            if not stays:
+                self.call(self.broker.lingering.drop, stream.session)
+                self.turn()
 
+    @precondition(lambda self: self.monitors)
     @rule(number=WHO, found=st.booleans(), at_once=st.booleans(), before=st.integers(0, 2))
     def come_back(self, number: int, found: bool, at_once: bool, before: int) -> None:
         """Also while the broker has not noticed that the stream before has ended."""
@@ -376,6 +393,7 @@ class ResumeMachine(RuleBasedStateMachine):
             self.call(self.broker.close_session, old.session)
             self.turn()
 
+    @precondition(lambda self: any(self.monitors.values()))
     @rule(number=WHO)
     def close(self, number: int) -> None:
         monitor = self.pick(number)
@@ -385,13 +403,7 @@ class ResumeMachine(RuleBasedStateMachine):
             del self.monitors[monitor]
             self.turn()
 
-    @rule(number=WHO)
-    def linger_ends(self, number: int) -> None:
-        lingering = list(self.broker.lingering)
-        if lingering:
-            self.call(self.broker.lingering.drop, lingering[number % len(lingering)])
-            self.turn()
-
+    @precondition(lambda self: any(self.monitors.values()))
     @rule(number=WHO, which=WHO)
     def deregister(self, number: int, which: int) -> None:
         monitor = self.pick(number)
