@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.v1 import monitor_pb2
-from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE
+from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, SLOT_SIZE
 from tests.broker.records import EXEC, EXIT, rec
 from tests.broker.test_resume import Here, start
 from tests.broker.test_server import registration
@@ -31,5 +31,24 @@ async def test_what_retention_took_is_told_once_to_a_stream_with_several_registr
         assert [gap.reason for gap in taker.gaps] == [LOG, RING]
         dropped = sum(each.count for each in taker.gaps[0].lost)
         assert dropped + len(taker.events) - 1 == 400
+    finally:
+        await here.stop()
+
+
+async def test_an_answer_that_overtakes_records_does_not_move_the_cursor_past_them() -> None:
+    """Of a stream that comes back: the registration holds from before these records on, and the answer must say so."""
+    here = await Here.start(MemoryLog(64 << 20), None, "")
+    try:
+        agent, taker = await start(here, registration(0x40))
+        await taker.leave()
+        records, agent.position = [rec(EXIT, 1)], SLOT_SIZE  # in the ring, and not sent yet
+        await taker.open()
+        assert (await taker.until("registered")).position == 0
+        await taker.leave()
+        await taker.open()
+        await taker.until("registered")
+        await agent.send(records, position=0)
+        await taker.until_events(1)
+        assert not taker.gaps
     finally:
         await here.stop()
