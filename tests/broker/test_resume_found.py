@@ -7,7 +7,7 @@ from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, SLOT_SIZE
 from tests.broker.records import EXEC, EXIT, rec
-from tests.broker.test_resume import Here, start
+from tests.broker.test_resume import Here, Taker, start
 from tests.broker.test_server import registration
 
 LOG = monitor_pb2.GAP_REASON_LOG
@@ -50,5 +50,57 @@ async def test_an_answer_that_overtakes_records_does_not_move_the_cursor_past_th
         await agent.send(records, position=0)
         await taker.until_events(1)
         assert not taker.gaps
+    finally:
+        await here.stop()
+
+
+async def test_absence_is_told_to_a_stream_that_comes_back_twice_before_its_node_does() -> None:
+    """Nobody has kept its place; when that can be told the stream is another one already."""
+    here = await Here.start(MemoryLog(64 << 20), None, "")
+    try:
+        agent, taker = await start(here, registration(0x40))
+        await agent.send([rec(EXIT, 1)])
+        await taker.until_events(1)
+        await taker.leave()
+        for session in list(here.broker.lingering):
+            here.broker.lingering.drop(session)
+        await agent.send([rec(EXIT, 2)])
+        await agent.acknowledged()
+        await agent.leave()
+        for _ in range(2):
+            await taker.open()
+            await taker.until("registered")
+            await taker.leave()
+        await taker.open()
+        await taker.until("registered")
+        await agent.serve()
+        gap = await taker.until("gap")
+        assert (gap.reason, gap.from_position, gap.to_position) == (LOG, 1, agent.position)
+    finally:
+        await here.stop()
+
+
+async def test_absence_is_told_where_another_stream_with_the_same_registration_is_not_armed_either() -> None:
+    """A cursor that names no stream: what it goes on with may have nothing to give."""
+    here = await Here.start(MemoryLog(64 << 20), None, "")
+    try:
+        agent, taker = await start(here, registration(0x40), names_stream=False)
+        await agent.send([rec(EXIT, 1)])
+        await taker.until_events(1)
+        await taker.leave()
+        for session in list(here.broker.lingering):
+            here.broker.lingering.drop(session)
+        await agent.send([rec(EXIT, 2)])
+        await agent.acknowledged()
+        await agent.leave()
+        other = Taker(here, [registration(0x40)])
+        await other.open()
+        await other.until("registered")
+        await taker.open()
+        await taker.until("registered")
+        await agent.serve()
+        gap = await taker.until("gap")
+        assert (gap.reason, gap.from_position, gap.to_position) == (LOG, 1, agent.position)
+        assert not other.gaps
     finally:
         await here.stop()

@@ -104,14 +104,20 @@ class Lingering:
         theirs = donor.session
         assert isinstance(theirs, Session)
         session.donors.append(donor)
+        copied = [span for span in theirs.matcher.all_spans() if span.arm.registration is donor and span.mask & mask]
+        its_own = theirs.stream_id == session.stream_id
+        kept = {span.node for span in copied}
         for name, arm in donor.arms.items():
             mine = registration.arms.setdefault(name, Arm(registration, name))
             mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
+            if its_own:
+                mine.absent = arm.absent  # the node was away all the while: it is still to be told
+            elif name not in kept:
+                mine.absent = session.cursor.positions.get(name, (0, 0))
             if arm.process is not None and name not in registration.found:
                 registration.found[name] = arm.process
-        copied = [span for span in theirs.matcher.all_spans() if span.arm.registration is donor and span.mask & mask]
-        if theirs.stream_id != session.stream_id:
+        if not its_own:
             self._say_what_came_before(session, session.cursor, copied)
         for span in copied:
             if span.end is None:
