@@ -104,3 +104,25 @@ async def test_absence_is_told_where_another_stream_with_the_same_registration_i
         assert not other.gaps
     finally:
         await here.stop()
+
+
+async def test_absence_is_told_of_a_node_that_comes_later_than_the_monitor_to_a_new_broker() -> None:
+    """Its log was in memory: the monitor's cursor knows a node that the broker does not know yet."""
+    here = await Here.start(MemoryLog(64 << 20), None, "")
+    try:
+        agent, taker = await start(here, registration(0x40))
+        await agent.send([rec(EXIT, 1)])
+        await taker.until_events(1)
+        await taker.leave()
+        await agent.send([rec(EXIT, 2)])
+        await agent.acknowledged()
+        await here.stop()
+        here = await Here.start(MemoryLog(64 << 20), None, "")
+        taker.here, agent.channel = here, here.channel
+        await taker.open()
+        await taker.until("registered")
+        await agent.serve()
+        gap = await taker.until("gap")
+        assert (gap.reason, gap.from_position, gap.to_position) == (LOG, 1, agent.position)
+    finally:
+        await here.stop()

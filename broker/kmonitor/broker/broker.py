@@ -166,6 +166,7 @@ class Broker:
             registration = Registration(session, request_id, key, message.target, 0, message=message.SerializeToString())
             session.registrations[key] = registration
             session.past.pop(key, None)
+            registration.brought = bool(session.resuming)
             fresh = True
         registration.mask |= message.event_mask
         registration.found |= processes

@@ -137,6 +137,8 @@ class Registration:
     """As it was asked for: a kmonitor.v1.Registration, of which the mask may have changed since."""
     taken: bool = False
     """Another stream goes on with it."""
+    brought: bool = False
+    """A stream that has come back has brought it: its client may have had it before."""
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""
