@@ -170,11 +170,12 @@ class Monitor:
         if position and epoch and (at is None or at[0] != epoch or at[1] < position - 1):
             self.positions[node] = epoch, position - 1
 
-    def starts_anew(self) -> None:
-        """It comes back with nothing to go on behind."""
+    def forget_unplaced(self) -> None:
+        """It comes back. Of a node of which it has taken nothing, and that was armed at position 0, a cursor cannot say so: what came
+        of that node meanwhile may be missing."""
         for each in self.wishes:
-            each.told.clear()
-            each.over.clear()
+            for node in each.told.keys() - self.positions.keys():
+                del each.told[node]
 
     def says(self, what: str) -> str:
         """With what came before it."""

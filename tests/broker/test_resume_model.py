@@ -296,8 +296,7 @@ class ResumeMachine(RuleBasedStateMachine):
         if requests and (cursor.positions or cursor.stream_id):
             requests[0].cursor.CopyFrom(cursor)
             requests[0].resuming = len(requests)
-        else:
-            monitor.starts_anew()
+        monitor.forget_unplaced()
         try:
             session = self.call(self.broker.open_session)
         except RefusedError:
