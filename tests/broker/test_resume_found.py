@@ -126,3 +126,24 @@ async def test_absence_is_told_of_a_node_that_comes_later_than_the_monitor_to_a_
         assert (gap.reason, gap.from_position, gap.to_position) == (LOG, 1, agent.position)
     finally:
         await here.stop()
+
+
+async def test_absence_is_told_where_positions_have_not_moved() -> None:
+    """They do not when nobody has asked for anything: which does not mean that nothing happened."""
+    here = await Here.start(MemoryLog(64 << 20), None, "")
+    try:
+        agent, taker = await start(here, registration(0x40))
+        await agent.send([rec(EXIT, 1)])
+        await taker.until_events(1)
+        await agent.acknowledged()
+        here.broker._tick()
+        await taker.until("progress")
+        await taker.leave()
+        for session in list(here.broker.lingering):
+            here.broker.lingering.drop(session)
+        await agent.wait(lambda: not agent.mask)
+        await taker.open()
+        gap = await taker.until("gap")
+        assert (gap.reason, gap.from_position, gap.to_position) == (LOG, SLOT_SIZE, SLOT_SIZE)
+    finally:
+        await here.stop()

@@ -113,7 +113,9 @@ class Arms:
     def holds_from(self, node: Node, ask: Ask, position: int, process: tuple[int, int] | None, cgroup_id: int | None) -> int:
         """From which position on the asked bits are delivered, once `open` was called: `position`, or an earlier one if an earlier
         request or stream had asked for them. What an answer says, a client takes for its cursor; and it may overtake records."""
-        held = [span for span in self.spans(ask.arm) if span.process == process and span.cgroup_id == cgroup_id and span.epoch == node.epoch]
+        held = [
+            span for span in self.spans(ask.arm) if span.process == process and span.cgroup_id == cgroup_id and span.epoch == node.epoch
+        ]
         bits = [1 << at for at in range(7) if ask.mask & ask.arm.registration.mask & 1 << at]
         return max((min((span.first for span in held if span.mask & bit), default=position) for bit in bits), default=position)
 
@@ -219,7 +221,8 @@ class Arms:
         session.told_of_absence.add(node.name)
         epoch, taken = absent
         first = taken + 1 if epoch == node.epoch else 0
-        if first < position:
+        # Where nobody had asked for anything, positions stand still whatever happens: an empty range says that, too.
+        if first < position or epoch:
             times = (0, time.time_ns())
             session.tell(gap(node.name, monitor_pb2.GAP_REASON_LOG, node.epoch, positions=(first, position), times=times, counts={}))
 

@@ -17,7 +17,7 @@ from kmonitor.broker.arms import Arms
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
-from kmonitor.broker.matching import Span
+from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import gap_of
 from kmonitor.broker.registrations import Arm, ArmState, Process, Registration
@@ -251,20 +251,28 @@ class Lingering:
                 message = told(mark, session.matcher, self._log.log_id)
                 if message is not None and number_of(mark) > cursor.number:
                     out.append(message)
-        for name, (epoch, position) in cursor.positions.items():
-            if name not in session.matcher.nodes_known():
-                continue
+        for name, epoch, position in _places(cursor, session.matcher):
             end = self._log.ends(name).get(epoch)
             dropped = end.dropped if end is not None else None
             if unknown and dropped is not None and position < dropped.last:
                 positions, times = (position + 1, dropped.end), (0, dropped.time_ns)
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
-            offset = self._log.offset_behind(name, epoch, position)
+            offset = self._log.offset_behind(name, epoch, max(position, 0))
             if end is not None and offset is not None and max(offset, 0) < floor and position < end.position:
                 # So many processes have ended since that the session does not know any more whose they were.
                 positions, times = (position + 1, end.position), (0, time.time_ns())
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
         return out
+
+
+def _places(cursor: Cursor, matcher: Matcher) -> Iterator[tuple[str, int, int]]:
+    """(node, epoch, position of the last event taken): of the nodes that the session has to do with. -1 where nothing was taken."""
+    for name in matcher.nodes_known():
+        if name in cursor.positions:
+            yield (name, *cursor.positions[name])
+        else:
+            for epoch in sorted({span.epoch for span in matcher.spans_on(name)}):
+                yield name, epoch, -1
 
 
 def _mask_of(registration: Registration) -> int:
