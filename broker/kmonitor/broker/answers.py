@@ -50,7 +50,8 @@ class Answers:
             else:
                 new = self._arms.open(node, ask, message.position, None, None)
                 if ask.request is not None or new:
-                    self._arms.tell(arm, ask.request, ARMED, node, position=message.position)
+                    first = self._arms.holds_from(node, ask, message.position, None, None)
+                    self._arms.tell(arm, ask.request, ARMED, node, position=first)
 
     def groups_changed(self, node: Node, message: agent_pb2.GroupsChanged) -> None:
         """Groups that are watched have gone, or were made anew under the same name: ask after them again."""
@@ -138,7 +139,8 @@ class Answers:
                 arm.named = arm.process
         new = self._arms.open(node, ask, position, key, None)
         if ask.request is not None or (new and not ask.child):
-            self._arms.tell(arm, ask.request, RUNNING, node, position=position, process=result.process)
+            first = self._arms.holds_from(node, ask, position, key, None)
+            self._arms.tell(arm, ask.request, RUNNING, node, position=first, process=result.process)
 
     def _group_answer(self, node: Node, position: int, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None) -> None:
         arm = ask.arm
@@ -148,7 +150,8 @@ class Answers:
                     self._arms.end(span, position)
             new = self._arms.open(node, ask, position, None, result.cgroup_ids[0])
             if ask.request is not None or new:
-                self._arms.tell(arm, ask.request, ARMED, node, position=position)
+                first = self._arms.holds_from(node, ask, position, None, result.cgroup_ids[0])
+                self._arms.tell(arm, ask.request, ARMED, node, position=first)
             return
         was_there = bool(self._arms.spans(arm))
         if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that

@@ -111,6 +111,15 @@ class Arms:
             arm.spans += 1
         return True
 
+    def holds_from(self, node: Node, ask: Ask, position: int, process: tuple[int, int] | None, cgroup_id: int | None) -> int:
+        """From which position on the asked bits are delivered, once `open` was called: `position`, or an earlier one if an earlier
+        request or stream had asked for them. What an answer says, a client takes for its cursor; and it may overtake records."""
+        held = [
+            span for span in self.spans(ask.arm) if span.process == process and span.cgroup_id == cgroup_id and span.epoch == node.epoch
+        ]
+        bits = [1 << at for at in range(7) if ask.mask & ask.arm.registration.mask & 1 << at]
+        return max((min((span.first for span in held if span.mask & bit), default=position) for bit in bits), default=position)
+
     def end(self, span: Span, position: int) -> None:
         """No event at or behind `position` is of this span, nor in blocks that are still to come."""
         self.router.end(span, position, self.log.end)
@@ -210,10 +219,13 @@ class Arms:
         arm.absent = None
         epoch, taken = absent
         first = taken + 1 if epoch == node.epoch else 0
-        epoch, until = session.told_of_absence.get(node.name, (0, 0))
-        if epoch == node.epoch:
+        told_epoch, until = session.told_of_absence.get(node.name, (0, 0))
+        again = told_epoch == node.epoch
+        if again:
             first = max(first, until)  # for another registration
-        if first < position:
+        # Where nobody had asked for anything, positions stand still whatever happens: an empty range says that, too.
+        if first < position or (epoch and not again):
+            first = min(first, position)
             session.told_of_absence[node.name] = node.epoch, position
             times = (0, time.time_ns())
             session.tell(gap(node.name, monitor_pb2.GAP_REASON_LOG, node.epoch, positions=(first, position), times=times, counts={}))

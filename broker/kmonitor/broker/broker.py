@@ -169,6 +169,7 @@ class Broker:
             session.registrations[key] = registration
             session.past.pop(key, None)
             registration.serial = session.next_serial()
+            registration.brought = bool(session.resuming)
         new = message.event_mask & ~registration.mask
         registration.mask |= message.event_mask
         registration.found |= processes

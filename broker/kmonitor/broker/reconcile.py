@@ -70,7 +70,12 @@ class Reconcile:
             for registration in list(session.registrations.values()):
                 if node.name not in registration.arms and not registration.key.selects(node.name, node.labels):
                     continue
-                arm = registration.arms.setdefault(node.name, Arm(registration, node.name))
+                arm = registration.arms.get(node.name)
+                if arm is None:
+                    arm = registration.arms[node.name] = Arm(registration, node.name)
+                    if registration.brought and session.cursor is not None:
+                        # A broker that does not know the node has kept nothing of it for a client that does.
+                        arm.absent = session.cursor.positions.get(node.name)
                 if arm.state is ArmState.OVER:
                     continue
                 if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):

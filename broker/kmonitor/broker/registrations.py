@@ -141,6 +141,8 @@ class Registration:
     """Under which it is remembered: clients may use an id again."""
     taken: bool = False
     """Another stream goes on with it."""
+    brought: bool = False
+    """A stream that has come back has brought it: its client may have had it before."""
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""

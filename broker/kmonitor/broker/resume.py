@@ -17,7 +17,7 @@ from kmonitor.broker.arms import Arms
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
-from kmonitor.broker.matching import Span
+from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import gap_of
 from kmonitor.broker.registrations import Arm, ArmState, Process, Registration
@@ -103,16 +103,22 @@ class Lingering:
             return False
         theirs = donor.session
         assert isinstance(theirs, Session)
+        # Of the same key: it may have been over, and registered again, since the client took its last.
+        copied = [span for span in self._spans_of(session, theirs, donor) if span.mask & mask]
+        its_own = theirs.stream_id == session.stream_id
+        kept = {span.node for span in copied}
         for name, arm in donor.arms.items():
             mine = registration.arms.setdefault(name, Arm(registration, name))
-            mine.process, mine.named, mine.absent = arm.process, arm.named, arm.absent
+            mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
+            if its_own:
+                mine.absent = arm.absent  # the node was away all the while: it is still to be told
+            elif name not in kept:
+                mine.absent = session.cursor.positions.get(name, (0, 0))
             if arm.process is not None and name not in registration.found:
                 registration.found[name] = arm.process
-        # Of the same key: it may have been over, and registered again, since the client took its last.
         registration.had_spans = donor.had_spans
-        copied = [span for span in self._spans_of(session, theirs, donor) if span.mask & mask]
-        self._say_what_came_before(registration, session.cursor, copied, same_stream=theirs.stream_id == session.stream_id)
+        self._say_what_came_before(registration, session.cursor, copied, its_own=its_own)
         for span in copied:
             if span.end is None:
                 self._go_on(registration, span, mask)
@@ -140,7 +146,7 @@ class Lingering:
         epochs = list(self._log.ends(node))
         return other not in epochs or epoch not in epochs or epochs.index(epoch) > epochs.index(other)
 
-    def _say_what_came_before(self, registration: Registration, cursor: Cursor, spans: list[Span], *, same_stream: bool) -> None:
+    def _say_what_came_before(self, registration: Registration, cursor: Cursor, spans: list[Span], *, its_own: bool) -> None:
         """Where these spans begin later than the client has come: they are somebody else's, who came when this monitor had gone; or its
         own, of a node that came back when nobody could be told what had been missed there."""
         session = registration.session
@@ -153,7 +159,7 @@ class Lingering:
         for (node, epoch), first in begins.items():
             arm = registration.arms.get(node)
             absent = arm.absent if arm is not None else None
-            at = absent or (None if same_stream else cursor.positions.get(node))
+            at = absent or (None if its_own else cursor.positions.get(node))
             if at is None:
                 continue
             taken = at[1] if at[0] == epoch else -1
@@ -273,12 +279,11 @@ class Lingering:
                 if message is not None and number_of(mark) > cursor.number:
                     out.append(message)
         for name in session.matcher.nodes_known():
-            floor = session.floors.get(name, 0)
-            epoch, position = cursor.positions.get(name, (0, -1))
-            if floor < counted_from:
-                out += self._dropped(session, name, epoch, position)
+            if session.floors.get(name, 0) < counted_from:
+                out += self._dropped(session, name, *cursor.positions.get(name, (0, -1)))
+        for name, epoch, position in _places(cursor, session.matcher):
             end = self._log.ends(name).get(epoch)
-            if end is not None and floor < session.matcher.remembers_from and position < end.position:
+            if end is not None and session.floors.get(name, 0) < session.matcher.remembers_from and position < end.position:
                 # So many processes have ended since that the session does not know any more whose they were.
                 positions, times = (position + 1, end.position), (0, time.time_ns())
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
@@ -296,6 +301,16 @@ class Lingering:
             if spans:
                 positions = max(taken + 1, min(span.first for span in spans)), end.dropped.end
                 yield gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
+
+
+def _places(cursor: Cursor, matcher: Matcher) -> Iterator[tuple[str, int, int]]:
+    """(node, epoch, position of the last event taken): of the nodes that the session has to do with. -1 where nothing was taken."""
+    for name in matcher.nodes_known():
+        if name in cursor.positions:
+            yield (name, *cursor.positions[name])
+        else:
+            for epoch in sorted({span.epoch for span in matcher.spans_on(name)}):
+                yield name, epoch, -1
 
 
 def _same_processes(mine: Registration, theirs: Registration) -> bool:
