@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -38,6 +38,7 @@ from tests.broker.records import ABORT, EXEC
 T = TypeVar("T")
 NEVER = 1e6
 """Seconds. What is to happen after a time the machine does itself, at any time."""
+MEMORY = "/dev/shm"
 NAMES = ("a", "b")
 WISHES = st.builds(
     wish,
@@ -87,7 +88,7 @@ class ResumeMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.clock = itertools.count(1)
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=MEMORY if Path(MEMORY).is_dir() else None))
         self.path = self.folder / "log-0"
         self.files = itertools.count(1)
         self.kernels = [Kernel(name, self.clock) for name in NAMES]
@@ -188,7 +189,12 @@ class ResumeMachine(RuleBasedStateMachine):
             self.call(kernel.connect, self.broker.agents)
         self.turn()
 
-    @rule(which=NODE, who=WHO, what=st.sampled_from(["exec", "exec", "fork", "fork", "exit", "abort"]), lost=st.sampled_from([False] * 4 + [True]))
+    @rule(
+        which=NODE,
+        who=WHO,
+        what=st.sampled_from(["exec", "exec", "fork", "fork", "exit", "abort"]),
+        lost=st.sampled_from([False] * 4 + [True]),
+    )
     def do(self, which: int, who: int, what: str, lost: bool) -> None:
         kernel = self.kernels[which]
         processes = sorted(kernel.processes.values(), key=lambda each: each.pid)
@@ -267,7 +273,11 @@ class ResumeMachine(RuleBasedStateMachine):
     # -- monitors
 
     @precondition(lambda self: len(self.monitors) < 3)
-    @rule(wanted=st.lists(WISHES, min_size=1, max_size=3, unique_by=lambda each: each.SerializeToString()), names_stream=st.booleans(), flows=st.sampled_from([True, True, False]))
+    @rule(
+        wanted=st.lists(WISHES, min_size=1, max_size=3, unique_by=lambda each: each.SerializeToString()),
+        names_stream=st.booleans(),
+        flows=st.sampled_from([True, True, False]),
+    )
     def open(self, wanted: list[monitor_pb2.Registration], names_stream: bool, flows: bool) -> None:
         distinct = {(each.target.SerializeToString(), each.follow, tuple(each.nodes.names)): each for each in wanted}
         deeds = {(kernel.name, deed.epoch, deed.position): deed for kernel in self.kernels for deed in kernel.deeds if deed.data}
@@ -494,10 +504,11 @@ def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.Mon
     for module in (outbox, broker_module):
         monkeypatch.setattr(module, "PAST", 6)
     chosen = settings(
-        max_examples=40 * MORE, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=25 * MORE,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        derandomize=MORE == 1,
+        suppress_health_check=list(HealthCheck),
     )
-    if os.environ.get("KMONITOR_TEST_RAW"):
-        chosen = settings(chosen, phases=[Phase.generate])
     run_state_machine_as_test(machine, settings=chosen)
-
-
