@@ -16,6 +16,8 @@ from tests.broker.records import EXEC, EXIT, FORK, build, rec
 
 ProcessKey = tuple[int, int]
 GROUPS = {"/a": 50, "/a/b": 51, "/c": 60}
+START = 1024
+"""Of each epoch's positions. Not 0: a cursor cannot say that nothing was taken of a node from 0 on."""
 RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
 EXITED = monitor_pb2.REGISTRATION_STATE_EXITED
 NOT_FOUND = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
@@ -94,9 +96,9 @@ class Kernel:
     clock: Iterator[int]
     epoch: int = 1
     boot: int = 1
-    position: int = 0
-    acked: int = 0
-    sent: int = 0
+    position: int = START
+    acked: int = START
+    sent: int = START
     """How far this stream has come."""
     processes: dict[int, Process] = field(default_factory=dict)
     watched: dict[int, Entry] = field(default_factory=dict)
@@ -175,10 +177,10 @@ class Kernel:
         return deed
 
     def _record(self, deed: Deed, **fields: int) -> None:
-        strings = {"filename": b"/bin/x", "args": (b"y" * (60 * (deed.at % 5)),)} if deed.kind == EXEC else {}
-        record = rec(
-            deed.kind, deed.process.pid, flags=deed.flags, start_boottime_ns=deed.process.start, boottime_ns=deed.at, **strings, **fields
-        )
+        record = rec(deed.kind, deed.process.pid, flags=deed.flags)
+        record.fields |= {"start_boottime_ns": deed.process.start, "boottime_ns": deed.at, **fields}
+        if deed.kind == EXEC:
+            record.filename, record.args = b"/bin/x", (b"y" * (60 * (deed.at % 5)),)
         deed.data = build([record])
         self.position += len(deed.data)
         self.ring.append(deed)
@@ -225,7 +227,7 @@ class Kernel:
         """Ring and tables are gone; after a reboot the processes too."""
         self.disconnect()
         self.epoch += 1
-        self.position = self.acked = self.sent = 0
+        self.position = self.acked = self.sent = START
         self.ring, self.losses, self.watched, self.groups, self.node_mask = [], [], {}, {}, 0
         if reboot:
             self.boot += 1
@@ -296,7 +298,7 @@ class Kernel:
             key = deed.kind, bool(deed.flags & F_MATCH_PROCESS)
             totals[key] = totals.get(key, 0) + 1
         for (kind, watched), total in sorted(totals.items()):
-            lost.counts.add(type=kind, watched=watched, total=total)  # type: ignore[arg-type]
+            lost.counts.add(type=kind, watched=watched, total=total)
         return lost
 
     def _obey(self, message: agent_pb2.BrokerMessage) -> None:

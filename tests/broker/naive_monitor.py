@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kmonitor.broker.errors import Code
 from kmonitor.v1 import events_pb2, monitor_pb2
+from kmonitor.wire.record import F_INFERRED
 from tests.broker.kernels import ARMED, EXITED, GROUPS, NOT_FOUND, RUNNING, Deed, Kernel, Process, ProcessKey
 from tests.broker.records import EXIT, FORK
 
@@ -266,8 +267,8 @@ class Monitor:
                 known = deed.safe or (deed.epoch == kernel.epoch and not deed.lost)
                 if deed.kind == FORK and wish.message.follow and deed.child is not None and not deed.lost and known:
                     children.add(deed.child.key)
-            elif not wish.is_about(deed.process):
-                continue
+            elif deed.flags & F_INFERRED or not wish.is_about(deed.process):
+                continue  # inferred ends are for those who have registered the process
             if deed.kind & wish.mask:
                 found[deed] = None
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -38,6 +38,7 @@ from tests.broker.records import ABORT, EXEC
 T = TypeVar("T")
 NEVER = 1e6
 """Seconds. What is to happen after a time the machine does itself, at any time."""
+MEMORY = "/dev/shm"
 NAMES = ("a", "b")
 WISHES = st.builds(
     wish,
@@ -87,7 +88,7 @@ class ResumeMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.clock = itertools.count(1)
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=MEMORY if Path(MEMORY).is_dir() else None))
         self.path = self.folder / "log-0"
         self.files = itertools.count(1)
         self.kernels = [Kernel(name, self.clock) for name in NAMES]
@@ -502,7 +503,12 @@ def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.Mon
     monkeypatch.setattr(outbox, "READ_SIZE", 3_000)
     for module in (outbox, broker_module):
         monkeypatch.setattr(module, "PAST", 6)
-    chosen = settings(max_examples=40 * MORE, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    if os.environ.get("KMONITOR_TEST_RAW"):
-        chosen = settings(chosen, phases=[Phase.generate])
+    chosen = settings(
+        max_examples=25 * MORE,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        derandomize=MORE == 1,
+        suppress_health_check=list(HealthCheck),
+    )
     run_state_machine_as_test(machine, settings=chosen)
