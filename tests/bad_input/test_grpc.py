@@ -11,6 +11,7 @@ import pytest
 
 from kmonitor.v1 import monitor_pb2, monitor_pb2_grpc
 from tests.bad_input.refusal import GRPC_LIMIT, status_of
+from tests.lab.services import Lab
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -91,6 +92,92 @@ def test_watch_answers_each_and_goes_on(channel: grpc.Channel, settled: tuple[st
     assert (answer.request_id, answer.state, answer.HasField("error")) == (102, monitor_pb2.REGISTRATION_STATE_ARMED, False)
     call.cancel()
     requests.put(None)
+
+
+U64 = 2**64 - 1
+
+
+def at(node: str, epoch: int, position: int) -> monitor_pb2.Cursor.Position:
+    return monitor_pb2.Cursor.Position(node=node, epoch=epoch, position=position)
+
+
+def _node(channel: grpc.Channel) -> monitor_pb2.Node:
+    [node] = monitor_pb2_grpc.MonitorServiceStub(channel).ListNodes(monitor_pb2.ListNodesRequest(), timeout=GRPC_LIMIT).nodes
+    return node
+
+
+@pytest.mark.parametrize(
+    ("own_epoch", "position"), [(True, U64), (True, U64 - 1), (True, 2**63), (False, U64)], ids=["last", "last but one", "half", "unknown"]
+)
+def test_a_cursor_from_beyond(channel: grpc.Channel, settled: tuple[str, str], own_epoch: bool, position: int) -> None:
+    """Whoever believed it would say nothing for ever."""
+    name = settled[1]
+    cursor = monitor_pb2.Cursor(positions=[at(name, _node(channel).epoch if own_epoch else U64, position)])
+    wanted = registration((name,))
+    request = monitor_pb2.SubscribeRequest(registrations=[wanted], cursor=cursor)
+    code, details = status_of(lambda: monitor_pb2_grpc.MonitorServiceStub(channel).Subscribe(request, timeout=GRPC_LIMIT))
+    assert (code, f"{position} of node '{name}' is beyond all" in details) == (INVALID, True), details
+    requests: queue.SimpleQueue[monitor_pb2.WatchRequest | None] = queue.SimpleQueue()
+    call = monitor_pb2_grpc.MonitorServiceStub(channel).Watch(iter(requests.get, None), timeout=GRPC_LIMIT)
+    answers = _registered_or_deregistered(iter(call))
+    register = monitor_pb2.RegisterRequest(registration=wanted)
+    requests.put(monitor_pb2.WatchRequest(request_id=1, register=register, cursor=cursor, resuming=2))
+    assert next(answers).registered.error.code == INVALID.value[0]
+    requests.put(monitor_pb2.WatchRequest(request_id=2, register=register))
+    assert next(answers).registered.state == monitor_pb2.REGISTRATION_STATE_ARMED
+    call.cancel()
+    requests.put(None)
+
+
+ODD_CURSORS = {
+    "nothing": monitor_pb2.Cursor(),
+    "zeros": monitor_pb2.Cursor(positions=[at("alpha", 0, 0)]),
+    "no name": monitor_pb2.Cursor(positions=[at("", 1, 1)]),
+    "unknown node": monitor_pb2.Cursor(positions=[at("nosuch", U64, U64 - 1)]),
+    "unknown epoch": monitor_pb2.Cursor(positions=[at("alpha", U64, U64 - 1)]),
+    "not the place of an event": monitor_pb2.Cursor(positions=[at("alpha", 1, 77)]),
+    "10,000 nodes": monitor_pb2.Cursor(positions=[at(f"node{number}", number, number) for number in range(10_000)]),
+    "one node 10,000 times": monitor_pb2.Cursor(positions=[at("alpha", number, number) for number in range(10_000)]),
+    "no such log": monitor_pb2.Cursor(log_id=U64, number=U64, stream_id=U64),
+}
+
+
+@pytest.mark.parametrize("cursor", ODD_CURSORS.values(), ids=ODD_CURSORS)
+def test_a_cursor_of_nobody(channel: grpc.Channel, settled: tuple[str, str], lab: Lab, cursor: monitor_pb2.Cursor) -> None:
+    """What is registered beside it is armed, and what comes then is told."""
+    target = lab.command("cat")
+    request = monitor_pb2.SubscribeRequest(registrations=[registration((settled[1],), process(target.pid))], cursor=cursor)
+    call = monitor_pb2_grpc.MonitorServiceStub(channel).Subscribe(request, timeout=GRPC_LIMIT)
+    told = iter(call)
+    answer = next(_registered_or_deregistered(told)).registered
+    assert answer.state == monitor_pb2.REGISTRATION_STATE_RUNNING
+    target.close_input()
+    [ended] = next(item for item in told if item.WhichOneof("kind") == "events").events.events
+    assert (ended.pid, ended.exit_code) == (target.pid, 0)
+    call.cancel()
+
+
+@pytest.mark.parametrize("number", [3_600_001, 2**32 - 1])
+def test_linger(channel: grpc.Channel, settled: tuple[str, str], number: int) -> None:
+    request = monitor_pb2.SubscribeRequest(registrations=[registration((settled[1],))], linger_ms=number)
+    code, details = status_of(lambda: monitor_pb2_grpc.MonitorServiceStub(channel).Subscribe(request, timeout=GRPC_LIMIT))
+    assert (code, details) == (INVALID, f"linger_ms {number}: at most 3600000")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("", NOT_FOUND, "unknown node ''"),
+        ("a b", NOT_FOUND, "unknown node 'a b'"),
+        ("nosuch", NOT_FOUND, "unknown node 'nosuch': known nodes are"),
+        ("alpha", grpc.StatusCode.FAILED_PRECONDITION, "node alpha is connected: stop its agent first"),
+    ],
+    ids=["no node", "no name", "unknown", "connected"],
+)
+def test_remove_node(channel: grpc.Channel, name: str, code: grpc.StatusCode, words: str) -> None:
+    request = monitor_pb2.RemoveNodeRequest(node=name)
+    found, details = status_of(lambda: [monitor_pb2_grpc.MonitorServiceStub(channel).RemoveNode(request, timeout=GRPC_LIMIT)])
+    assert (found, words in details) == (code, True), details
 
 
 def _registered_or_deregistered(notifications: Iterator[monitor_pb2.Notification]) -> Iterator[monitor_pb2.Notification]:

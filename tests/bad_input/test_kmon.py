@@ -42,6 +42,12 @@ def test_no_broker(lab: Lab, words: list[str]) -> None:
         refused(lab.run("kmon", *words, "--broker", address), 3, f"no broker answers at {address}", "kmonitor-broker", "--broker")
 
 
+def test_removing_a_node(lab: Lab, settled: tuple[str, str], kmon_options: list[str]) -> None:
+    """Only one that is known, and not connected."""
+    refused(lab.run("kmon", "nodes", "--remove", "nosuch", *kmon_options), 2, "unknown node 'nosuch'", "known nodes are", settled[1])
+    refused(lab.run("kmon", "nodes", "--remove", settled[1], *kmon_options), 2, f"node {settled[1]} is connected", "stop its agent")
+
+
 def test_malformed_address(lab: Lab) -> None:
     addresses = ["moon", "moon:0", "moon:99999", ":7221", "::1:7221"]
     commands = [["kmon", "nodes", "--broker", address] for address in addresses]

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from kmonitor.broker.cli import DRAIN, STOP_GRACE
+from kmonitor.broker.log.sqlite import CLOSE_S
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 BIN = Path(sys.executable).parent
 UNITS = ("kmonitor-agent", "kmonitor-broker")
@@ -72,6 +75,14 @@ def test_the_agents_capabilities() -> None:
     assert agent["AmbientCapabilities"] == agent["CapabilityBoundingSet"] == "CAP_BPF CAP_PERFMON"
     assert netlink["AmbientCapabilities"] == netlink["CapabilityBoundingSet"] == "CAP_NET_ADMIN"
     assert options("systemd/kmonitor-broker.service")["CapabilityBoundingSet"] == ""
+
+
+def test_the_brokers_log() -> None:
+    """For itself alone, where the broker looks for it, and with time to be closed."""
+    broker = options("systemd/kmonitor-broker.service")
+    assert (broker["StateDirectory"], broker["StateDirectoryMode"], broker["UMask"]) == ("kmonitor", "0700", "0077")
+    at_most = DRAIN + STOP_GRACE + 2 * CLOSE_S  # the log waits for its batch, and then for its thread
+    assert at_most < float(broker["TimeoutStopSec"].removesuffix("s"))
 
 
 def test_the_user_is_the_one_that_is_made() -> None:

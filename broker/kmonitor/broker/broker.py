@@ -213,7 +213,7 @@ class Broker:
         session.tell(deregistered(answer))
 
     def resume(self, session: Session, cursor: monitor_pb2.Cursor, requests: int) -> None:
-        """The client has taken so much from an earlier stream, and will bring its registrations in so many requests."""
+        """The client has taken so much from an earlier stream, and brings its registrations in so many requests. Raises RefusedError."""
         if not session.registrations and session.cursor is None:
             self.lingering.begin(session, cursor, requests)
 

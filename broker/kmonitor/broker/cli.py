@@ -28,6 +28,7 @@ STOP_GRACE = 1.0  # seconds
 DRAIN = 4.0
 """Seconds, at most, for what is under way when the broker is asked to stop."""
 _FILE = "broker.sqlite"
+_AGE_MOST = 3650 * 86400  # seconds
 
 logger = logging.getLogger(PROGRAM)
 
@@ -100,8 +101,8 @@ class LogOptions:
         if most < 1 << 20:
             raise UsageError(f"--log-bytes {size}: give at least 1M")
         seconds = None if age is None else parse_duration(age)
-        if seconds is not None and seconds < 1:
-            raise UsageError(f"--log-age {age}: give at least 1s")
+        if seconds is not None and not 1 <= seconds <= _AGE_MOST:
+            raise UsageError(f"--log-age {age}: give 1s to {_AGE_MOST // 86400}d")
         return cls(path, most, seconds)
 
     def open(self) -> EventLog:

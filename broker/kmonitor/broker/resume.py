@@ -27,6 +27,10 @@ from kmonitor.v1 import monitor_pb2
 DETACHED_MOST = 1024
 """Sessions without a stream; the one that has waited longest goes when there are more."""
 
+_LAST = (1 << 64) - 1
+_RING_MOST = 1 << 31
+"""Bytes: taken for an agent that does not say how large its ring is."""
+
 _LOG = monitor_pb2.GAP_REASON_LOG
 
 
@@ -70,9 +74,22 @@ class Lingering:
     # -- a stream that comes back
 
     def begin(self, session: Session, message: monitor_pb2.Cursor, requests: int) -> None:
-        """A stream has brought a cursor, and will bring so many register requests before anything is delivered to it."""
+        """A stream has brought a cursor, and will bring so many register requests before anything is delivered to it.
+
+        Raises RefusedError if nobody can have come as far as it says: who believed it would keep silent until the node comes there.
+        """
         positions = {item.node: (item.epoch, item.position) for item in message.positions}
-        cursor = Cursor(positions, message.log_id, message.number, message.stream_id)
+        for name, (epoch, position) in positions.items():
+            node = self._arms.nodes.get(name)
+            far = position == _LAST
+            if node is not None and node.up and node.epoch == epoch:
+                # An earlier broker may have delivered what its log does not have, and this one has not got yet: it is in the ring still.
+                far |= position > node.expected + (node.hello.ring_bytes or _RING_MOST)
+            if far:
+                raise RefusedError(Code.INVALID_ARGUMENT, f"the cursor's position {position} of node {name!r} is beyond all that there was")
+        # Of another log, or not to be believed: marks are rather told a second time than not at all.
+        number = message.number if message.log_id == self._log.log_id and message.number <= self._log.end else 0
+        cursor = Cursor(positions, message.log_id, number, message.stream_id)
         session.cursor = cursor
         session.matcher.taken = dict(positions)
         session.resuming = max(requests, 1)
@@ -84,7 +101,7 @@ class Lingering:
             if not other.detached:
                 other.fail(RefusedError(Code.ALREADY_EXISTS, "another stream goes on with what this one registered"))
         session.reads_from, session.floors = self._place(cursor)
-        session.outbox.gather(session.reads_from, session.floors, cursor.number if cursor.log_id == self._log.log_id else 0)
+        session.outbox.gather(session.reads_from, session.floors, cursor.number)
 
     def requested(self, session: Session) -> None:
         """One of these requests was taken, or refused."""
@@ -224,7 +241,6 @@ class Lingering:
         floors: dict[str, int] = {}
         start = self._log.end
         latest = 0
-        number = cursor.number if cursor.log_id == self._log.log_id else 0
         for name, (epoch, position) in cursor.positions.items():
             ends = self._log.ends(name)
             if not ends:
@@ -237,7 +253,7 @@ class Lingering:
             offset = max(offset, 0)
             latest = max(latest, offset)
             last = max(end.offset for end in ends.values())
-            if position >= ends[epoch].position - 1 and ends[epoch].offset == last < number:
+            if position >= ends[epoch].position - 1 and ends[epoch].offset == last < cursor.number:
                 offset = self._log.end  # quiet since
             floors[name] = offset
             start = min(start, offset)

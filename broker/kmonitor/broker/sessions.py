@@ -47,7 +47,7 @@ class Cursor:
     """Node -> (epoch, position of the last event)."""
     log_id: int = 0
     number: int = 0
-    """The last mark of that log that it was told of."""
+    """The last mark of our log that it was told of; 0 if it says nothing of that."""
     stream_id: int = 0
     """Of the earlier stream; 0 if that is not said."""
 

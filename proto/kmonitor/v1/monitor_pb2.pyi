@@ -518,7 +518,7 @@ Global___SubscribeRequest: _TypeAlias = SubscribeRequest  # noqa: Y015
 
 @_typing.final
 class Cursor(_message.Message):
-    """What a client has taken: one position a node."""
+    """What a client has taken: one position a node. One that a connected node cannot have come to is INVALID_ARGUMENT."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -67,7 +67,8 @@ class MonitorServiceServicer:
     """
 
     def Watch(self, request_iterator, context):
-        """The open device: register and deregister at will; the end of the stream removes all that it registered.
+        """The open device: register and deregister at will. CloseRequest removes all that was registered; a stream that ends otherwise leaves
+        it for a while (`linger_ms`), for one with its cursor to come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

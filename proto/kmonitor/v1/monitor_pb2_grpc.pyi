@@ -34,7 +34,9 @@ class MonitorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MonitorServiceAsyncStub: ...
     Watch: _grpc.StreamStreamMultiCallable[_monitor_pb2.WatchRequest, _monitor_pb2.Notification]
-    """The open device: register and deregister at will; the end of the stream removes all that it registered."""
+    """The open device: register and deregister at will. CloseRequest removes all that was registered; a stream that ends otherwise leaves
+    it for a while (`linger_ms`), for one with its cursor to come.
+    """
     Subscribe: _grpc.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.Notification]
     """The same with a fixed set of registrations."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.ListNodesRequest, _monitor_pb2.ListNodesResponse]
@@ -52,7 +54,9 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Watch: _aio.StreamStreamMultiCallable[_monitor_pb2.WatchRequest, _monitor_pb2.Notification]  # type: ignore[assignment]
-    """The open device: register and deregister at will; the end of the stream removes all that it registered."""
+    """The open device: register and deregister at will. CloseRequest removes all that was registered; a stream that ends otherwise leaves
+    it for a while (`linger_ms`), for one with its cursor to come.
+    """
     Subscribe: _aio.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.Notification]  # type: ignore[assignment]
     """The same with a fixed set of registrations."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_monitor_pb2.ListNodesRequest, _monitor_pb2.ListNodesResponse]  # type: ignore[assignment]
@@ -73,7 +77,9 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_monitor_pb2.WatchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_monitor_pb2.Notification], _abc.AsyncIterator[_monitor_pb2.Notification]]:
-        """The open device: register and deregister at will; the end of the stream removes all that it registered."""
+        """The open device: register and deregister at will. CloseRequest removes all that was registered; a stream that ends otherwise leaves
+        it for a while (`linger_ms`), for one with its cursor to come.
+        """
 
     @_abc_1.abstractmethod
     def Subscribe(

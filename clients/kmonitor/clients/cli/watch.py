@@ -64,7 +64,7 @@ def watch(
             metavar="FILE",
             help="Go on where the last run with this file stopped: each event is shown once, those from between too, and a pid or pidfile "
             "is the process of before for as long as the file is there. Of a kmon that was killed, what came in its last moment may be "
-            "shown a second time. What the broker no longer has is told as a gap.",
+            "shown a second time. What the broker's log no longer has, or --linger was too short for, is told as a gap.",
             rich_help_panel=_ACT,
         ),
     ] = None,
