@@ -101,8 +101,9 @@ def at(node: str, epoch: int, position: int) -> monitor_pb2.Cursor.Position:
     return monitor_pb2.Cursor.Position(node=node, epoch=epoch, position=position)
 
 
-def _node(channel: grpc.Channel) -> monitor_pb2.Node:
-    [node] = monitor_pb2_grpc.MonitorServiceStub(channel).ListNodes(monitor_pb2.ListNodesRequest(), timeout=GRPC_LIMIT).nodes
+def _node(channel: grpc.Channel, name: str) -> monitor_pb2.Node:
+    request = monitor_pb2.ListNodesRequest(nodes=monitor_pb2.NodeSelector(names=[name]))
+    [node] = monitor_pb2_grpc.MonitorServiceStub(channel).ListNodes(request, timeout=GRPC_LIMIT).nodes
     return node
 
 
@@ -112,7 +113,7 @@ def _node(channel: grpc.Channel) -> monitor_pb2.Node:
 def test_a_cursor_from_beyond(channel: grpc.Channel, settled: tuple[str, str], own_epoch: bool, position: int) -> None:
     """Whoever believed it would say nothing for ever."""
     name = settled[1]
-    cursor = monitor_pb2.Cursor(positions=[at(name, _node(channel).epoch if own_epoch else U64, position)])
+    cursor = monitor_pb2.Cursor(positions=[at(name, _node(channel, name).epoch if own_epoch else U64, position)])
     wanted = registration((name,))
     request = monitor_pb2.SubscribeRequest(registrations=[wanted], cursor=cursor)
     code, details = status_of(lambda: monitor_pb2_grpc.MonitorServiceStub(channel).Subscribe(request, timeout=GRPC_LIMIT))
