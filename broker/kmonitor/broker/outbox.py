@@ -156,9 +156,10 @@ class Outbox:
         self._stretches.append(stretch)
         self._lagging.add(self)
 
-    def gathered(self, before: Iterable[bytes] = ()) -> None:
-        """What is to be delivered from the log is known now, and what is to be said `before` that."""
+    def gathered(self, start: int, before: Iterable[bytes] = ()) -> None:
+        """What is to be delivered from the log is known now: from `start` on, and what is to be said `before` that."""
         if self._gathering is not None:
+            self._gathering.start = max(min(start, self._gathering.start), self._log.oldest)
             self._gathering.notices += before
             self._gathering.end = self._log.end
             self._gathering = None

@@ -206,7 +206,7 @@ class Lingering:
     def _keep_past(self, registration: Registration, span: Span, mask: int) -> None:
         arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
         copy = self._copy(arm, span, mask)
-        if span.end is None or span.end <= copy.first:
+        if span.end is None:
             return
         if copy.root and copy.follow and arm.spans:
             # Children of it live: what is above them is known by it.
@@ -270,8 +270,14 @@ class Lingering:
     def _finish(self, session: Session) -> None:
         """All that is brought again was brought: say what cannot be delivered, then deliver."""
         assert session.cursor is not None
+        for name in session.matcher.nodes_known() - session.cursor.positions.keys():
+            # Nothing was taken of it yet: it was armed where its positions begin, or came when the monitor had gone.
+            spans = session.matcher.spans_on(name)
+            offsets = [self._log.offset_behind(name, span.epoch, span.first - 1) for span in spans]
+            session.floors[name] = min((max(offset, 0) for offset in offsets if offset is not None), default=session.floors.get(name, 0))
+            session.reads_from = min(session.reads_from, session.floors[name])
         session.before += self._evicted(session, session.cursor)
-        session.outbox.gathered(session.before)
+        session.outbox.gathered(session.reads_from, session.before)
         session.before = []
         donors, session.donors = session.donors, {}
         session.donor_spans.clear()

@@ -94,7 +94,8 @@ class EventLog(Protocol):
         ...
 
     def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
-        """From which offset on all entries of the node lie that hold anything behind `position`, those of later epochs too.
+        """From which offset on all entries of the node lie that hold anything behind `position`, those of later epochs too; with -1,
+        marks at position 0 as well.
 
         Later in the log: a node may come back to an epoch after another one, and what lies between is behind what came before it.
         May be below `oldest`; then some of them are gone. None if the log has never known this epoch, or has forgotten it.

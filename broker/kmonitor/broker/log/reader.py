@@ -54,13 +54,18 @@ class Reader:
 
     def passed(self, node: str, epoch: int, position: int, oldest: int) -> int | None:
         """Offset of the last entry, from `oldest` on, up to which the epoch reaches no further than `position`; None if there is none."""
+        if position < 0:
+            return None
         return self._first(
             f"{_OF_EPOCH} reach <= ? ORDER BY reach DESC, offset DESC LIMIT 1", (node, signed(epoch), oldest, ordered(position))
         )
 
     def behind(self, node: str, epoch: int, position: int, oldest: int) -> int | None:
         """Offset of the first entry, from `oldest` on, that reaches further than `position`; None if there is none."""
-        return self._first(f"{_OF_EPOCH} reach > ? ORDER BY reach, offset LIMIT 1", (node, signed(epoch), oldest, ordered(position)))
+        # Behind -1 there are also marks at position 0.
+        than, bound = (">", position) if position >= 0 else (">=", 0)
+        query = f"{_OF_EPOCH} reach {than} ? ORDER BY reach, offset LIMIT 1"
+        return self._first(query, (node, signed(epoch), oldest, ordered(bound)))
 
     def _first(self, query: str, values: Row) -> int | None:
         found = self._connection.execute(query, values).fetchone()
