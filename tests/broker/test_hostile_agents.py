@@ -184,3 +184,26 @@ async def test_a_drain_that_takes_the_place_of_a_live_agent(here: Here) -> None:
     assert (await taker.until("node")).state == monitor_pb2.NODE_STATE_UP
     await agent.send([rec(EXIT, 1)])
     await taker.until_events(1)
+
+
+async def test_nodes_are_listed_with_more_losses_than_can_be_said(here: Here) -> None:
+    """Two totals, each the largest there is."""
+    agent, taker = await start(here, registration(0x40))
+    await tell(agent, losses((EXIT, MOST, False), (EXIT, MOST, True)))
+    await taker.until("gap")
+    (node,) = (await here.monitor.ListNodes(monitor_pb2.ListNodesRequest())).nodes
+    assert node.lost == MOST
+
+
+async def test_a_takeover_that_fails_is_told(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node has no agent then, and monitors hear of it."""
+    _, taker = await start(here, registration(0x40))
+
+    def fail(_: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(here.broker, "remember_node", fail)
+        with pytest.raises((EOFError, grpc.aio.AioRpcError)):
+            await Agent(here.channel).connect()
+    assert (await taker.until("node")).state == monitor_pb2.NODE_STATE_UNREACHABLE

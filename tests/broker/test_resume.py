@@ -190,12 +190,13 @@ class Served(Agent):
         super().__init__(channel)
         self.inferred: list[tuple[int, int]] = []
         self.mask = 0
+        self.applied = False
         self.news = asyncio.Event()
         self.sent: list[tuple[int, list[Rec]]] = []
 
     async def serve(self) -> None:
         """Connect, and go on from there."""
-        self.inferred, self.mask = [], 0
+        self.inferred, self.mask, self.applied = [], 0, False
         end, self.position = self.position, self.acked
         welcome = await self.connect(infers_exits=True)
         self.position, self.acked = end, max(self.acked, welcome.position)
@@ -215,6 +216,7 @@ class Served(Agent):
                 kind = message.WhichOneof("kind")
                 if kind == "interest":
                     await self.apply(message.interest, gone=self.gone, cgroups={"/a": [50]})
+                    self.applied = True
                     self.mask = message.interest.node_mask
                 elif kind == "ack":
                     self.acked = message.ack.position

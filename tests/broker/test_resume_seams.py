@@ -617,3 +617,44 @@ async def test_progress_goes_on_while_the_disk_does_not_answer(on_disk: Here, mo
             assert (await taker.until("progress")).number == on_disk.log.committed
         assert taker.gaps == []
     await taker.until("gap")
+
+
+async def many_ends(here: Here, agent: Served) -> None:
+    """More children of process 100 come and go than the broker is made to remember."""
+    for pid in range(200, 220):
+        await agent.send([rec(FORK, 100, flags=OWN, child_tgid=pid, child_start_boottime_ns=pid * 10)])
+        await agent.send([rec(EXIT, pid, flags=OWN)])
+    await agent.acknowledged()
+    for _ in range(4):
+        tick(here.broker)
+
+
+async def test_forgotten_ends_of_a_node_without_a_position(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its positions begin where the monitor was armed, and a cursor cannot say so: there is a gap all the same."""
+    monkeypatch.setattr(broker_module, "PAST", 4)
+    agent, taker = await start(here, registration(0x48, pid=100, follow=True))
+    await taker.leave()
+    await many_ends(here, agent)
+    await taker.open()
+    await taker.until("registered")
+    assert len(taker.events) < 40
+    assert [gap.reason for gap in taker.gaps] == [LOG]
+
+
+async def test_forgotten_ends_in_a_later_ring(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gap names that ring, and stands behind what is delivered of it."""
+    monkeypatch.setattr(broker_module, "PAST", 4)
+    agent, taker = await start(here, registration(0x48, pid=100, follow=True))
+    await agent.send([rec(FORK, 100, flags=OWN, child_tgid=300, child_start_boottime_ns=3000)])
+    await taker.until_events(1)
+    await taker.leave()
+    await agent.leave()
+    agent.epoch, agent.position, agent.acked, agent.sent = 8, 0, 0, []
+    await agent.serve()
+    await agent.wait(lambda: agent.applied)
+    await many_ends(here, agent)
+    await taker.open()
+    await taker.until("registered")
+    while not any(gap.reason == LOG and gap.epoch == 8 for gap in taker.gaps):
+        await taker.take()
+    assert len(taker.events) < 41

@@ -53,6 +53,7 @@ class Agents:
             node = self._broker.nodes.get(hello.node)
             if node is not None:
                 node.link = node.drain = None
+                self._unreachable(node, "its agent's hello could not be dealt with")
             raise
 
     def _connect(self, hello: agent_pb2.Hello) -> Link:

@@ -192,7 +192,7 @@ class Node:
             epoch=self.epoch,
             position=self.position,
             since_unix_nano=self.since_ns,
-            lost=sum(self.lost.values()),
+            lost=min(sum(self.lost.values()), (1 << 64) - 1),
             watched_processes=self.interest.watched_processes,
             node_mask=self.interest.node_mask,
             received_bytes=self.received_bytes,

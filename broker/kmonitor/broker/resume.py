@@ -123,6 +123,8 @@ class Lingering:
         # Of the same key: it may have been over, and registered again, since the client took its last.
         copied = [span for span in self._spans_of(session, theirs, donor) if span.mask & mask]
         its_own = theirs.stream_id == session.stream_id
+        if not its_own and not _reach_back(session.cursor, copied):
+            return False  # of what was before they came nobody knows anything: it is registered anew, behind a gap
         kept = {span.node for span in copied}
         for name, arm in donor.arms.items():
             mine = registration.arms.setdefault(name, Arm(registration, name))
@@ -279,6 +281,7 @@ class Lingering:
         session.before += self._evicted(session, session.cursor)
         session.outbox.gathered(session.reads_from, session.before)
         session.before = []
+        self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
         session.donor_spans.clear()
         for theirs in donors:
@@ -311,6 +314,18 @@ class Lingering:
                 out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
         return out
 
+    def _say_what_was_forgotten(self, session: Session, cursor: Cursor) -> None:
+        """In rings that came after the one that the client knows: behind all that is delivered, as a cursor does not go back."""
+        for name in session.matcher.nodes_known() & cursor.positions.keys():
+            if session.floors.get(name, 0) >= session.matcher.remembers_from:
+                continue
+            known = cursor.positions[name][0]
+            for epoch, end in self._log.ends(name).items():
+                later = epoch != known and self._is_later(name, epoch, known)
+                if later and session.matcher.spans_between(name, epoch, 0, end.position):
+                    positions, times = (0, end.position), (0, time.time_ns())
+                    session.tell(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
+
     def _dropped(self, session: Session, name: str, epoch: int, position: int) -> Iterator[bytes]:
         """What retention has taken of a node, nobody has counted it, and the client has come to a position of an epoch."""
         behind = epoch not in self._log.ends(name)
@@ -333,6 +348,14 @@ def _places(cursor: Cursor, matcher: Matcher) -> Iterator[tuple[str, int, int]]:
         else:
             for epoch in sorted({span.epoch for span in matcher.spans_on(name)}):
                 yield name, epoch, -1
+
+
+def _reach_back(cursor: Cursor, spans: list[Span]) -> bool:
+    """Whether these spans are of the rings that the cursor is of, wherever it says."""
+    epochs: dict[str, set[int]] = {}
+    for span in spans:
+        epochs.setdefault(span.node, set()).add(span.epoch)
+    return all(cursor.positions[name][0] in found for name, found in epochs.items() if name in cursor.positions)
 
 
 def _same_processes(mine: Registration, theirs: Registration) -> bool:
