@@ -79,7 +79,8 @@ def _markdown(machine: Mapping[str, str], results: Mapping[str, Result], plots: 
 
 
 def _spread(figure: Figure) -> str:
-    return f"{amount(figure.low, 'x' if figure.unit == 'x' else '').strip()} to {amount(figure.high, 'x' if figure.unit == 'x' else '').strip()}"
+    unit = "x" if figure.unit == "x" else ""
+    return f"{amount(figure.low, unit).strip()} to {amount(figure.high, unit).strip()}"
 
 
 def _target(figure: Figure) -> str:
