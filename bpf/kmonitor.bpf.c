@@ -76,6 +76,7 @@ struct subject {
 	struct task_struct *leader;
 	__u32 tgid;
 	__u32 tid;
+	__u64 waiting; /* bytes in the ring that were not released, when a record was last begun */
 	__u32 process_mask; /* what its own entry asks for */
 	__u32 cgroup_mask;
 	__u32 follow;
@@ -209,7 +210,8 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 	struct task_struct *named;
 	bool first_to_go = bit < KMONITOR_PROCESS_FORK || !(flags & KMONITOR_F_MATCH_PROCESS);
 
-	if (first_to_go && bpf_ringbuf_query(MAP(events), BPF_RB_AVAIL_DATA) > config.fill_mark) {
+	subject->waiting = bpf_ringbuf_query(MAP(events), BPF_RB_AVAIL_DATA);
+	if (first_to_go && subject->waiting > config.fill_mark) {
 		count_lost(flags, bit);
 		return NULL;
 	}
@@ -247,11 +249,14 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 
 /*
  * A wake-up costs more than the event. The reader says when it sleeps; the flag is read after the reserve, whose lock orders
- * it against the reader, which sets it and then looks for reserved records once more.
+ * it against the reader, which sets it and then looks for reserved records once more. While it naps, to gather what comes, it is woken
+ * when that is much, and for what is urgent: the wake-up stays with its descriptor, also if it does not sleep this moment.
  */
-static __always_inline void commit(struct kmonitor_record *record, bool urgent)
+static __always_inline void commit(struct kmonitor_record *record, __u64 waiting, bool urgent)
 {
-	bpf_ringbuf_submit(record, control.sleeping || urgent ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+	bool wake = control.sleeping || waiting > control.wake_above || (urgent && !control.calm);
+
+	bpf_ringbuf_submit(record, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
 PROBE(kmonitor_fork, sched_process_fork)
@@ -290,7 +295,7 @@ PROBE(kmonitor_fork, sched_process_fork)
 	record->child.start_boottime_ns = START_BOOTTIME(child);
 	record->child.tid = scoped_id(child);
 	record->child.tgid = thread ? subject.tgid : record->child.tid;
-	commit(record, false);
+	commit(record, subject.waiting, false);
 	return 0;
 }
 
@@ -322,7 +327,7 @@ static __always_inline void emit_exec(struct subject *subject, __u16 flags, stru
 	}
 	record->filename_len = filename_len;
 	record->args_len = args_len;
-	commit(record, false);
+	commit(record, subject->waiting, false);
 }
 
 #define TAIL_SMALL (1 * KMONITOR_SLOT_SIZE)
@@ -398,8 +403,8 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 			record->flags |= entry->flags;
 		}
 	}
-	/* What failovers wait for is not left to the reader's nap. Not for whole trees: a storm would wake for each. */
-	commit(record, bit == KMONITOR_PROCESS_EXIT && subject->process_mask && !subject->follow);
+	/* What failovers wait for is not left to the reader's nap. */
+	commit(record, subject->waiting, bit == KMONITOR_PROCESS_EXIT && subject->process_mask | subject->cgroup_mask);
 }
 
 PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is the last of its process */
@@ -606,7 +611,7 @@ ROUTINE(kmonitor_infer)
 	record->status = 0;
 	*(__u64 *)record->comm = GONE(comm[0]);
 	*(__u64 *)(record->comm + sizeof(__u64)) = GONE(comm[8]);
-	commit(record, true);
+	commit(record, 0, true);
 	return 1;
 }
 

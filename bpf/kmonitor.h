@@ -134,6 +134,9 @@ struct kmonitor_control {
 	unsigned int object_crc;  /* of the probe's object file that made it */
 	unsigned int pidns_inum;  /* of the namespace that pidns_level is of; 0 if none was asked for, or found yet */
 	unsigned long long lost[KMONITOR_LOST_CLASSES][KMONITOR_LOST_TYPES];
+	unsigned long long wake_above; /* the reader naps: wake it when more bytes than these wait to be released */
+	unsigned int calm; /* ... and not for what is urgent: there is too much of it */
+	unsigned int unused;
 };
 
 /* Read-only, set between open and load. */

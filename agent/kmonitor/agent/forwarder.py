@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 from kmonitor.agent.losses import Losses
+from kmonitor.agent.pace import FILL_BYTES, GATHER_S, Pace
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boottime_to_unix_ns
-from kmonitor.wire.record import SLOT_SIZE
 
 BLOCK_BYTES = 256 * 1024
-_NAP_LEAST_S = 0.001
-_NAP_MOST_S = 0.005
-_RATE_WINDOW_S = 0.02
-_NAP_SLOTS = 40
-"""So many slots within about the window are a storm. A process that comes, execs and goes makes four."""
 _BUSY_SECONDS = 0.0005
 
 _IN_FLIGHT_MOST = 4
@@ -36,8 +30,11 @@ class Forwarder:
     Owned by the event loop's thread, as are the ring and the maps. `run`, `tell_late` and `heartbeat` are tasks of the stream's.
     """
 
-    def __init__(self, feed: Feed, write: Write) -> None:
+    def __init__(self, feed: Feed, write: Write, gather_s: float = GATHER_S) -> None:
+        """`gather_s`: so long, in seconds, events wait for each other at most when many come."""
         self._ring = feed.ring
+        self._pace = Pace(gather_s)
+        self._fill = min(FILL_BYTES, feed.ring.size // 8)
         self._write = write
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -59,42 +56,40 @@ class Forwarder:
         """Send what the ring holds, for ever. Nothing here is done once per event."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._ring.wakeups.fileno(), self._on_wakeup)
-        drained_at = loop.time()
-        level = 0.0  # slots of late: each counts for less the longer ago it was
         try:
             while True:
                 while len(self._in_flight) >= _IN_FLIGHT_MOST:
                     self._room.clear()
                     await self._room.wait()
-                sent = await self._send_block()
-                if sent:
-                    level += sent
-                    continue
-                now = loop.time()
-                level *= math.exp((drained_at - now) / _RATE_WINDOW_S)
-                drained_at = now
-                # The more there is, the longer the nap: a block costs the broker some 0.2 ms, however little is in it.
-                await self._wait(nap=min(_NAP_LEAST_S * level / _NAP_SLOTS, _NAP_MOST_S) if level > _NAP_SLOTS else 0.0)
+                woken = self._wake.is_set()
+                self._wake.clear()
+                async with self._lock:
+                    size = await self._send_block()
+                if size < self._fill:
+                    await self._wait(sent=size > 0, woken=woken)
         finally:
             loop.remove_reader(self._ring.wakeups.fileno())
             self._ring.awake()
 
-    async def _wait(self, *, nap: float) -> None:
-        """Until there may be something to read.
+    async def _wait(self, *, sent: bool, woken: bool) -> None:
+        """Until there may be something to send.
 
         A wake-up costs the process that forks more than the event does. So when events come fast the reader naps, as a
         network driver does (NAPI), and asks to be woken only when they come slowly; an urgent event wakes it all the same.
         """
-        self._wake.clear()
-        if nap > 0:
-            await self._sleep(nap)
-        elif self._ring.prepare_sleep():
-            await self._wake.wait()
-        else:
+        now = asyncio.get_running_loop().time()
+        if (woken or not sent) and self._ring.has_unread() and not self._ring.committed_ahead():
             # Reserved, and not committed yet: the probe is at it this moment on another CPU, or was interrupted.
-            await asyncio.sleep(0)
-            if self._ring.has_unread() and not self._ring.committed_ahead():
-                await self._sleep(_BUSY_SECONDS)
+            await self._sleep(_BUSY_SECONDS)
+        elif (nap := self._pace.nap_s(now)) > 0:
+            calm = self._pace.calm_s(now)
+            if self._ring.prepare_nap(self._fill, calm=calm > 0) and not self._wake.is_set():
+                await self._sleep(min(nap, calm or nap))
+                if self._wake.is_set() and self._ring.producer - self._ring.position < self._fill:
+                    self._pace.sent_early(now)
+            self._ring.awake()
+        elif not self._wake.is_set() and self._ring.prepare_sleep():
+            await self._wake.wait()
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -104,26 +99,27 @@ class Forwarder:
             pass
 
     def _on_wakeup(self) -> None:
-        self._ring.awake()
-        self._wake.set()
+        if self._ring.awake():
+            self._wake.set()
 
     def wake(self) -> None:
         """There is something in the ring, whether the source has woken the reader or not."""
-        self._on_wakeup()
+        self._ring.awake()
+        self._wake.set()
 
     async def _send_block(self) -> int:
-        """Write one block; how many slots it had, 0 if there was none."""
+        """Write one block; how many bytes it had, 0 if there was none. The caller holds the lock."""
         now = asyncio.get_running_loop().time()
-        async with self._lock:
-            self._losses.look(now)
-            position = self._ring.position
-            data = self._ring.read(BLOCK_BYTES)
-            if data is not None:
-                self._in_flight.append(self._ring.position)
-                block = agent_pb2.Block(position=position, data=data, boottime_to_unix_ns=self._offset)
-                await self._write(agent_pb2.AgentMessage(block=block))
-            await self._tell_losses(now)
-            return 0 if data is None else len(data) // SLOT_SIZE
+        self._losses.look(now)
+        position = self._ring.position
+        data = self._ring.read(BLOCK_BYTES)
+        if data is not None:
+            self._in_flight.append(self._ring.position)
+            block = agent_pb2.Block(position=position, data=data, boottime_to_unix_ns=self._offset)
+            await self._write(agent_pb2.AgentMessage(block=block))
+            self._pace.sent(now)
+        await self._tell_losses(now)
+        return 0 if data is None else len(data)
 
     async def _tell_losses(self, now: float, *, force: bool = False) -> None:
         """Once everything around them was sent: so a monitor hears of the gap where it is."""
@@ -152,10 +148,12 @@ class Forwarder:
         while True:
             async with self._lock:
                 now_ns = time.time_ns()  # before the looks: what is made or lost after it is not spoken of
-                all_sent = not self._ring.has_unread()
+                unread, end = self._ring.has_unread(), self._ring.producer
+                if unread and len(self._in_flight) < _IN_FLIGHT_MOST:
+                    await self._send_block()  # while many come there is always something that gathers
                 self._losses.look(loop.time())
                 await self._tell_losses(loop.time())
-                if self._losses.clear_at(now_ns) and all_sent:
+                if self._losses.clear_at(now_ns) and self._ring.position >= end and not self._ring.behind:
                     self._complete_ns = now_ns
                 beat = agent_pb2.Heartbeat(position=self._losses.complete_before(self._ring.position), time_unix_nano=self._complete_ns)
                 await self._write(agent_pb2.AgentMessage(heartbeat=beat))
@@ -193,8 +191,8 @@ class Forwarder:
 
     async def drain(self) -> None:
         """Send what is there now, tell what is missing, and wait until the broker has it."""
-        while await self._send_block():
-            pass
         async with self._lock:
+            while await self._send_block():
+                pass
             await self._tell_losses(asyncio.get_running_loop().time(), force=True)
         await self.until_released(self._ring.position)

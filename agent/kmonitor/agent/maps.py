@@ -22,13 +22,27 @@ WATCHED_ROOT = 0x4
 LOST_NODE = 0
 LOST_PROCESS = 1
 LOST_FOLLOW = 7
+NEVER_WOKEN = (1 << 64) - 1
+"""More bytes than a ring holds."""
 
 CONTROL_DTYPE: np.dtype[Any] = np.dtype(
     {
-        "names": ["any_mask", "all_mask", "sleeping", "pidns_level", "epoch", "object_crc", "pidns_inum", "lost"],
-        "formats": ["<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "<u4", ("<u8", (2, 8))],
-        "offsets": [0, 4, 8, 12, 16, 24, 28, 32],
-        "itemsize": 160,
+        "names": [
+            "any_mask",
+            "all_mask",
+            "sleeping",
+            "pidns_level",
+            "epoch",
+            "object_crc",
+            "pidns_inum",
+            "lost",
+            "wake_above",
+            "calm",
+            "unused",
+        ],
+        "formats": ["<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "<u4", ("<u8", (2, 8)), "<u8", "<u4", "<u4"],
+        "offsets": [0, 4, 8, 12, 16, 24, 28, 32, 160, 168, 172],
+        "itemsize": 176,
     }
 )
 PROCESS_DTYPE: np.dtype[Any] = np.dtype(
@@ -126,6 +140,8 @@ class Control:
         self._memory = mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self._value = np.frombuffer(self._memory, dtype=CONTROL_DTYPE, count=1)
         self._sleeping = self._value["sleeping"]
+        self._wake_above = self._value["wake_above"]
+        self._calm = self._value["calm"]
         self._lost = self._value["lost"][0]
 
     def __getitem__(self, name: str) -> int:
@@ -138,6 +154,11 @@ class Control:
         """Say whether the reader must be woken. The caller fences, and looks at the ring once more, before it sleeps."""
         self._sleeping[0] = asleep
 
+    def set_nap(self, wake_above: int = NEVER_WOKEN, *, calm: bool = False) -> None:
+        """Say above how many bytes that wait to be released the reader must be woken, and, if `calm`, that what is urgent is no reason."""
+        self._wake_above[0] = wake_above
+        self._calm[0] = calm
+
     def lost(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Records that were not made since the ring was: by type (and "could not follow"), node-wide ones and watched ones."""
         node, process = self._lost.tolist()
@@ -145,7 +166,7 @@ class Control:
 
     def close(self) -> None:
         """Unmap."""
-        del self._value, self._sleeping, self._lost
+        del self._value, self._sleeping, self._wake_above, self._calm, self._lost
         self._memory.close()
 
 

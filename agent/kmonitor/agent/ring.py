@@ -38,6 +38,12 @@ class Ring:
         self._fence = threading.Lock()
         self.position = self.consumer
         """Where the next read begins."""
+        self.behind = False
+        """All that there is can be seen."""
+        self._fill = 0
+        """While the reader naps: so many unread bytes end that."""
+        self._calm = False
+        control.set_nap()
         # Data that is not released keeps the ring "ready" for a level-triggered wait: wait for the edge.
         self.wakeups = select.epoll()
         self.wakeups.register(fd, select.EPOLLIN | select.EPOLLET)
@@ -83,6 +89,8 @@ class Ring:
         if position > self.consumer:
             self._consumer[0] = min(position, self.producer)
         self.position = max(self.position, self.consumer)
+        if self._fill:
+            self._control.set_nap(self.position - self.consumer + self._fill, calm=self._calm)
 
     def rewind(self) -> None:
         """Read again what was not released."""
@@ -100,14 +108,25 @@ class Ring:
             return False
         return True
 
-    def awake(self) -> None:
-        """No more wake-ups; forget those that came."""
+    def prepare_nap(self, fill: int, *, calm: bool) -> bool:
+        """Ask to be woken when `fill` bytes can be read, or earlier, unless `calm`, by what is urgent. False if so many can be already."""
+        self._fill, self._calm = fill, calm
+        self._control.set_nap(self.position - self.consumer + fill, calm=calm)
+        with self._fence:
+            return self.producer - self.position < fill
+
+    def awake(self) -> bool:
+        """No more wake-ups; forget those that came. True: there was a reason for them."""
+        self._fill = 0
         self._control.set_sleeping(False)
+        self._control.set_nap()
         self.wakeups.poll(0)
+        return True
 
     def close(self) -> None:
         """Unmap; the ring lives on if it is pinned."""
         self._control.set_sleeping(False)
+        self._control.set_nap()
         self.wakeups.close()
         del self._consumer, self._producer, self._slots
         self._consumer_page.close()

@@ -33,6 +33,10 @@ class Ring(Protocol):
     def producer(self) -> int:
         """Where the next record will lie."""
 
+    @property
+    def behind(self) -> bool:
+        """Not all that there is can be seen: the source has yet to take it in."""
+
     def has_unread(self) -> bool:
         """Whether anything, committed or not, lies behind `position`."""
 
@@ -51,8 +55,12 @@ class Ring(Protocol):
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already."""
 
-    def awake(self) -> None:
-        """No more wake-ups; forget those that came."""
+    def prepare_nap(self, fill: int, *, calm: bool) -> bool:
+        """Ask to be woken when `fill` bytes can be read, or earlier, unless `calm`, by what is urgent: the exit of a watched process.
+        False if so many can be already."""
+
+    def awake(self) -> bool:
+        """No more wake-ups; forget those that came. Whether there was what was asked for."""
 
 
 class Control(Protocol):

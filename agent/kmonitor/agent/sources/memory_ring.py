@@ -23,6 +23,7 @@ FILENAME_MOST = 1024
 ARGS_MOST = 2944
 _LONGEST_RECORD_SLOTS = 32
 _FORK = 0x08
+_EXIT = 0x40
 _INDEX = {bit: index for index, bit in enumerate(TYPE_BITS)}
 
 # Ring's length and page; version, type, flags, filename_len, args_len; times and groups; ids; status; comm.
@@ -66,6 +67,11 @@ class MemoryRing:
         self._control = control
         self._take_in = take_in
         self._pause = Pause()
+        self._fill = 0
+        """While the reader naps: so many unread bytes end that."""
+        self._calm = False
+        self._urgent = False
+        """Something that a reader who naps is to be woken for lies behind `position`."""
         self._listening: int | None = None
         self._timer = _libc.timerfd_create(ctypes.c_int(1), ctypes.c_int(_TIMER_FLAGS))  # CLOCK_MONOTONIC; timerfd_create(2)
         if self._timer < 0:
@@ -123,6 +129,7 @@ class MemoryRing:
             if len(tail) > room:
                 memory[: len(tail) - room] = tail[room:]
         self.producer += size
+        self._urgent |= kind == _EXIT and bool(flags & F_MATCH_PROCESS)
 
     def has_room(self) -> bool:
         """Whether a record of one slot would get in, one that is dropped last."""
@@ -131,7 +138,7 @@ class MemoryRing:
     def has_unread(self) -> bool:
         """Whether anything lies behind `position`, or may, once it is taken in."""
         if self.producer == self.position:
-            self._fill()
+            self._look()
         return self.producer != self.position or self.behind
 
     def committed_ahead(self) -> bool:
@@ -141,7 +148,7 @@ class MemoryRing:
     def read(self, limit: int) -> bytes | None:
         """Records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
         if self.producer == self.position:
-            self._fill()
+            self._look()
         limit -= limit % SLOT_SIZE
         ahead = min(self.producer - self.position, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE)
         if ahead == 0:
@@ -153,6 +160,8 @@ class MemoryRing:
         if ahead > limit:
             data = data[: whole_records(slots_of(data), limit // SLOT_SIZE) * SLOT_SIZE]
         self.position += len(data)
+        if self.position == self.producer:
+            self._urgent = False
         return data
 
     def release(self, position: int) -> None:
@@ -167,20 +176,31 @@ class MemoryRing:
 
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already."""
-        self._fill()
+        self._look()
         if self.producer != self.position:
             return False
         self._arm()
         return True
 
-    def awake(self) -> None:
+    def prepare_nap(self, fill: int, *, calm: bool) -> bool:
+        """Ask to be woken when `fill` bytes can be read, or earlier, unless `calm`, by what is urgent. False if so many can be already."""
+        self._look()
+        self._fill, self._calm = fill, calm
+        self._arm()
+        return self.producer - self.position < fill and (calm or not self._urgent)
+
+    def awake(self) -> bool:
         """Forget the wake-ups that came, take in what there is, and ask for the next: whoever calls this whenever `wakeups` is readable
-        keeps the source from falling behind, though he may not read."""
+        keeps the source from falling behind, though he may not read. False: the reader may nap on."""
         self.wakeups.poll(0)
         with contextlib.suppress(BlockingIOError):
             os.read(self._timer, 8)
-        self._fill()
+        self._look()
         self._arm()
+        if self._fill and self.producer - self.position < self._fill and (self._calm or not self._urgent):
+            return False
+        self._fill = 0
+        return True
 
     def listen(self, fd: int | None) -> None:
         """Wake up when this descriptor is readable; None: when none is."""
@@ -195,7 +215,7 @@ class MemoryRing:
         self.wakeups.close()
         os.close(self._timer)
 
-    def _fill(self) -> None:
+    def _look(self) -> None:
         self._pause = self._take_in()
 
     def _arm(self) -> None:
