@@ -13,6 +13,7 @@ from kmonitor.agent.pace import FILL_BYTES, GATHER_S, Pace
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boottime_to_unix_ns
+from kmonitor.wire.record import SLOT_SIZE
 
 BLOCK_BYTES = 256 * 1024
 _BUSY_SECONDS = 0.0005
@@ -117,7 +118,7 @@ class Forwarder:
             self._in_flight.append(self._ring.position)
             block = agent_pb2.Block(position=position, data=data, boottime_to_unix_ns=self._offset)
             await self._write(agent_pb2.AgentMessage(block=block))
-            self._pace.sent(now)
+            self._pace.sent(now, len(data) // SLOT_SIZE)
         await self._tell_losses(now)
         return 0 if data is None else len(data)
 

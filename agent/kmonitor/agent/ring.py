@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kmonitor.agent.maps import Control
-from kmonitor.wire.record import RING_BUSY, SLOT_DTYPE, SLOT_SIZE, committed, whole_records
+from kmonitor.wire.record import RING_BUSY, SLOT_DTYPE, SLOT_SIZE, readable
 
 _LONGEST_RECORD_SLOTS = 32
 
@@ -76,11 +76,10 @@ class Ring:
         # x86 the order of loads is kept; elsewhere the lock's acquire orders them.
         with self._fence:
             window = self._slots[first : first + min(ahead, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE) // SLOT_SIZE]
-        done = window[: committed(window)]
-        count = whole_records(done, limit // SLOT_SIZE)
+        count = readable(window, limit // SLOT_SIZE)
         if count == 0:
             return None
-        data: bytes = done[:count].tobytes()
+        data: bytes = window[:count].tobytes()
         self.position += len(data)
         return data
 

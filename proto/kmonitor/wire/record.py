@@ -101,46 +101,23 @@ def slots_of(data: bytes | bytearray | memoryview) -> Slots:
 def record_starts(slots: Slots) -> Indices:
     """Indices of the slots in which a record begins, given that one begins in the first.
 
-    Follows the lengths by pointer doubling: log2(n) numpy steps, whatever the records. A record that claims to reach beyond
-    the end is taken to end there; `check_records` and `committed` tell.
+    A record that claims to reach beyond the end is taken to end there; `check_records` and `readable` tell.
     """
+    return _starts(len(slots), _others(slots["ring_length"]))
+
+
+def readable(slots: Slots, limit: int) -> int:
+    """How many of the slots, from the first, hold whole and committed records: up to the first that is still being written, and at most
+    `limit`, but at least one record if the first is committed."""
     count = len(slots)
-    if count <= _FEW:
-        return np.array(_few_starts(slots["ring_length"].tolist()), dtype=np.intp)
-    spans = _spans(slots)
-    if bool((spans == 1).all()):
-        return np.arange(count, dtype=np.intp)
-    jump = np.minimum(np.arange(count, dtype=np.intp) + spans, count)
-    jump = np.append(jump, count)
-    reached = np.zeros(count + 1, dtype=bool)
-    reached[0] = True
-    steps = 1
-    while steps <= count:
-        reached[jump[reached]] = True
-        jump = jump[jump]
-        steps *= 2
-    return np.flatnonzero(reached[:count])
-
-
-def committed(slots: Slots) -> int:
-    """How many of the slots, from the first, hold committed records: up to the first one that is still being written."""
-    if len(slots) <= _FEW:
-        lengths = slots["ring_length"].tolist()
-        return next((start for start in _few_starts(lengths) if lengths[start] & RING_BUSY), len(lengths))
-    starts = record_starts(slots)
-    busy = np.flatnonzero(slots["ring_length"][starts] & RING_BUSY)
-    return int(starts[busy[0]]) if len(busy) else len(slots)
-
-
-def whole_records(slots: Slots, limit: int) -> int:
-    """The largest number of slots, at most `limit`, after which a record ends. At least one record if there is any."""
-    if len(slots) <= limit:
-        return len(slots)
-    starts = record_starts(slots)
-    at = int(np.searchsorted(starts, limit, side="right")) - 1
-    if at == 0:
-        return int(starts[1]) if len(starts) > 1 else len(slots)
-    return int(starts[at])
+    for at, length, end in _others(slots["ring_length"]):
+        if at >= limit and at:
+            break
+        if length & RING_BUSY:
+            return at
+        if min(end, count) > limit:
+            return at or min(end, count)
+    return min(max(limit, 1), count)
 
 
 def check_records(slots: Slots) -> Indices:
@@ -150,30 +127,28 @@ def check_records(slots: Slots) -> Indices:
     """
     if len(slots) <= _FEW:
         return np.array(_check_few(slots), dtype=np.intp)
-    starts = record_starts(slots)
-    lengths = slots["ring_length"][starts]
-    if bool((lengths & RING_BUSY).any()):
-        raise BadRecordError(_NOT_COMMITTED)
-    spans = _spans(slots)[starts]
-    ends = starts + spans
-    if int(ends[-1]) != len(slots):
-        raise BadRecordError(_CUT_OFF)
-    sizes = (lengths & ~np.uint32(RING_DISCARD)).astype(np.int64) + RING_HEADER_SIZE
-    if bool((sizes % SLOT_SIZE).any()):
-        raise BadRecordError(_NOT_FILLED)
-    kept: Indices = starts[(lengths & RING_DISCARD) == 0]
-    records = slots[kept]
-    wrong = records["version"] != RECORD_VERSION
+    # Reading the slots' memory is what takes the time here: so each is read just once, 16 bytes of it.
+    words: npt.NDArray[np.uint64] = slots.view(_WORDS)
+    others = _others(words[:, 0].astype(np.uint32))
+    _check_others(others, len(slots))
+    starts = _starts(len(slots), others)
+    heads = words[:, 1] if len(starts) == len(slots) else words[:, 1][starts]
+    if discarded := [at for at, length, _ in others if length & RING_DISCARD]:
+        kept = ~np.isin(starts, discarded)
+        starts, heads = starts[kept], heads[kept]
+    wrong = heads & 0xFF != RECORD_VERSION
     if bool(wrong.any()):
-        found = int(records["version"][wrong][0])
-        raise BadRecordError(_WRONG_VERSION.format(found))
-    kinds = records["type"].astype(np.int64)
-    if bool(((kinds == 0) | (kinds & (kinds - 1) != 0) | (kinds > 0x40)).any()):
+        raise BadRecordError(_WRONG_VERSION.format(int(heads[wrong][0]) & 0xFF))
+    if not bool(_IS_TYPE[(heads >> np.uint64(8)).astype(np.uint8)].all()):
         raise BadRecordError(_WRONG_TYPE)
-    room = (spans[(lengths & RING_DISCARD) == 0] - 1) * SLOT_SIZE
-    if bool((records["filename_len"].astype(np.int64) + records["args_len"] > room).any()):
-        raise BadRecordError(_WRONG_TAIL)
-    return kept
+    with_tail = np.flatnonzero(heads >> np.uint64(32))
+    if len(with_tail):
+        tails = heads[with_tail] >> np.uint64(32)
+        ends = np.append(starts[1:], len(slots)) if not discarded else starts + _spans(slots["ring_length"][starts])
+        room = (ends[with_tail] - starts[with_tail] - 1) * SLOT_SIZE
+        if bool(((tails & 0xFFFF).astype(np.int64) + (tails >> np.uint64(16)).astype(np.int64) > room).any()):
+            raise BadRecordError(_WRONG_TAIL)
+    return starts
 
 
 _NOT_COMMITTED = "the block holds a record that was not committed: the agent is faulty"
@@ -182,6 +157,9 @@ _NOT_FILLED = f"a record does not fill its slots of {SLOT_SIZE} bytes: agent and
 _WRONG_VERSION = f"record version {{}}, expected {RECORD_VERSION}: upgrade the older of agent and broker"
 _WRONG_TYPE = "a record's type is not one event bit: the block is damaged"
 _WRONG_TAIL = "an exec record's arguments reach beyond its end: the block is damaged"
+_ONE_SLOT = SLOT_SIZE - RING_HEADER_SIZE
+_WORDS = np.dtype(("<u8", SLOT_SIZE // 8))
+_IS_TYPE = np.isin(np.arange(256), [1 << bit for bit in range(7)])
 _TYPES = frozenset((0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40))
 
 
@@ -222,7 +200,40 @@ def _check_few(slots: Slots) -> list[int]:
     return kept
 
 
-def _spans(slots: Slots) -> Indices:
-    """Slots that the record beginning in each slot would take; at least 1. Garbage, but safe, where none begins."""
-    lengths = (slots["ring_length"] & 0x3FFFFFFF).astype(np.intp) + RING_HEADER_SIZE
-    return np.maximum((lengths + SLOT_SIZE - 1) // SLOT_SIZE, 1)
+def _others(lengths: npt.NDArray[np.uint32]) -> list[tuple[int, int, int]]:
+    """Of the records that are not just one slot, committed and kept: (slot in which it begins, its ring length, slot behind it).
+
+    Nearly all records are: those are found in one go, and the others, which come with some 50 us of their own, one by one.
+    """
+    found = np.flatnonzero(lengths != _ONE_SLOT)
+    others = []
+    behind = 0
+    for at, length in zip(found.tolist(), lengths[found].tolist(), strict=True):
+        if at >= behind:  # else it lies within the record before
+            behind = at + _span(length)
+            others.append((at, length, behind))
+    return others
+
+
+def _starts(count: int, others: list[tuple[int, int, int]]) -> Indices:
+    starts = np.arange(count, dtype=np.intp)
+    if all(end - at == 1 for at, _, end in others):
+        return starts
+    begins = np.ones(count, dtype=bool)
+    for at, _, end in others:
+        begins[at + 1 : end] = False
+    return starts[begins]
+
+
+def _check_others(others: list[tuple[int, int, int]], count: int) -> None:
+    if any(length & RING_BUSY for _, length, _ in others):
+        raise BadRecordError(_NOT_COMMITTED)
+    if others and others[-1][2] > count:
+        raise BadRecordError(_CUT_OFF)
+    if any(((length & ~RING_DISCARD) + RING_HEADER_SIZE) % SLOT_SIZE for _, length, _ in others):
+        raise BadRecordError(_NOT_FILLED)
+
+
+def _spans(lengths: npt.NDArray[np.uint32]) -> Indices:
+    """Slots that records of these ring lengths take."""
+    return np.maximum(((lengths & 0x3FFFFFFF).astype(np.intp) + RING_HEADER_SIZE + SLOT_SIZE - 1) // SLOT_SIZE, 1)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kmonitor.agent.maps import LOST_NODE, LOST_PROCESS, TYPE_BITS
 from kmonitor.agent.sources.memory_tables import MemoryControl
-from kmonitor.wire.record import F_ARGS_TRUNCATED, F_MATCH_PROCESS, RECORD_VERSION, RING_HEADER_SIZE, SLOT_SIZE, slots_of, whole_records
+from kmonitor.wire.record import F_ARGS_TRUNCATED, F_MATCH_PROCESS, RECORD_VERSION, RING_HEADER_SIZE, SLOT_SIZE, readable, slots_of
 
 FILENAME_MOST = 1024
 ARGS_MOST = 2944
@@ -158,7 +158,7 @@ class MemoryRing:
         if len(data) < ahead:
             data += bytes(self._memory[: ahead - len(data)])
         if ahead > limit:
-            data = data[: whole_records(slots_of(data), limit // SLOT_SIZE) * SLOT_SIZE]
+            data = data[: readable(slots_of(data), limit // SLOT_SIZE) * SLOT_SIZE]
         self.position += len(data)
         if self.position == self.producer:
             self._urgent = False
