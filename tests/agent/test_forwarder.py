@@ -51,9 +51,9 @@ class Broker:
         self.messages: list[tuple[float, agent_pb2.AgentMessage]] = []
         self._came = asyncio.Condition()
 
-    async def write(self, message: agent_pb2.AgentMessage) -> None:
+    async def write(self, frame: bytes) -> None:
         async with self._came:
-            self.messages.append((time.monotonic(), message))
+            self.messages.append((time.monotonic(), agent_pb2.AgentMessage.FromString(frame)))
             self._came.notify_all()
 
     def of(self, kind: str) -> list[agent_pb2.AgentMessage]:

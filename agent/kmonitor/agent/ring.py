@@ -66,8 +66,11 @@ class Ring:
         """Whether the record at `position` is one that can be read: something must lie there."""
         return not int(self._slots["ring_length"][(self.position & (self.size - 1)) // SLOT_SIZE]) & RING_BUSY
 
-    def read(self, limit: int) -> bytes | None:
-        """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
+    def read(self, limit: int) -> memoryview | None:
+        """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none.
+
+        It is the ring's memory: it holds until they are released, and is to be let go of before `close`.
+        """
         ahead = self.producer - self.position
         if ahead == 0:
             return None
@@ -79,7 +82,7 @@ class Ring:
         count = readable(window, limit // SLOT_SIZE)
         if count == 0:
             return None
-        data: bytes = window[:count].tobytes()
+        data: memoryview = window[:count].view(np.uint8).data
         self.position += len(data)
         return data
 

@@ -43,8 +43,9 @@ class Ring(Protocol):
     def committed_ahead(self) -> bool:
         """Whether the record at `position` is one that can be read: something must lie there."""
 
-    def read(self, limit: int) -> bytes | None:
-        """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none."""
+    def read(self, limit: int) -> bytes | memoryview | None:
+        """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none. It may be the
+        ring's memory: it holds until they are released."""
 
     def release(self, position: int) -> None:
         """Everything before `position` is not needed any more."""

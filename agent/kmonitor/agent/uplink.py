@@ -19,7 +19,7 @@ from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.source import Feed
-from kmonitor.v1 import agent_pb2, agent_pb2_grpc
+from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boot_id
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
 from kmonitor.wire.record import RECORD_SIZE, SLOT_SIZE
@@ -45,7 +45,9 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
-_Call = Any  # grpc.aio.StreamStreamCall of AgentMessage and BrokerMessage; its stub is not generic at run time
+_CONNECT = "/kmonitor.v1.AgentService/Connect"
+
+_Call = Any  # grpc.aio.StreamStreamCall of serialised AgentMessages and of BrokerMessages; it is not generic at run time
 
 
 class Uplink:
@@ -126,7 +128,9 @@ class Uplink:
     async def _one_stream(self) -> None:
         """Connect and serve until the stream ends; returns if it had been accepted."""
         async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
-            call: _Call = agent_pb2_grpc.AgentServiceStub(channel).Connect()
+            call: _Call = channel.stream_stream(
+                _CONNECT, request_serializer=None, response_deserializer=agent_pb2.BrokerMessage.FromString
+            )()
             forwarder = Forwarder(self._feed, call.write)
             try:
                 lease = await self._handshake(call, forwarder)
@@ -164,7 +168,7 @@ class Uplink:
         )
         self._add_to_hello(hello)
         async with asyncio.timeout(_CONNECT_TIMEOUT):
-            await call.write(agent_pb2.AgentMessage(hello=hello))
+            await call.write(agent_pb2.AgentMessage(hello=hello).SerializeToString())
             first = await call.read()
         if first is grpc.aio.EOF or first.WhichOneof("kind") != "welcome":
             raise ProtocolError(f"what answers at {self._address} is no kmonitor broker of this version")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded records, and the small change of protobuf's encoding."""
+"""Encoded records."""
 
 from __future__ import annotations
 
@@ -25,13 +25,3 @@ class Encoded:
 def utf8(raw: bytes) -> bytes:
     """The bytes as valid UTF-8: proto3 strings must be."""
     return raw if raw.isascii() else raw.decode("utf-8", "replace").encode()
-
-
-def varint(value: int) -> bytes:
-    """A number of at least 0, seven bits a byte."""
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

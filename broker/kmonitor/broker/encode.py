@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kmonitor.broker.block import Block
-from kmonitor.broker.elements import Encoded, utf8, varint
+from kmonitor.broker.elements import Encoded, utf8
 from kmonitor.broker.encode_few import encode_few
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_ARGS_TRUNCATED, F_INFERRED, F_KILLED_BY, F_OOM_KILLED, SLOT_SIZE, TAIL_OFFSET, Indices
+from kmonitor.wire.varint import varint
 
 MAX_MESSAGE = 1 << 20
 """Bytes of events in one Notification; one event that is longer still goes, alone."""

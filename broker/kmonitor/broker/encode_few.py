@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from kmonitor.broker.block import Block
-from kmonitor.broker.elements import Encoded, varint
+from kmonitor.broker.elements import Encoded
 from kmonitor.v1 import events_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_ARGS_TRUNCATED, F_INFERRED, F_KILLED_BY, F_OOM_KILLED, SLOT_DTYPE, SLOT_SIZE, TAIL_OFFSET
+from kmonitor.wire.varint import varint
 
 _CHILD = int(EventType.PROCESS_FORK | EventType.THREAD_CREATE)
 _ENDS = int(EventType.THREAD_ABORT | EventType.THREAD_EXIT | EventType.PROCESS_ABORT | EventType.PROCESS_EXIT)

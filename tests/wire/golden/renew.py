@@ -41,7 +41,7 @@ def play(source: Source, truth: Path, folder: str, *scene: str) -> tuple[int, by
     root.truth()
     root.stop()
     position = source.ring.position
-    data = source.ring.read(1 << 20)
+    data = bytes(source.ring.read(1 << 20) or b"")
     assert data is not None
     source.ring.release(source.ring.position)
     return position, data
