@@ -136,7 +136,7 @@ struct kmonitor_control {
 	unsigned long long lost[KMONITOR_LOST_CLASSES][KMONITOR_LOST_TYPES];
 	unsigned long long wake_above; /* the reader naps: wake it when more bytes than these wait to be released */
 	unsigned int calm; /* ... and not for what is urgent: there is too much of it */
-	unsigned int unused;
+	unsigned int reserved;
 };
 
 /* Read-only, set between open and load. */

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 
 from kmonitor.agent.frame import block_frame
@@ -19,8 +18,8 @@ from kmonitor.wire.record import SLOT_SIZE
 BLOCK_BYTES = 256 * 1024
 _BUSY_SECONDS = 0.0005
 
-_IN_FLIGHT_MOST = 4
-"""Blocks that the broker has not got. A broker that does not keep up gets larger blocks, not more of them: what waits
+_IN_FLIGHT_MOST = 4 * BLOCK_BYTES
+"""Bytes that the broker has not got. A broker that does not keep up gets larger blocks, not more of them: what waits
 in the ring costs nothing, and what waits in gRPC costs both sides for each message."""
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -46,8 +45,8 @@ class Forwarder:
         self._losses = Losses(feed)
         self._owed = asyncio.Event()
         """Set while a loss could be told but for the time since the last one."""
-        self._in_flight: deque[int] = deque()
-        """The position behind each block that the broker has not got."""
+        self._got = self._ring.position
+        """The broker has got all before it."""
         self._room = asyncio.Event()
         self._released = asyncio.Event()
 
@@ -59,9 +58,10 @@ class Forwarder:
         """Send what the ring holds, for ever. Nothing here is done once per event."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._ring.wakeups.fileno(), self._on_wakeup)
+        self._got = self._ring.position
         try:
             while True:
-                while len(self._in_flight) >= _IN_FLIGHT_MOST:
+                while self._ring.position - self._got >= _IN_FLIGHT_MOST:
                     self._room.clear()
                     await self._room.wait()
                 woken = self._wake.is_set()
@@ -118,7 +118,6 @@ class Forwarder:
         size = 0
         data = self._ring.read(BLOCK_BYTES)
         if data is not None:
-            self._in_flight.append(self._ring.position)
             frame = block_frame(position, data, self._offset)
             size = len(data)
             self._pace.sent(now, size // SLOT_SIZE)
@@ -155,16 +154,21 @@ class Forwarder:
             async with self._lock:
                 now_ns = time.time_ns()  # before the looks: what is made or lost after it is not spoken of
                 unread, end = self._ring.has_unread(), self._ring.producer
-                if unread and len(self._in_flight) < _IN_FLIGHT_MOST:
+                if unread and self._ring.position - self._got < _IN_FLIGHT_MOST:
                     await self._send_block()  # while many come there is always something that gathers
                 self._losses.look(loop.time())
                 await self._tell_losses(loop.time())
                 if self._losses.clear_at(now_ns) and self._ring.position >= end and not self._ring.behind:
                     self._complete_ns = now_ns
-                beat = agent_pb2.Heartbeat(position=self._losses.complete_before(self._ring.position), time_unix_nano=self._complete_ns)
-                await self._write(agent_pb2.AgentMessage(heartbeat=beat).SerializeToString())
+                await self._beat()
             self._offset = boottime_to_unix_ns()
             await asyncio.sleep(seconds)
+
+    async def _beat(self, *, acknowledge: bool = False) -> None:
+        beat = agent_pb2.Heartbeat(
+            position=self._losses.complete_before(self._ring.position), time_unix_nano=self._complete_ns, acknowledge=acknowledge
+        )
+        await self._write(agent_pb2.AgentMessage(heartbeat=beat).SerializeToString())
 
     async def answer(self, make: Callable[[], agent_pb2.AgentMessage]) -> None:
         """Do what changes the source, and write the answer before any record that comes of it."""
@@ -183,14 +187,17 @@ class Forwarder:
         that does not say what it has got says so by its log.
         """
         self._ring.release(ack.position)
-        got = max(ack.received, ack.position)
-        while self._in_flight and self._in_flight[0] <= got:
-            self._in_flight.popleft()
+        self._got = max(self._got, ack.received, ack.position)
         self._room.set()
         self._released.set()
 
     async def until_released(self, position: int) -> None:
         """Until the broker has everything before `position` in its log."""
+        if self._ring.consumer < position:
+            async with self._lock:
+                while self._ring.position < position and await self._send_block():
+                    pass
+                await self._beat(acknowledge=True)
         while self._ring.consumer < position:
             self._released.clear()
             await self._released.wait()

@@ -7,6 +7,7 @@ mapped twice in a row, so that a record that wraps around lies in one piece. Pos
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import select
 import threading
@@ -132,4 +133,5 @@ class Ring:
         self.wakeups.close()
         del self._consumer, self._producer, self._slots
         self._consumer_page.close()
-        self._pages.close()
+        with contextlib.suppress(BufferError):  # somebody still has what he read: it is unmapped when he lets go
+            self._pages.close()

@@ -165,6 +165,7 @@ class Uplink:
             labels=self._identity.labels,
             lost=forwarder.totals(),
             ring_bytes=ring.size,
+            counts_bytes=True,
         )
         self._add_to_hello(hello)
         async with asyncio.timeout(_CONNECT_TIMEOUT):

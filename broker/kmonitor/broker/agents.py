@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kmonitor.broker.block import Block
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.mark import Mark, MarkKind
-from kmonitor.broker.nodes import Link, Node
+from kmonitor.broker.nodes import RING_BYTES, Link, Node
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import BadRecordError, BadSelectorError
 from kmonitor.wire.masks import EventType
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 UP = monitor_pb2.NODE_STATE_UP
 UNREACHABLE = monitor_pb2.NODE_STATE_UNREACHABLE
 REBOOTED = monitor_pb2.NODE_STATE_REBOOTED
-
-_RING_BYTES = 8 << 20
-"""Taken for an agent that does not say how large its ring is."""
 
 
 class Agents:
@@ -117,6 +114,8 @@ class Agents:
         elif kind == "heartbeat":
             node.reached(message.heartbeat.position, message.heartbeat.time_unix_nano)
             node.complete = min(message.heartbeat.position, node.position), message.heartbeat.time_unix_nano
+            if message.heartbeat.acknowledge:
+                link.ack(node.logged, node.expected, urge=True)
         elif kind == "hello":
             raise RefusedError(Code.INVALID_ARGUMENT, "a second hello on one stream")
         elif link.draining:
@@ -231,7 +230,7 @@ class Agents:
     def _relieve(self, node: Node) -> None:
         """While the log cannot be written, rings fill with what nobody may forget yet. Live comes first: what is live already, and
         would fill the ring, is given up for the log. Those who read it there are told of the gap."""
-        most = (node.hello.ring_bytes or _RING_BYTES) // 2
+        most = (node.hello.ring_bytes or RING_BYTES) // 2
         if self._broker.trouble and node.expected - node.logged > most:
             until = node.give_up(node.expected - most // 2)
             self._broker.log.give_up(node.name, node.epoch, until)

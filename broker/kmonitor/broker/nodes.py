@@ -16,6 +16,13 @@ from kmonitor.broker.registrations import Ask, Key
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
 CALL_TIMEOUT = 5.0  # seconds
+RING_BYTES = 8 << 20
+"""Taken for an agent that does not say how large its ring is."""
+ACK_BYTES = 256 << 10
+"""So much, or a quarter of the ring, is acknowledged at once: a message of its own for each block would cost both sides as much as
+the block."""
+ACK_S = 0.25
+"""The rest waits no longer than this, seconds."""
 
 
 class Link:
@@ -35,6 +42,13 @@ class Link:
         self.spared = False
         """Whether the last look at its lease came too late to be held against it."""
         self._ack: agent_pb2.Ack | None = None
+        self._said = (0, 0)
+        """What was acknowledged: as logged, as received."""
+        self._reached = (0, 0)
+        """What could be."""
+        self._later: asyncio.TimerHandle | None = None
+        self._urged = 0
+        """The agent waits for what lies before to be in the log."""
         self._calls: dict[int, asyncio.Future[agent_pb2.ProcessList]] = {}
         self._call_ids = itertools.count(1)
 
@@ -43,10 +57,28 @@ class Link:
         self._messages.append(message)
         self.filled.set()
 
-    def ack(self, logged: int, received: int) -> None:
-        """All before `logged` is in the log, and all before `received` has come. Only the last one that waits is sent."""
-        self._ack = agent_pb2.Ack(position=logged, received=received)
-        self.filled.set()
+    def ack(self, logged: int, received: int, *, urge: bool = False) -> None:
+        """All before `logged` is in the log, and all before `received` has come: the agent is told if that is much, and otherwise a
+        little later; at once if it urges, until all that has come by now is in the log."""
+        self._reached = logged, received
+        if urge:
+            self._urged = received
+        hello = self.node.hello
+        much = min(ACK_BYTES, (hello.ring_bytes or RING_BYTES) // 4) if hello.counts_bytes else 0
+        # What has come is in the log very soon, and then both are said at once; unless the log is slow, or cannot be written.
+        if urge or logged - self._said[0] >= much or received - self._said[1] >= 2 * much or self._said[0] < self._urged <= logged:
+            self._say()
+        elif self._later is None:
+            self._later = asyncio.get_running_loop().call_later(ACK_S, self._say)
+
+    def _say(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        if self._reached != self._said:
+            self._said = self._reached
+            self._ack = agent_pb2.Ack(position=self._said[0], received=self._said[1])
+            self.filled.set()
 
     def take(self) -> list[agent_pb2.BrokerMessage]:
         """What is to be sent now."""
@@ -66,6 +98,8 @@ class Link:
             if not call.done():
                 call.set_exception(RefusedError(Code.UNAVAILABLE, f"node {self.node.name} went away: {failure}"))
         self._calls.clear()
+        if self._later is not None:
+            self._later.cancel()
         self.closed.set()
         self.filled.set()
 

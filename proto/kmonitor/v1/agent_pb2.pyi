@@ -157,6 +157,7 @@ class Hello(_message.Message):
     INFERS_EXITS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     RING_BYTES_FIELD_NUMBER: _builtins.int
+    COUNTS_BYTES_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
@@ -180,6 +181,10 @@ class Hello(_message.Message):
     """
     ring_bytes: _builtins.int
     """What the ring holds, bytes; 0 if that is not said."""
+    counts_bytes: _builtins.bool
+    """It goes on while less than a MiB is not acknowledged as received, so that one acknowledgement may stand for many blocks. Otherwise
+    each block is acknowledged.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -206,10 +211,11 @@ class Hello(_message.Message):
         infers_exits: _builtins.bool = ...,
         draining: _builtins.bool = ...,
         ring_bytes: _builtins.int = ...,
+        counts_bytes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "draining", b"draining", "epoch", b"epoch", "infers_exits", b"infers_exits", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "ring_bytes", b"ring_bytes", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "counts_bytes", b"counts_bytes", "draining", b"draining", "epoch", b"epoch", "infers_exits", b"infers_exits", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "ring_bytes", b"ring_bytes", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,18 +366,22 @@ class Heartbeat(_message.Message):
 
     POSITION_FIELD_NUMBER: _builtins.int
     TIME_UNIX_NANO_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Everything before this position was sent."""
     time_unix_nano: _builtins.int
+    acknowledge: _builtins.bool
+    """Acknowledge all that came before at once, as soon as it is in the log: somebody waits for that."""
     def __init__(
         self,
         *,
         position: _builtins.int = ...,
         time_unix_nano: _builtins.int = ...,
+        acknowledge: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "time_unix_nano", b"time_unix_nano"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "position", b"position", "time_unix_nano", b"time_unix_nano"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
