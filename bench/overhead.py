@@ -51,7 +51,7 @@ class _Extent:
     cpu_s: float
 
 
-_WHOLE = _Extent(rounds=6, turns=14, burst_s=0.03, peer_bursts=4, cpu_s=0.3)
+_WHOLE = _Extent(rounds=6, turns=12, burst_s=0.03, peer_bursts=4, cpu_s=0.3)
 _QUICK = _Extent(rounds=1, turns=1, burst_s=0.01, peer_bursts=1, cpu_s=0.05)
 
 Ratios = dict[tuple[str, Loop], list[float]]
