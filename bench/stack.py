@@ -14,12 +14,13 @@ _BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def stack(*agent_options: str) -> Iterator[tuple[str, int, int]]:
-    """(address of the broker, its pid, the agent's pid). Needs root."""
+def stack(*agent_options: str, log: str | None = None, pin_root: Path | None = None) -> Iterator[tuple[str, int, int]]:
+    """(address of the broker, its pid, the agent's pid). Needs root. `log` is the broker's option; with `pin_root` the agent has pins."""
     with contextlib.ExitStack() as running:
-        broker = running.enter_context(_command("kmonitor-broker", "--listen", "127.0.0.1:0"))
+        broker = running.enter_context(_command("kmonitor-broker", "--listen", "127.0.0.1:0", *([] if log is None else ["--log", log])))
         address = _line(broker).rsplit(" ", 1)[1]
-        agent = running.enter_context(_command("kmonitor-agent", "--broker", address, "--node", NODE, "--no-pin", *agent_options))
+        pins = ["--no-pin"] if pin_root is None else ["--pin-root", str(pin_root)]
+        agent = running.enter_context(_command("kmonitor-agent", "--broker", address, "--node", NODE, *pins, *agent_options))
         _line(agent)
         yield address, broker.pid, agent.pid
 
