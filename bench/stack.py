@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 NODE = "bench"
@@ -14,18 +14,19 @@ _BIN = Path(sys.executable).parent
 
 
 @contextlib.contextmanager
-def stack(*agent_options: str) -> Iterator[tuple[str, int, int]]:
+def stack(*agent_options: str, broker_options: Sequence[str] = ()) -> Iterator[tuple[str, int, int]]:
     """(address of the broker, its pid, the agent's pid). Needs root."""
     with contextlib.ExitStack() as running:
-        broker = running.enter_context(_command("kmonitor-broker", "--listen", "127.0.0.1:0"))
-        address = _line(broker).rsplit(" ", 1)[1]
-        agent = running.enter_context(_command("kmonitor-agent", "--broker", address, "--node", NODE, "--no-pin", *agent_options))
-        _line(agent)
+        broker = running.enter_context(command("kmonitor-broker", "--listen", "127.0.0.1:0", *broker_options))
+        address = first_line(broker).rsplit(" ", 1)[1]
+        agent = running.enter_context(command("kmonitor-agent", "--broker", address, "--node", NODE, "--no-pin", *agent_options))
+        first_line(agent)
         yield address, broker.pid, agent.pid
 
 
 @contextlib.contextmanager
-def _command(*argv: str) -> Iterator[subprocess.Popen[str]]:
+def command(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A command of this checkout, which gets SIGTERM in the end."""
     with subprocess.Popen([_BIN / argv[0], *argv[1:]], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -33,7 +34,8 @@ def _command(*argv: str) -> Iterator[subprocess.Popen[str]]:
             process.terminate()
 
 
-def _line(process: subprocess.Popen[str]) -> str:
+def first_line(process: subprocess.Popen[str]) -> str:
+    """What it says when it is ready."""
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if not line:
