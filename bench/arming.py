@@ -27,7 +27,7 @@ from kmonitor.clients import Monitor, RegistrationState, connect
 
 GROUP = "arming"
 _TARGET_MS = 10.0
-_QUIET_MS = 8.0, 12.0
+_QUIET_MS = 5.0, 9.0
 
 
 @dataclass

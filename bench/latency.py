@@ -126,13 +126,13 @@ class _Load:
 Variants = dict[str, Callable[[], list[int]]]
 
 
-def _run(rounds: int, variants: Variants) -> dict[str, _Rounds]:
-    """All variants each round, in another order each time; a first round is not counted."""
+def _run(rounds: int, variants: Variants, *, warm: int) -> dict[str, _Rounds]:
+    """All variants each round, in another order each time; `warm` rounds more come first, and are not counted."""
     taken = {name: _Rounds() for name in variants}
-    for number in range(rounds + 1):
+    for number in range(-warm, rounds):
         for name in random.sample(list(variants), len(variants)):
             latencies = variants[name]()
-            if number:
+            if number >= 0:
                 taken[name].add(latencies)
     return taken
 
@@ -145,6 +145,7 @@ def measure(plan: Plan) -> Result:
 
 def _measure(plan: Plan, rounds: int, events: int, seconds: float) -> Result:
     pace = program(plan.build, "pace")
+    warm = 0 if plan.quick else 1
     under = _Load(seconds)
     with contextlib.ExitStack() as running:
         relay = running.enter_context(worker("bench.hops", "relay"))
@@ -165,6 +166,7 @@ def _measure(plan: Plan, rounds: int, events: int, seconds: float) -> Result:
                 "floor": lambda: ends.floor(events, bytes=_BYTES, gap_ms=_QUIET_MS),
                 "connector": lambda: ends.exits(connector, events, _QUIET_MS),
             },
+            warm=warm,
         )
         with load(pace, plan.scratch) as made:
             loaded = _run(
@@ -175,6 +177,7 @@ def _measure(plan: Plan, rounds: int, events: int, seconds: float) -> Result:
                     "floor": lambda: under.floor(ends),
                     "connector": lambda: ends.exits(connector, events, _LOAD_GAP_MS),
                 },
+                warm=warm,
             )
     result = Result()
     _tell(result, "at rest", rest)

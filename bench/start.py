@@ -39,10 +39,10 @@ _VARIANTS = ("core", "bcc", "pinned")
 
 def measure(plan: Plan) -> Result:
     """The group's figures."""
-    return asyncio.run(_measure(plan, 1 if plan.quick else 10))
+    return asyncio.run(_measure(plan, 1 if plan.quick else 10, warm=0 if plan.quick else 1))
 
 
-async def _measure(plan: Plan, starts: int) -> Result:
+async def _measure(plan: Plan, starts: int, warm: int = 1) -> Result:
     result = Result()
     captured: dict[str, list[float]] = {name: [] for name in _VARIANTS}
     told: dict[str, list[float]] = {name: [] for name in _VARIANTS}
@@ -54,9 +54,9 @@ async def _measure(plan: Plan, starts: int) -> Result:
             async with connect(address) as monitor:
                 await monitor.register(events="fork")
                 await _start(address, monitor, _PINNED, pinned=True)
-                for number in range(-1, starts):  # the first of each finds cold caches, of which the machine has but one
+                for number in range(-warm, starts):  # the first of each finds cold caches
                     for name in random.sample(variants, len(variants)):
-                        node = _PINNED if name == "pinned" else f"bench-start-{name}-{number + 1}"
+                        node = _PINNED if name == "pinned" else f"bench-start-{name}-{number + warm}"
                         try:
                             first = await _start(address, monitor, node, source=None if name == "pinned" else name, pinned=name == "pinned")
                         except _NoStartError as error:
@@ -66,6 +66,8 @@ async def _measure(plan: Plan, starts: int) -> Result:
                         if number >= 0:
                             captured[name].append(first[0])
                             told[name].append(first[1])
+    if not captured["core"]:
+        raise SystemExit("bench: the agent does not start here; see above")
     _tell(result, captured, told)
     return result
 
@@ -113,11 +115,14 @@ async def _start(address: str, monitor: Monitor, node: str, *, source: str | Non
     options = ["--broker", address, "--node", node] + ([] if pinned else ["--no-pin"]) + (["--source", source] if source else [])
     began = time.time_ns()
     with command("kmonitor-agent", *options) as agent:
+        assert agent.stdout is not None
+        if not await asyncio.to_thread(agent.stdout.readline):  # at the latest when it is connected
+            raise _NoStartError(f"the agent did not start, exit status {agent.wait()}; see above")
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 event = await _first_event(monitor, node)
         except TimeoutError:
-            raise _NoStartError(f"the agent gave no event in {_TIMEOUT_S:.0f} s, exit status {agent.poll()}") from None
+            raise _NoStartError(f"the agent gave no event in {_TIMEOUT_S:.0f} s") from None
         now = time.time_ns()
     async for notification in monitor:  # what it still had to say must not be taken for the next one's
         if isinstance(notification, NodeChange) and notification.state is NodeState.UNREACHABLE and notification.node == node:

@@ -59,7 +59,8 @@ class Worker:
 def worker(module: str, *arguments: str) -> Iterator[Worker]:
     """`python -m MODULE ARGUMENTS`. It ends when its input does: it outlives nobody, however this process ends."""
     argv = [sys.executable, "-m", module, *arguments]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_CHECKOUT) as process:
+    # Not of this process's group: Ctrl-C is for who measures.
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_CHECKOUT, process_group=0) as process:
         assert process.stdin is not None
         try:
             yield Worker(process, " ".join((module, *arguments[:1])))
