@@ -15,18 +15,21 @@ _BIN = Path(sys.executable).parent
 
 @contextlib.contextmanager
 def stack(*agent_options: str, log: str | None = None, pin_root: Path | None = None) -> Iterator[tuple[str, int, int]]:
-    """(address of the broker, its pid, the agent's pid). Needs root. `log` is the broker's option; with `pin_root` the agent has pins."""
+    """(address of the broker, its pid, the agent's pid). Needs root. `log` is the broker's option; with `pin_root` the agent has pins
+    there, and carries on with a probe that it finds there."""
     with contextlib.ExitStack() as running:
-        broker = running.enter_context(_command("kmonitor-broker", "--listen", "127.0.0.1:0", *([] if log is None else ["--log", log])))
-        address = _line(broker).rsplit(" ", 1)[1]
-        pins = ["--no-pin"] if pin_root is None else ["--pin-root", str(pin_root)]
-        agent = running.enter_context(_command("kmonitor-agent", "--broker", address, "--node", NODE, *pins, *agent_options))
-        _line(agent)
+        logs = () if log is None else ("--log", log)
+        broker = running.enter_context(command("kmonitor-broker", "--listen", "127.0.0.1:0", *logs))
+        address = first_line(broker).rsplit(" ", 1)[1]
+        pins = ("--no-pin",) if pin_root is None else ("--pin-root", str(pin_root))
+        agent = running.enter_context(command("kmonitor-agent", "--broker", address, "--node", NODE, *pins, *agent_options))
+        first_line(agent)
         yield address, broker.pid, agent.pid
 
 
 @contextlib.contextmanager
-def _command(*argv: str) -> Iterator[subprocess.Popen[str]]:
+def command(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    """A command of this checkout, which gets SIGTERM in the end."""
     with subprocess.Popen([_BIN / argv[0], *argv[1:]], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -34,7 +37,8 @@ def _command(*argv: str) -> Iterator[subprocess.Popen[str]]:
             process.terminate()
 
 
-def _line(process: subprocess.Popen[str]) -> str:
+def first_line(process: subprocess.Popen[str]) -> str:
+    """What it says when it is ready."""
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if not line:
