@@ -45,11 +45,12 @@ _BOOTTIME_AT = 16
 
 def _agent(folder: str) -> None:
     from kmonitor.agent import cli, forwarder, ring  # noqa: PLC0415 -- each launcher imports its own side only
+    from kmonitor.v1 import agent_pb2  # noqa: PLC0415
 
     seen: dict[int, list[int]] = {}
     original = ring.Ring.read
 
-    def read(self: ring.Ring, limit: int) -> bytes | None:
+    def read(self: ring.Ring, limit: int) -> memoryview | None:
         data = original(self, limit)
         if data is not None:
             seen.setdefault(_boottime(data), []).append(time.time_ns())
@@ -58,14 +59,16 @@ def _agent(folder: str) -> None:
     ring.Ring.read = read  # type: ignore[method-assign]
     init = forwarder.Forwarder.__init__
 
-    def make(self: forwarder.Forwarder, feed: Any, write: Callable[[Any], Any]) -> None:
-        async def timed(message: Any) -> None:
+    def make(self: forwarder.Forwarder, feed: Any, write: Callable[[bytes], Any], *more: Any) -> None:
+        async def timed(frame: bytes) -> None:
             began = time.time_ns()
-            await write(message)
+            await write(frame)
+            ended = time.time_ns()
+            message = agent_pb2.AgentMessage.FromString(frame)
             if message.HasField("block"):
-                seen[_boottime(message.block.data)] += [began, time.time_ns()]
+                seen[_boottime(message.block.data)] += [began, ended]
 
-        init(self, feed, timed)
+        init(self, feed, timed, *more)
 
     forwarder.Forwarder.__init__ = make  # type: ignore[method-assign]
     atexit.register(lambda: _save(folder, "agent", seen))
@@ -122,7 +125,7 @@ def _broker(folder: str) -> None:
     cli.main()
 
 
-def _boottime(data: bytes) -> int:
+def _boottime(data: bytes | memoryview) -> int:
     """Of a block's first record."""
     return int.from_bytes(data[_BOOTTIME_AT : _BOOTTIME_AT + 8], "little")
 
