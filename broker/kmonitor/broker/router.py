@@ -128,13 +128,7 @@ class Router:
         route = self._routes.get(block.node)
         if route is None or len(block) == 0:
             return
-        receivers: dict[Receiver, None] = {}  # a dict: sessions are offered in a stable order
-        if route.everything and bool((block.column("flags") & F_MATCH_NODE).any()):
-            receivers.update((span.owner, None) for span in route.everything)
-        if route.cgroups:
-            for nearest in rows_of_cgroups(block):
-                for cgroup_id in route.cgroup_tree.self_and_above(nearest):
-                    receivers.update((span.owner, None) for span in route.cgroups.get(cgroup_id, ()))
+        receivers: dict[Receiver, None] = {}  # a dict: sessions are offered in a stable order, those with the fewest rows first
         if route.processes:
             if route.following:
                 self._follow(route, block)
@@ -143,6 +137,12 @@ class Router:
                 known = block.processes.keys() & route.processes.keys()
             for key in known:
                 receivers.update((span.owner, None) for span in route.processes[key])
+        if route.cgroups:
+            for nearest in rows_of_cgroups(block):
+                for cgroup_id in route.cgroup_tree.self_and_above(nearest):
+                    receivers.update((span.owner, None) for span in route.cgroups.get(cgroup_id, ()))
+        if route.everything and bool((block.column("flags") & F_MATCH_NODE).any()):
+            receivers.update((span.owner, None) for span in route.everything)
         for receiver in receivers:
             if not receiver.takes:
                 continue

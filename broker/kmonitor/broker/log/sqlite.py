@@ -28,6 +28,8 @@ TAIL_BYTES = 16 << 20
 BATCH_BYTES = 8 << 20
 BATCH_ORDERS = 4096
 """One transaction has at most so much: a lot is written in several."""
+GROUP_S = 0.005
+"""So long what comes waits for more, before it is written: whoever it is for is served first, and the disk is not asked for each block."""
 RETRY_S = 1.0
 SLOW_S = 10.0
 """A transaction that takes longer is trouble, too."""
@@ -72,6 +74,8 @@ class SqliteLog:
         """The writer has something: it may be an empty batch."""
         self._busy = False
         """Something will call `_hand_over`: the event loop, the writer's answer, or the timer."""
+        self._group: asyncio.TimerHandle | None = None
+        """When what waits is handed over."""
         self._timer: asyncio.TimerHandle | None = None
         """For the next try; or while the writer is at work, for when that takes too long."""
         self._given_up: dict[tuple[str, int], int] = {}
@@ -203,7 +207,7 @@ class SqliteLog:
                     break
         self._closed = True
         self._say_unwritten()
-        for timer in (self._timer, self._ticker):
+        for timer in (self._group, self._timer, self._ticker):
             if timer is not None:
                 timer.cancel()
         self._release(self._flying + self._waiting)
@@ -223,13 +227,19 @@ class SqliteLog:
         self._waiting.append(order)
         if not self._busy:
             self._busy = True
-            self._loop.call_soon(self._hand_over)
+            self._group = self._loop.call_later(GROUP_S, self._hand_over)
+        if self._group is not None and isinstance(order, Flush | Next):
+            self._group.cancel()
+            self._group = self._loop.call_later(0, self._hand_over)
 
     def _forget(self, node: str, epoch: int) -> None:
         self._order(Forget(node, epoch))  # ahead of the entry whose epoch takes its place
 
     def _hand_over(self) -> None:
         """Give the writer what waits, or the first part of a lot. Nothing is good too: it looks after retention."""
+        if self._group is not None:
+            self._group.cancel()
+            self._group = None
         if self._at_work or self._closed:
             return
         count = size = 0
@@ -266,8 +276,10 @@ class SqliteLog:
             self._evict(outcome.eviction)
         if not outcome.error:
             self._busy = bool(self._waiting)
-            if self._waiting:
+            if len(batch) >= BATCH_ORDERS // 2 or any(isinstance(order, Flush | Next) for order in self._waiting):
                 self._hand_over()
+            elif self._waiting:
+                self._group = self._loop.call_later(GROUP_S, self._hand_over)
         self._answered.set()
 
     def _commit(self) -> None:
