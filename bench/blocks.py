@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, RECORD_VERSION, RING_HEADER_SIZE, SLOT_DTYPE, SLOT_SIZE, Indices, Slots
@@ -15,11 +17,12 @@ FIRST_PID = 100_000
 """Of the watched processes: the others' pids are below."""
 LAST = b"bench-last"
 """Name of the process of a stream's last record for each monitor: by it monitors find the end, and its bytes are nowhere else."""
+BOOT_ID = "0f7a2f55-3d5e-4c0e-9d3a-0e1a9bb7a001"
 START_STEP_NS = 1000
 """A process has started at its pid times this, boot-time clock."""
 _TEMPLATES = 8
 _BOOTTIME_NS = 3_600_000_000_000
-_OFFSET_NS = 1_700_000_000_000_000_000
+OFFSET_NS = 1_700_000_000_000_000_000
 _EXEC_TAIL = b"/usr/bin/python3\0python3\0-m\0http.server\0--bind\0127.0.0.1\x008080\0"
 _FILENAME_LEN = len(b"/usr/bin/python3\0")
 
@@ -43,7 +46,7 @@ class Shape:
 class Stream:
     """One node's blocks as serialised AgentMessages. Each has another position, and its watched records are of other processes."""
 
-    def __init__(self, shape: Shape, position: int, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, position: int) -> None:
         """`position` of the first block's first byte."""
         self.position = position
         self.records = 0
@@ -51,11 +54,8 @@ class Stream:
         self.watched = 0
         """... of watched processes."""
         self._shape = shape
-        rng = np.random.default_rng(seed)
-        # Neighbours in time are not neighbours by pid, as on a node.
-        self._pids = FIRST_PID + rng.permutation(shape.watched).astype(np.uint32)
+        self._templates, self._pids = _prepared(shape)
         self._turn = 0
-        self._templates = [_Template(shape, rng) for _ in range(_TEMPLATES)]
         self._made = 0
 
     def message(self, *, last: bool = False) -> bytes:
@@ -94,6 +94,15 @@ class Stream:
         return message
 
 
+@functools.cache
+def _prepared(shape: Shape) -> tuple[list[_Template], npt.NDArray[np.uint32]]:
+    """Used by all streams of a shape, one after the other; and the watched pids in the order in which something happens to them."""
+    rng = np.random.default_rng(0)
+    templates = [_Template(shape, rng) for _ in range(_TEMPLATES)]
+    # Neighbours in time are not neighbours by pid, as on a node.
+    return templates, FIRST_PID + rng.permutation(shape.watched).astype(np.uint32)
+
+
 class _Template:
     """A message to be used again and again: only positions and watched processes change."""
 
@@ -102,7 +111,7 @@ class _Template:
         self.size = shape.slots * SLOT_SIZE
         # AgentMessage.block (2), a Block: position (1), data (2), boottime_to_unix_ns (3).
         head = b"\x09" + bytes(8) + b"\x12" + _varint(self.size)
-        tail = b"\x19" + struct.pack("<q", _OFFSET_NS)
+        tail = b"\x19" + struct.pack("<q", OFFSET_NS)
         front = b"\x12" + _varint(len(head) + self.size + len(tail))
         self.position_at = len(front) + 1
         self.message = bytearray(front + head + slots.tobytes() + tail)

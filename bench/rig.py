@@ -95,16 +95,16 @@ class Rig:
         wanted = sent["watched"] if self.shape.every else sent["records"] * self.streams
         if got["events"] != wanted:
             raise SystemExit(f"bench: {got['events']} events were delivered of {wanted}")
-        return Round(
-            sent["records"], got["events"], got["bytes"], got["messages"], got["sample"], ended - sent["began"], broker_ns, agents_ns, monitors_ns
-        )  # fmt: skip
+        seconds = ended - sent["began"]
+        costs = broker_ns, agents_ns, monitors_ns
+        return Round(sent["records"], got["events"], got["bytes"], got["messages"], got["sample"], seconds, *costs)
 
 
 @contextlib.contextmanager
 def rig(*options: str) -> Iterator[Rig]:
     """With a broker that keeps its log in memory, or as the options say."""
     with contextlib.ExitStack() as running:
-        argv = [_BROKER, "--listen", "127.0.0.1:0", *(options or ("--log", "memory"))]
+        argv = [str(_BROKER), "--listen", "127.0.0.1:0", *(options or ("--log", "memory"))]
         broker = running.enter_context(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
         running.callback(broker.kill)
         assert broker.stdout is not None
@@ -113,5 +113,7 @@ def rig(*options: str) -> Iterator[Rig]:
             raise SystemExit("bench: the broker did not start; see above")
         address = said.rsplit(" ", 1)[1]
         agents, monitors = (running.enter_context(worker(f"bench.{name}", address)) for name in ("simulated", "sink"))
-        running.callback(broker.kill)  # first of all: it would complain about each stream that breaks
+        running.callback(broker.kill)  # before them: it would complain about each stream that breaks
+        for each in (agents, monitors):
+            running.callback(each.hold)
         yield Rig(broker.pid, agents, monitors)

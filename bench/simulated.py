@@ -17,12 +17,11 @@ from typing import Any
 
 import grpc.aio
 
-from bench.blocks import START_STEP_NS, Shape, Stream
+from bench.blocks import BOOT_ID, START_STEP_NS, Shape, Stream
 from bench.worker import CHANNEL_OPTIONS, give_up, obey, spawn
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
 
-BOOT_ID = "0f7a2f55-3d5e-4c0e-9d3a-0e1a9bb7a001"
 _START = 1 << 20
 _IN_FLIGHT_MOST = 4  # as the agent's: see agent/kmonitor/agent/forwarder.py
 _HEARTBEAT_S = 1.0
@@ -33,7 +32,7 @@ class Agent:
 
     def __init__(self, address: str, number: int) -> None:
         self.node = f"node-{number:04}"
-        self.stream = Stream(Shape(slots=1), _START, number)
+        self.stream = Stream(Shape(slots=1), _START)
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._number = number
         self._call: Any = None
@@ -67,7 +66,7 @@ class Agent:
 
     def take(self, shape: Shape) -> None:
         """Send blocks of this shape from now on."""
-        self.stream = Stream(shape, self.stream.position, self._number)
+        self.stream = Stream(shape, self.stream.position)
 
     async def send(self, blocks: int) -> None:
         """So many blocks, the last of which says that it is; until the broker has got them."""

@@ -32,11 +32,13 @@ _ARMED = (monitor_pb2.REGISTRATION_STATE_ARMED, monitor_pb2.REGISTRATION_STATE_R
 
 
 class Monitor:
-    """One stream of MonitorService.Watch."""
+    """One stream of MonitorService.Subscribe."""
 
     def __init__(self, address: str, pids: range, *, keeps: bool) -> None:
         """`pids` to register one by one; none: everything. `keeps` messages to decode them all afterwards, or only counts their bytes."""
         self.pids = pids
+        self.idle = False
+        """Nothing is to come for it."""
         self.keeps = keeps
         self.kept: list[bytes] = []
         self.bytes = 0
@@ -54,9 +56,17 @@ class Monitor:
 
     async def open(self, nodes: int, comm: str) -> None:
         """Until all is armed on so many nodes."""
-        self._call = self._channel.stream_stream("/kmonitor.v1.MonitorService/Watch")()
         self._answers = nodes * max(len(self.pids), 1)
-        self._tasks = [spawn(self._register(comm)), spawn(self._receive())]
+        request = monitor_pb2.SubscribeRequest(linger_ms=0)
+        for pid in self.pids:
+            request.registrations.add(event_mask=_ALL).target.process.pid = pid
+        if not self.pids:
+            request.registrations.add(event_mask=_ALL).target.everything.SetInParent()
+            if comm:
+                request.registrations[0].filter.comms.append(comm)
+        subscribe: Any = self._channel.unary_stream("/kmonitor.v1.MonitorService/Subscribe")
+        self._call = subscribe(request.SerializeToString())
+        self._tasks = [spawn(self._receive())]
         await self.armed.wait()
 
     async def close(self) -> None:
@@ -71,23 +81,6 @@ class Monitor:
         """Begin to count; `ended` is set after so many streams' ends."""
         self.kept, self.bytes, self.messages, self.lasts, self.wanted = [], 0, 0, 0, lasts
         self.ended.clear()
-
-    async def _register(self, comm: str) -> None:
-        for number, pid in enumerate(self.pids, 1):
-            wanted = monitor_pb2.Registration(event_mask=_ALL)
-            wanted.target.process.pid = pid
-            await self._ask(number, wanted)
-        if not self.pids:
-            wanted = monitor_pb2.Registration(event_mask=_ALL)
-            wanted.target.everything.SetInParent()
-            if comm:
-                wanted.filter.comms.append(comm)
-            await self._ask(1, wanted)
-
-    async def _ask(self, number: int, wanted: monitor_pb2.Registration) -> None:
-        request = monitor_pb2.WatchRequest(request_id=number, linger_ms=0 if number == 1 else None)
-        request.register.registration.CopyFrom(wanted)
-        await self._call.write(request.SerializeToString())
 
     async def _receive(self) -> None:
         while raw := await self._call.read():
@@ -152,22 +145,28 @@ class Sinks:
                 monitor.expect(command["expect"])
             return {}
         if "ended" in command:
-            for monitor in self._monitors:
+            waited = [monitor for monitor in self._monitors if not monitor.idle]
+            for monitor in waited:
                 await monitor.ended.wait()
-            return {"ended": max(monitor.last_at for monitor in self._monitors)}
+            return {"ended": max(monitor.last_at for monitor in waited)}
         return self._count()
 
-    async def open(self, monitors: int, *, each: int = 0, nodes: int = 1, comm: str = "", keep: int = 1 << 30) -> dict[str, Any]:
+    async def open(
+        self, monitors: int, *, each: int = 0, nodes: int = 1, comm: str = "", keep: int = 1 << 30, idle: bool = False
+    ) -> dict[str, Any]:
         """So many more. Each registers `each` processes of its own, or everything, that has a `comm`, if any is given; it holds on `nodes`
-        nodes. `keep`: how many keep all they get."""
+        nodes. `keep`: how many keep all they get. `idle`: nothing is to come for these."""
         have = len(self._monitors)
         new = []
         for number in range(have, have + monitors):
             pids = range(FIRST_PID + number * each, FIRST_PID + (number + 1) * each)
             new.append(Monitor(self._address, pids, keeps=number < keep))
+            new[-1].idle = idle
         self._monitors += new
-        for start in range(0, len(new), 50):
-            await asyncio.gather(*(monitor.open(nodes, comm) for monitor in new[start : start + 50]))
+        # The broker takes a long request at one go, during which it hears no agent.
+        together = 50 if each <= 100 else 1
+        for start in range(0, len(new), together):
+            await asyncio.gather(*(monitor.open(nodes, comm) for monitor in new[start : start + together]))
         return {"monitors": len(self._monitors)}
 
     def _count(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,10 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
+
+    def hold(self) -> None:
+        """Let it do nothing more, not even complain that the other ends of its connections go."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def answer(self) -> dict[str, Any]:
         """To what it was told."""
