@@ -72,6 +72,9 @@ def worker(module: str, *arguments: str) -> Iterator[Worker]:
             yield Worker(process)
         finally:
             process.kill()  # it holds nothing but connections
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # what it was told last and did not read
+                process.stdin.close()
 
 
 async def obey(do: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
