@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ def main() -> None:
         sys.exit(f"bench: there is no measurement {unknown[0]!r}: choose from {', '.join(GROUPS)}")
     if os.geteuid() != 0:
         sys.exit("bench: this needs root, for BPF: run it with sudo")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended
     build: Path = asked.out / "programs"
     build.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
