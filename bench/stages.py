@@ -70,7 +70,7 @@ def _agent(folder: str) -> None:
 
         init(self, feed, timed, *more)
 
-    forwarder.Forwarder.__init__ = make  # type: ignore[method-assign]
+    forwarder.Forwarder.__init__ = make  # type: ignore[assignment,method-assign]
     atexit.register(lambda: _save(folder, "agent", seen))
     cli.main()
 
