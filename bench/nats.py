@@ -27,7 +27,7 @@ import numpy as np
 from bench.blocks import BOOT_ID, OFFSET_NS, Shape, block_data
 from bench.crew import Clock, Worker, obey, worker
 from kmonitor.broker.block import Block
-from kmonitor.broker.encode import encode
+from kmonitor.broker.encode_usual import encode
 
 _SUBJECT = b"e"
 _SHAPE = Shape()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.elements import Encoded
-from kmonitor.broker.encode import Encoder, encode
+from kmonitor.broker.encode import Encoder
 from kmonitor.broker.encode_few import encode_few
+from kmonitor.broker.encode_usual import encode
 from kmonitor.broker.filters import Filter
 from kmonitor.clients import Batch
 from kmonitor.clients.cli.jsonlines import event_line

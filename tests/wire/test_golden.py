@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kmonitor.broker.encode import encode
 from kmonitor.broker.encode_few import encode_few
+from kmonitor.broker.encode_usual import encode
 from kmonitor.wire.masks import TYPE_NAMES
 from kmonitor.wire.record import RING_DISCARD, SLOT_SIZE, check_records, record_starts, slots_of
 from tests.wire.golden.stretches import HERE, decode, decode_with, load, names

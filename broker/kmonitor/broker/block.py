@@ -34,7 +34,7 @@ class Block:
         "epoch",
         "node",
         "offset",
-        "partly_encoded",
+        "partly_encoded_us",
         "position",
         "slots",
         "starts",
@@ -62,7 +62,8 @@ class Block:
         self.starts: Indices | None = None if len(starts) == len(self.slots) else starts
         self.encoded: object | None = None
         """Owned by encode.Encoder: the records as protobuf."""
-        self.partly_encoded = 0
+        self.partly_encoded_us = 0.0
+        """What encoding rows of it by themselves has taken, about."""
         self._cache: dict[Any, Any] = {}
 
     def __len__(self) -> int:
