@@ -19,7 +19,7 @@ from kmonitor.broker.elements import Encoded, exec_tails, spliced
 from kmonitor.broker.encode_columns import encode_columns
 from kmonitor.broker.encode_few import encode_few
 from kmonitor.wire.masks import EventType
-from kmonitor.wire.record import F_ARGS_TRUNCATED, F_INFERRED, F_KILLED_BY, F_OOM_KILLED, Indices
+from kmonitor.wire.record import F_ARGS_TRUNCATED, F_INFERRED, F_KILLED_BY, F_OOM_KILLED, SLOT_DTYPE, SLOT_SIZE, Indices
 from kmonitor.wire.varint import varint
 
 _FEW_OTHERS = 16
@@ -28,6 +28,8 @@ _TOGETHER = 1024
 """So many at most: their rows and masks are to stay in the CPU's cache."""
 _COMM = 16
 _LENGTHS = _COMM + 1
+
+_OPAQUE = np.dtype((np.void, SLOT_SIZE))
 
 # Where each part of an element lies in its row: the protobuf field, if it has a tag, and its type.
 _PARTS: list[tuple[str, int, str]] = [
@@ -144,10 +146,10 @@ def encode(block: Block, rows: Indices | None) -> Encoded:
 
 
 def _encode(block: Block, rows: Indices | None) -> Encoded:
-    if block.starts is not None:
-        slots = block.slots[block.starts if rows is None else block.starts[rows]]
-    else:
-        slots = block.slots if rows is None else block.slots[rows]
+    slots = block.slots
+    picked = rows if block.starts is None else block.starts if rows is None else block.starts[rows]
+    if picked is not None:
+        slots = slots.view(_OPAQUE)[picked].view(SLOT_DTYPE)  # of what has fields numpy would copy field by field
     count = len(slots)
     types = slots["type"]
     kinds = _KIND_OF_TYPE[types]
@@ -165,7 +167,7 @@ def _encode(block: Block, rows: Indices | None) -> Encoded:
     kinds += (slots["uid"] | slots["gid"]) == 0
     kinds[others] = 0
     cases = kinds.astype(np.intp) * _LENGTHS + lengths
-    table, mask = _ROWS[cases], _MASKS[cases]
+    table, mask = _ROWS.take(cases, axis=0), _MASKS.take(cases, axis=0)
     fields = table.view(_ROW)[:, 0]
     for name in _COPIED:
         fields[name] = slots[name]
