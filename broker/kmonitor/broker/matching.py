@@ -62,6 +62,8 @@ class Span:
         """Those of the rows that are within the span, of a wanted type, and pass the filter."""
         if block.epoch != self.epoch or block.end <= self.first or (self.end is not None and self.end <= block.position):
             return NO_ROWS
+        if len(rows) == 1 and not self.filter and self.first <= block.position and (self.end is None or block.end <= self.end):
+            return rows if block.column("type").item(rows.item()) & self.mask else NO_ROWS
         keep: npt.NDArray[np.bool_] = block.column("type")[rows] & self.mask != 0
         if block.position < self.first or (self.end is not None and self.end < block.end):
             positions = block.positions[rows]

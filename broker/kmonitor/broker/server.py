@@ -18,6 +18,7 @@ from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.nodes import Link
 from kmonitor.broker.sessions import Session
+from kmonitor.broker.turns import Turns
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
 
@@ -51,6 +52,7 @@ class Server:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        self._turns = Turns()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
@@ -152,7 +154,7 @@ class Server:
             await _abort(context, refusal)
 
         async def send() -> None:
-            async for batch in session.batches():
+            async for batch in session.batches(self._turns):
                 for message in batch:
                     await context.write(message)
 

@@ -25,6 +25,7 @@ from kmonitor.broker.notices import node_change
 from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
 from kmonitor.broker.registrations import ArmState, Key, Registration
 from kmonitor.broker.router import Router
+from kmonitor.broker.turns import Turns
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.record import Indices
 
@@ -252,15 +253,21 @@ class Session:
         """Wait until the monitor has read enough of what it caused for its next request to be taken."""
         await self._calm.wait()
 
-    async def batches(self) -> AsyncIterator[list[bytes]]:
+    async def batches(self, turns: Turns) -> AsyncIterator[list[bytes]]:
         """What is to be sent, for as long as the stream lives. Raises RefusedError when the broker ends it."""
+        clock = asyncio.get_running_loop().time
+        sent_at = float("-inf")
         while True:
             await self.outbox.filled.wait()
+            if not self.outbox.messages_bytes and (wait := turns.wait_s(clock(), sent_at)) and self.failure is None:
+                await asyncio.sleep(wait)
             if self.failure is not None:
                 raise self.failure
             batch = self.outbox.take()
             self._weigh()
             if batch:
+                sent_at = clock()
+                turns.sent(sent_at, len(batch))
                 yield batch
             if len(self.outbox):
                 await asyncio.sleep(0)  # a long stretch of the log must not keep others waiting
