@@ -12,10 +12,12 @@ OBJECT := agent/kmonitor/agent/kmonitor.bpf.o
 # Stamps: what a set-up step leaves behind, so that it is done once. The one of .venv lies in it, and goes when it goes.
 SYSTEM := build/system-run.stamp
 SYSTEM_TEST := build/system-test.stamp
+SYSTEM_BENCH := build/system-bench.stamp
 INSTALLED := $(VENV)/kmonitor.stamp
+INSTALLED_BENCH := $(VENV)/kmonitor-bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test soak lint format generate check-generated wheel clean FORCE
+.PHONY: help setup setup-test setup-bench build demo test soak bench bench-quick lint format generate check-generated wheel clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -23,6 +25,8 @@ help: ## this list
 setup: $(INSTALLED) $(OBJECT) ## all that running takes: system packages, .venv, the BPF object
 
 setup-test: setup $(SYSTEM_TEST)
+
+setup-bench: setup $(SYSTEM_BENCH) $(INSTALLED_BENCH)
 
 build: $(OBJECT) ## the BPF object, and its source beside it for bcc
 
@@ -34,6 +38,12 @@ test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goe
 
 soak: setup-test ## random faults under load, and then the books (root, for BPF); FOR=2m SEED=7 ARGS="--nodes 3"
 	$(BIN)/python -m tests.robustness.soak $(if $(FOR),--for $(FOR)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench: setup-bench ## all measurements, beside peers: build/bench/results.md (10 minutes, root); ARGS="--only latency"
+	$(BIN)/python -m bench $(ARGS)
+
+bench-quick: setup-bench ## the same in a minute, to see that it works: no figure means anything
+	$(BIN)/python -m bench --quick --out build/bench-quick $(ARGS)
 
 lint: setup check-generated ## format, style, types, import layers, generated code, licence lines
 	$(BIN)/ruff format --check --quiet .
@@ -69,6 +79,11 @@ $(SYSTEM_TEST): tools/system_packages.sh
 	@tools/system_packages.sh test
 	@touch $@
 
+$(SYSTEM_BENCH): tools/system_packages.sh
+	@mkdir -p $(@D)
+	@tools/system_packages.sh bench
+	@touch $@
+
 # The script looks at the times too, for the build hook of the package; touch, as it may find nothing to do.
 $(OBJECT): $(wildcard bpf/*.c bpf/*.h) | $(SYSTEM)
 	tools/build_bpf.sh
@@ -79,6 +94,11 @@ $(OBJECT): $(wildcard bpf/*.c bpf/*.h) | $(SYSTEM)
 $(INSTALLED): pyproject.toml constraints.txt tools/setup_venv.sh | $(SYSTEM) $(OBJECT)
 	@tools/setup_venv.sh $(VENV)
 	@echo '$(CURDIR)' > $@
+
+$(INSTALLED_BENCH): pyproject.toml constraints.txt $(INSTALLED)
+	@echo "Installing what the plots take into $(VENV)"
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	@touch $@
 
 ifneq ($(CURDIR),$(shell cat $(INSTALLED) 2>/dev/null))
 $(INSTALLED): FORCE

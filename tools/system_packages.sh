@@ -4,6 +4,7 @@
 #
 #   system_packages.sh run     what building and running takes
 #   system_packages.sh test    that, and what the tests take
+#   system_packages.sh bench   what running takes, and the peers that are measured beside
 #
 # PYTHON names the interpreter that .venv is made with. Each package is looked for by what it is needed for, not by its name,
 # so that a clang or a node from elsewhere is as good.
@@ -27,6 +28,14 @@ missing() {
     [ -e /usr/include/bpf/bpf_helpers.h ] || [ -e /usr/local/include/bpf/bpf_helpers.h ] || echo libbpf-dev
     "$python" -c 'import ctypes; ctypes.CDLL("libbpf.so.1")' 2>/dev/null || echo libbpf1
     "$python" -c 'import ensurepip, venv' 2>/dev/null || "$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'
+    if [ "$purpose" = bench ]; then
+        command -v cc >/dev/null 2>&1 || echo gcc
+        [ -e /usr/include/stdio.h ] || echo libc6-dev
+        /usr/bin/python3 -c 'from bcc import BPF' 2>/dev/null || echo python3-bpfcc
+        for peer in forkstat bpftrace nats-server; do
+            PATH=$PATH:/usr/sbin:/sbin command -v "$peer" >/dev/null 2>&1 || echo "$peer"
+        done
+    fi
     [ "$purpose" = test ] || return 0
     # The tests compile small programs, make network namespaces, and talk to the broker from another language.
     command -v cc >/dev/null 2>&1 || echo gcc

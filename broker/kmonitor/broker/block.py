@@ -109,13 +109,15 @@ class Block:
         return found
 
     def _group_processes(self) -> dict[ProcessKey, Indices]:
+        if len(self) == 1:  # an isolated event: not worth a dozen array operations
+            if not self.column("flags").item() & F_MATCH_PROCESS:
+                return {}
+            return {(self.column("tgid").item(), self.column("start_boottime_ns").item()): np.zeros(1, dtype=np.intp)}
         rows = np.flatnonzero(self.column("flags") & F_MATCH_PROCESS)
         if len(rows) == 0:
             return {}
         pids = self.column("tgid")[rows]
         starts = self.column("start_boottime_ns")[rows]
-        if len(rows) == 1:  # an isolated event: sorting would take longer than all else
-            return {(pids.item(), starts.item()): rows}
         order = np.lexsort((starts, pids))  # stable: rows stay in order within a process
         rows, pids, starts = rows[order], pids[order], starts[order]
         first = np.flatnonzero(np.concatenate(([True], (pids[1:] != pids[:-1]) | (starts[1:] != starts[:-1]))))

@@ -243,7 +243,8 @@ def _child(parent: Span, process: ProcessKey, position: int) -> Span:
 
 
 def _watched(block: Block, kind: int) -> Indices:
-    return np.flatnonzero((block.column("type") == kind) & (block.column("flags") & F_MATCH_PROCESS != 0))
+    found: Indices = np.flatnonzero(block.column("type") == kind)
+    return found[block.column("flags")[found] & F_MATCH_PROCESS != 0] if len(found) else found
 
 
 def _discard(table: dict[Key, list[Span]], key: Key, span: Span) -> None:
