@@ -128,7 +128,7 @@ def check_records(slots: Slots) -> Indices:
     """
     if len(slots) <= _FEW:
         if len(slots) == 1:
-            length, version, kind, tails = _HEAD.unpack_from(slots.view(_OPAQUE))
+            length, version, kind, tails = _HEAD.unpack(slots.tobytes()[: _HEAD.size])
             if length == _ONE_SLOT and version == RECORD_VERSION and kind in _TYPES and not tails:
                 return _ONLY.copy()
         return np.array(_check_few(slots), dtype=np.intp)
@@ -163,7 +163,6 @@ _WRONG_VERSION = f"record version {{}}, expected {RECORD_VERSION}: upgrade the o
 _WRONG_TYPE = "a record's type is not one event bit: the block is damaged"
 _WRONG_TAIL = "an exec record's arguments reach beyond its end: the block is damaged"
 _ONE_SLOT = SLOT_SIZE - RING_HEADER_SIZE
-_OPAQUE = np.dtype((np.void, SLOT_SIZE))
 _HEAD = struct.Struct("<I4xBB2xI")  # ring_length, version, type, and both lengths of an exec's tail
 _ONLY: Indices = np.zeros(1, dtype=np.intp)
 _WORDS = np.dtype(("<u8", SLOT_SIZE // 8))
