@@ -65,17 +65,25 @@ PER_CPU_VALUE(filenames, struct exec_filename);
 	(FIELD(signal, signal_struct, flags) & SIGNAL_GROUP_EXIT ? FIELD(signal, signal_struct, group_exit_code) :  \
 								   FIELD(leader, task_struct, exit_code))
 
+/* What all records say of the task that runs, besides what tells whether there is to be one. */
+struct details {
+	__u64 cgroup_id;
+	__u32 tid;
+	__u32 ppid;
+	__u32 uid;
+	__u32 gid;
+};
+
 /* What all events say of the process they are about. */
 struct subject {
 	__u64 start_boottime_ns;
-	__u64 cgroup_id;
 	__u64 match_cgroup_id;
 	struct kmonitor_root root;       /* as its entry has it */
 	struct kmonitor_root child_root; /* of what it forks, if follow */
 	struct task_struct *task;
 	struct task_struct *leader;
+	struct details details; /* by describe */
 	__u32 tgid;
-	__u32 tid;
 	__u64 waiting; /* bytes in the ring that were not released, when a record was last begun */
 	__u32 process_mask; /* what its own entry asks for */
 	__u32 cgroup_mask;
@@ -147,9 +155,9 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 	subject->tgid = scoped_id(subject->leader);
 	if (!subject->tgid)
 		return false;
-	subject->tid = 0; /* later: few get there */
 	subject->start_boottime_ns = START_BOOTTIME(subject->leader);
 	subject->match_cgroup_id = 0;
+	__builtin_memset(&subject->details, 0, sizeof(subject->details));
 	subject->process_mask = 0;
 	subject->cgroup_mask = 0;
 	subject->follow = 0;
@@ -184,6 +192,27 @@ static __always_inline __u16 matches(const struct subject *subject, __u32 bit)
 	       (subject->cgroup_mask & bit ? KMONITOR_F_MATCH_CGROUP : 0);
 }
 
+/*
+ * From 6.2 on, the verifier searches all the kernel's types by name, up to four times, for each pointer that is read from one that it
+ * trusts, and again on each path that leads there: most of the time that loading takes. Hence a function that it looks at once,
+ * with nothing that begin, of which there are several, could do: it cannot be given a task, but the task that runs is at hand.
+ */
+SEPARATE int describe(struct details *details)
+{
+	struct task_struct *task = CURRENT_TASK();
+	struct task_struct *leader;
+
+	if (!details) /* which the verifier asks for */
+		return 0;
+	leader = FIELD(task, task_struct, group_leader);
+	details->tid = scoped_id(task);
+	details->cgroup_id = CGROUP_ID(task);
+	details->ppid = scoped_id(FIELD(FIELD(leader, task_struct, real_parent), task_struct, group_leader));
+	details->uid = REAL_UID(task);
+	details->gid = REAL_GID(task);
+	return 0;
+}
+
 static __always_inline void count_lost(__u16 flags, __u32 bit)
 {
 	__u32 class = flags & KMONITOR_F_MATCH_PROCESS ? KMONITOR_LOST_PROCESS : KMONITOR_LOST_NODE;
@@ -203,7 +232,7 @@ static __always_inline void count_lost(__u16 flags, __u32 bit)
 	__sync_fetch_and_add(&control.lost[class][index], 1);
 }
 
-/* A record with room for `size` bytes, all but what is the event type's own filled in; NULL if it was counted as lost. */
+/* A record with room for `size` bytes, all but what is the event type's own filled in; NULL if it was counted as lost. After describe, of the task that runs. */
 static __always_inline struct kmonitor_record *begin(struct subject *subject, __u16 flags, __u32 bit, const __u64 size)
 {
 	struct kmonitor_record *record;
@@ -220,10 +249,6 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 		count_lost(flags, bit);
 		return NULL;
 	}
-	if (!subject->tid) {
-		subject->tid = scoped_id(subject->task);
-		subject->cgroup_id = CGROUP_ID(subject->task);
-	}
 	/* A thread's event names the thread; a process's the process, whichever thread did it. */
 	named = bit < KMONITOR_PROCESS_FORK ? subject->task : subject->leader;
 	record->version = KMONITOR_RECORD_VERSION;
@@ -233,13 +258,13 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 	record->args_len = 0;
 	record->boottime_ns = bpf_ktime_get_boot_ns();
 	record->start_boottime_ns = subject->start_boottime_ns;
-	record->cgroup_id = subject->cgroup_id;
+	record->cgroup_id = subject->details.cgroup_id;
 	record->match_cgroup_id = subject->match_cgroup_id;
 	record->tgid = subject->tgid;
-	record->tid = subject->tid;
-	record->ppid = scoped_id(FIELD(FIELD(subject->leader, task_struct, real_parent), task_struct, group_leader));
-	record->uid = REAL_UID(subject->task);
-	record->gid = REAL_GID(subject->task);
+	record->tid = subject->details.tid;
+	record->ppid = subject->details.ppid;
+	record->uid = subject->details.uid;
+	record->gid = subject->details.gid;
 	record->status = 0;
 	bpf_probe_read_kernel(record->comm, sizeof(record->comm), ADDRESS(named, task_struct, comm));
 	__builtin_memset(&record->killer, 0, sizeof(record->killer));
@@ -289,6 +314,7 @@ PROBE(kmonitor_fork, sched_process_fork)
 	flags = matches(&subject, bit);
 	if (!flags)
 		return 0;
+	describe(&subject.details);
 	record = begin(&subject, flags, bit, sizeof(*record));
 	if (!record)
 		return 0;
@@ -354,6 +380,7 @@ PROBE(kmonitor_exec, sched_process_exec) /* task, its id before, what is execute
 	filename = bpf_map_lookup_elem(MAP(filenames), &zero);
 	if (!flags || !filename)
 		return 0;
+	describe(&subject.details);
 	filename_len = bpf_probe_read_kernel_str(filename->bytes, sizeof(filename->bytes), FIELD(bprm, linux_binprm, filename));
 	if (filename_len < 0)
 		filename_len = 0;
@@ -415,7 +442,9 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 	struct subject subject;
 	struct kmonitor_watched *entry;
 	bool process_ends;
+	__u32 thread_status;
 	__u32 status;
+	__u32 bits = 0; /* of the records that there may be */
 	__u32 tgid;
 
 	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_ENDS)))
@@ -424,22 +453,30 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 		return 0;
 	signal = FIELD(task, task_struct, signal);
 	tgid = FIELD(task, task_struct, tgid);
-	if ((__u32)FIELD(task, task_struct, pid) != tgid) {
-		status = FIELD(task, task_struct, exit_code);
-		if (status & 0x7f)
-			emit_end(&subject, KMONITOR_THREAD_ABORT, status);
-		emit_end(&subject, KMONITOR_THREAD_EXIT, status);
-	}
+	thread_status = FIELD(task, task_struct, exit_code);
+	if ((__u32)FIELD(task, task_struct, pid) != tgid)
+		bits |= KMONITOR_THREAD_EXIT | (thread_status & 0x7f ? KMONITOR_THREAD_ABORT : 0);
 	if (config.has_group_dead)
 		process_ends = ctx->args[1] & 0xff;
 	else
 		process_ends = claim_end(&subject, signal);
+	status = STATUS(signal, subject.leader);
+	if (process_ends)
+		bits |= KMONITOR_PROCESS_EXIT | (status & 0x7f ? KMONITOR_PROCESS_ABORT : 0);
+	bits &= subject.process_mask | subject.cgroup_mask | control.all_mask;
+	if (bits) {
+		describe(&subject.details);
+		if (bits & KMONITOR_THREAD_ABORT)
+			emit_end(&subject, KMONITOR_THREAD_ABORT, thread_status);
+		if (bits & KMONITOR_THREAD_EXIT)
+			emit_end(&subject, KMONITOR_THREAD_EXIT, thread_status);
+		if (bits & KMONITOR_PROCESS_ABORT)
+			emit_end(&subject, KMONITOR_PROCESS_ABORT, status);
+		if (bits & KMONITOR_PROCESS_EXIT)
+			emit_end(&subject, KMONITOR_PROCESS_EXIT, status);
+	}
 	if (!process_ends)
 		return 0;
-	status = STATUS(signal, subject.leader);
-	if (status & 0x7f)
-		emit_end(&subject, KMONITOR_PROCESS_ABORT, status);
-	emit_end(&subject, KMONITOR_PROCESS_EXIT, status);
 	if (subject.process_mask) {
 		/*
 		 * Another thread may have given up its count before this one and not have come here yet: then its own end
