@@ -15,7 +15,6 @@
  *   ADDRESS(pointer, type, member)  where it is
  *   PROBE(name, tracepoint)         a program that is attached
  *   ROUTINE(name)                   one that user space runs, with the words of ctx->args
- *   SEPARATE                        before a function that the verifier is to look at once, by itself; not inlined where that can be
  *   START_BOOTTIME(task)            in the grain that the source's look-ups have: processes are told apart by it
  */
 #ifndef KMONITOR_LOADER_H
@@ -51,7 +50,6 @@
 
 #define PROBE(name, tracepoint) int name(struct bpf_raw_tracepoint_args *ctx)
 #define ROUTINE(name) int name(struct bpf_raw_tracepoint_args *ctx)
-#define SEPARATE static __always_inline
 
 #define RING(name)
 #define HASH(name, key, value, entries)
@@ -81,7 +79,6 @@
 #define ROUTINE(name)                                                                              \
 	SEC("raw_tp")                                                                              \
 	int name(struct bpf_raw_tracepoint_args *ctx)
-#define SEPARATE __attribute__((noinline))
 #define HAS_ITERATORS
 
 #define MAP_OF(name, kind, key_type, value_type, entries)                                          \

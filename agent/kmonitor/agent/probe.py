@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from kmonitor.agent import libbpf
@@ -279,7 +278,7 @@ def _learn_level(control: Control, inum: int) -> None:
 
 def object_path() -> Path:
     """Where the object file is."""
-    return Path(str(resources.files("kmonitor.agent").joinpath("kmonitor.bpf.o")))
+    return Path(__file__).with_name("kmonitor.bpf.o")
 
 
 def image() -> bytes:
