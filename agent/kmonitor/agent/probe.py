@@ -161,10 +161,10 @@ def open_object(options: ProbeOptions, config: Config, *, own_btf: Path | None =
     return obj
 
 
-def load_object(obj: libbpf.Object) -> None:
-    """Into the kernel. Raises MissingCapabilityError, which names what is missing, or BpfError."""
+def load_object(obj: libbpf.Object, *, quiet: bool = False) -> None:
+    """Into the kernel. Raises MissingCapabilityError, which names what is missing, or BpfError, of which there is a log unless `quiet`."""
     try:
-        obj.load()
+        obj.load(quiet=quiet)
     except BpfError as error:
         if is_refusal(error.errno):
             raise refusal("the kernel refuses the probe", *CAPABILITIES) from error
