@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -43,7 +42,6 @@ carry on where this one stopped. SIGINT (Ctrl-C) ends it and removes the pins.
 
 Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not
 allowed to. Of --check: 0 if a source works, else 2."""
-_SERVICE = "kmonitor.agent.service"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _RING_LEAST = 64 << 10
 _RING_MOST = 1 << 30
@@ -199,7 +197,7 @@ def agent(
                 opened.pin(folders[0])
         if opened is None:
             # The kernel verifies the probe on one CPU, and imports take another: neither holds Python's lock for long.
-            threading.Thread(target=importlib.import_module, args=[_SERVICE], name="import").start()
+            threading.Thread(target=_import_service, name="import").start()
             opened = _open(choice, options, pins)
             stack.callback(opened.close)
         from kmonitor.agent import service  # noqa: PLC0415  # waits for the import, if it has yet to end
@@ -208,6 +206,18 @@ def agent(
         if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
     return 0
+
+
+def _import_service() -> None:
+    # asyncio takes ssl only if there is one, and it is 4 MB; this agent's transport is gRPC, which has its own.
+    if without := "ssl" not in sys.modules:
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # as the import system has it: not to be found
+    try:
+        import asyncio  # noqa: F401, PLC0415
+    finally:
+        if without:
+            del sys.modules["ssl"]
+    import kmonitor.agent.service  # noqa: F401, PLC0415
 
 
 def _remove(folders: list[PinFolder]) -> None:
