@@ -84,7 +84,7 @@ class Ring:
             slots = min(ahead, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE) // SLOT_SIZE
         left = len(self._slots) - first
         if slots > left <= _LONGEST_RECORD_SLOTS:
-            part = self._around_end(first, min(slots, 2 * _LONGEST_RECORD_SLOTS), limit // SLOT_SIZE)
+            part = self._around_end(first, min(slots, 2 * _LONGEST_RECORD_SLOTS), min(limit // SLOT_SIZE, _LONGEST_RECORD_SLOTS))
         else:
             # So that none of those that are read reaches beyond the end: the first, which is read in any case, does not.
             most = limit // SLOT_SIZE if slots <= left else min(limit // SLOT_SIZE, left - _LONGEST_RECORD_SLOTS)
@@ -98,10 +98,14 @@ class Ring:
 
     def _around_end(self, first: int, slots: int, limit: int) -> Any:
         """A copy of the committed ones among so many slots, of which some, or a part of the last record, are at the ring's beginning."""
-        beyond = first + slots - len(self._slots)
-        count = readable(np.concatenate((self._slots[first:], self._slots[:beyond])), limit)
-        with self._fence:  # what follows must not be read before that they are committed
-            return np.concatenate((self._slots[first:], self._slots[:beyond]))[:count]
+        count = readable(self._copy(first, slots), limit)
+        with self._fence:  # what was not committed then may have been copied half written
+            return self._copy(first, slots)[:count]
+
+    def _copy(self, first: int, slots: int) -> Any:
+        # As bytes: joined as structures, they would be packed.
+        parts = self._slots[first:].view(np.uint8), self._slots[: first + slots - len(self._slots)].view(np.uint8)
+        return np.concatenate(parts).view(SLOT_DTYPE)
 
     def release(self, position: int) -> None:
         """Give the kernel everything before `position` back. Positions that were released already are ignored."""
