@@ -200,8 +200,8 @@ static __always_inline __u16 matches(const struct subject *subject, __u32 bit)
 
 /*
  * What all records say of the subject, besides what look_up has found: of those that will have one, and once. From 6.2 on the verifier
- * searches all types of the kernel by name, up to four times, for each pointer that is read from a trusted one, on each path that it
- * walks: some 0.4 ms a time. So the pointers are followed here, and not where a record is made, of which there are several.
+ * searches all the kernel's types by name, up to four times, for each pointer that is read from one that it trusts, on each path that
+ * it walks: most of the time that loading takes. So the pointers are followed here, and not where records are made, of which there are several.
  */
 static __always_inline void describe(struct subject *subject)
 {
