@@ -75,7 +75,10 @@ struct subject {
 	struct task_struct *task;
 	struct task_struct *leader;
 	__u32 tgid;
-	__u32 tid;
+	__u32 tid;  /* this and the next three: by describe */
+	__u32 ppid;
+	__u32 uid;
+	__u32 gid;
 	__u64 waiting; /* bytes in the ring that were not released, when a record was last begun */
 	__u32 process_mask; /* what its own entry asks for */
 	__u32 cgroup_mask;
@@ -117,6 +120,12 @@ static __always_inline void learn_level(struct task_struct *agent)
 	control.pidns_inum = config.pidns_inum;
 }
 
+/*
+ * The verifier walks what follows a condition before what it jumps to, and need not walk again what it has seen with less known: a value
+ * that was read comes before one that is zero.
+ */
+#define FIRST(condition) __builtin_expect(!!(condition), 1)
+
 /* OR of the masks of the process's control group and those above it. */
 static __always_inline __u32 cgroup_mask(struct task_struct *task, __u64 *nearest)
 {
@@ -127,7 +136,7 @@ static __always_inline __u32 cgroup_mask(struct task_struct *task, __u64 *neares
 		__u64 id = READ(READ(cgroup, cgroup, kn), kernfs_node, id);
 		__u32 *entry = bpf_map_lookup_elem(MAP(watched_cgroups), &id);
 
-		if (entry) {
+		if (FIRST(entry)) {
 			mask |= *entry;
 			if (!*nearest)
 				*nearest = id;
@@ -147,7 +156,6 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 	subject->tgid = scoped_id(subject->leader);
 	if (!subject->tgid)
 		return false;
-	subject->tid = 0; /* later: few get there */
 	subject->start_boottime_ns = START_BOOTTIME(subject->leader);
 	subject->match_cgroup_id = 0;
 	subject->process_mask = 0;
@@ -155,14 +163,14 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 	subject->follow = 0;
 	__builtin_memset(&subject->root, 0, sizeof(subject->root));
 	__builtin_memset(&subject->child_root, 0, sizeof(subject->child_root));
-	if (any & KMONITOR_ANY_WATCHED) {
+	if (FIRST(any & KMONITOR_ANY_WATCHED)) {
 		entry = bpf_map_lookup_elem(MAP(watched), &subject->tgid);
 		/* Another start time: the pid was given out again. Not the process that was meant. */
-		if (entry && (!entry->start_boottime_ns || entry->start_boottime_ns == subject->start_boottime_ns)) {
+		if (FIRST(entry) && FIRST(!entry->start_boottime_ns || entry->start_boottime_ns == subject->start_boottime_ns)) {
 			subject->process_mask = entry->mask;
 			subject->follow = entry->flags & KMONITOR_WATCHED_FOLLOW;
 			/* Not of one that has ended: nobody is to take it for a process that has yet to end. */
-			if (!(entry->flags & KMONITOR_WATCHED_ENDED))
+			if (FIRST(!(entry->flags & KMONITOR_WATCHED_ENDED)))
 				subject->root = entry->root;
 			if (entry->flags & KMONITOR_WATCHED_ROOT || !entry->root.tgid) {
 				subject->child_root.start_boottime_ns = subject->start_boottime_ns;
@@ -173,15 +181,37 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 			}
 		}
 	}
-	if (any & KMONITOR_ANY_CGROUP)
+	if (FIRST(any & KMONITOR_ANY_CGROUP))
 		subject->cgroup_mask = cgroup_mask(task, &subject->match_cgroup_id);
 	return subject->process_mask | subject->cgroup_mask | control.all_mask;
+}
+
+/* Which of `bits` somebody wants to know. In one test, where matches is several: see describe. */
+static __always_inline __u32 wanted(const struct subject *subject, __u32 bits)
+{
+	return bits & (subject->process_mask | subject->cgroup_mask | control.all_mask);
 }
 
 static __always_inline __u16 matches(const struct subject *subject, __u32 bit)
 {
 	return (subject->process_mask & bit ? KMONITOR_F_MATCH_PROCESS : 0) | (control.all_mask & bit ? KMONITOR_F_MATCH_NODE : 0) |
 	       (subject->cgroup_mask & bit ? KMONITOR_F_MATCH_CGROUP : 0);
+}
+
+/*
+ * What all records say of the subject, besides what look_up has found: of those that will have one, and once. From 6.2 on the verifier
+ * searches all the kernel's types by name, up to four times, for each pointer that is read from one that it trusts, on each path that
+ * it walks: most of the time that loading takes. So the pointers are followed here, and not where records are made, of which there are several.
+ */
+static __always_inline void describe(struct subject *subject)
+{
+	struct task_struct *task = subject->task;
+
+	subject->tid = scoped_id(task);
+	subject->cgroup_id = CGROUP_ID(task);
+	subject->ppid = scoped_id(FIELD(FIELD(subject->leader, task_struct, real_parent), task_struct, group_leader));
+	subject->uid = REAL_UID(task);
+	subject->gid = REAL_GID(task);
 }
 
 static __always_inline void count_lost(__u16 flags, __u32 bit)
@@ -203,7 +233,7 @@ static __always_inline void count_lost(__u16 flags, __u32 bit)
 	__sync_fetch_and_add(&control.lost[class][index], 1);
 }
 
-/* A record with room for `size` bytes, all but what is the event type's own filled in; NULL if it was counted as lost. */
+/* A record with room for `size` bytes, all but what is the event type's own filled in; NULL if it was counted as lost. After `describe`. */
 static __always_inline struct kmonitor_record *begin(struct subject *subject, __u16 flags, __u32 bit, const __u64 size)
 {
 	struct kmonitor_record *record;
@@ -220,10 +250,6 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 		count_lost(flags, bit);
 		return NULL;
 	}
-	if (!subject->tid) {
-		subject->tid = scoped_id(subject->task);
-		subject->cgroup_id = CGROUP_ID(subject->task);
-	}
 	/* A thread's event names the thread; a process's the process, whichever thread did it. */
 	named = bit < KMONITOR_PROCESS_FORK ? subject->task : subject->leader;
 	record->version = KMONITOR_RECORD_VERSION;
@@ -237,9 +263,9 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 	record->match_cgroup_id = subject->match_cgroup_id;
 	record->tgid = subject->tgid;
 	record->tid = subject->tid;
-	record->ppid = scoped_id(FIELD(FIELD(subject->leader, task_struct, real_parent), task_struct, group_leader));
-	record->uid = REAL_UID(subject->task);
-	record->gid = REAL_GID(subject->task);
+	record->ppid = subject->ppid;
+	record->uid = subject->uid;
+	record->gid = subject->gid;
 	record->status = 0;
 	bpf_probe_read_kernel(record->comm, sizeof(record->comm), ADDRESS(named, task_struct, comm));
 	__builtin_memset(&record->killer, 0, sizeof(record->killer));
@@ -268,12 +294,15 @@ PROBE(kmonitor_fork, sched_process_fork)
 	__u32 bit = thread ? KMONITOR_THREAD_CREATE : KMONITOR_PROCESS_FORK;
 	struct kmonitor_record *record;
 	struct subject subject;
-	__u16 flags;
+	bool told;
 
 	if (any & KMONITOR_ANY_LEARN)
 		learn_level(parent);
 	if (!(any & bit) || !look_up(&subject, parent, any))
 		return 0;
+	told = wanted(&subject, bit);
+	if (told)
+		describe(&subject);
 	if (!thread && subject.follow) {
 		struct kmonitor_watched entry = {
 			.start_boottime_ns = START_BOOTTIME(child),
@@ -286,10 +315,9 @@ PROBE(kmonitor_fork, sched_process_fork)
 		if (tgid && bpf_map_update_elem(MAP(watched), &tgid, &entry, BPF_ANY))
 			count_lost(KMONITOR_F_MATCH_PROCESS, 0);
 	}
-	flags = matches(&subject, bit);
-	if (!flags)
+	if (!told)
 		return 0;
-	record = begin(&subject, flags, bit, sizeof(*record));
+	record = begin(&subject, matches(&subject, bit), bit, sizeof(*record));
 	if (!record)
 		return 0;
 	record->child.start_boottime_ns = START_BOOTTIME(child);
@@ -346,22 +374,23 @@ PROBE(kmonitor_exec, sched_process_exec) /* task, its id before, what is execute
 	__u64 args_len;
 	long filename_len;
 	__u32 zero = 0;
-	__u16 flags;
+	__u16 flags = 0;
 
 	if (!(any & KMONITOR_PROCESS_EXEC) || !look_up(&subject, task, any))
 		return 0;
-	flags = matches(&subject, KMONITOR_PROCESS_EXEC);
 	filename = bpf_map_lookup_elem(MAP(filenames), &zero);
-	if (!flags || !filename)
+	if (!wanted(&subject, KMONITOR_PROCESS_EXEC) || !filename)
 		return 0;
+	describe(&subject);
+	mm = FIELD(task, task_struct, mm);
+	args = FIELD(mm, mm_struct, arg_start);
+	args_len = FIELD(mm, mm_struct, arg_end) - args;
 	filename_len = bpf_probe_read_kernel_str(filename->bytes, sizeof(filename->bytes), FIELD(bprm, linux_binprm, filename));
 	if (filename_len < 0)
 		filename_len = 0;
 	if (filename_len == sizeof(filename->bytes))
 		flags |= KMONITOR_F_ARGS_TRUNCATED;
-	mm = FIELD(task, task_struct, mm);
-	args = FIELD(mm, mm_struct, arg_start);
-	args_len = FIELD(mm, mm_struct, arg_end) - args;
+	flags |= matches(&subject, KMONITOR_PROCESS_EXEC);
 	if (filename_len <= TAIL_SMALL / 2 && args_len <= TAIL_SMALL / 2)
 		emit_exec(&subject, flags, filename, filename_len, args, args_len, TAIL_SMALL);
 	else if (filename_len <= TAIL_MEDIUM / 2 && args_len <= TAIL_MEDIUM / 2)
@@ -415,7 +444,9 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 	struct subject subject;
 	struct kmonitor_watched *entry;
 	bool process_ends;
+	__u32 thread_status;
 	__u32 status;
+	__u32 bits = 0; /* of the records that there may be */
 	__u32 tgid;
 
 	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_ENDS)))
@@ -424,22 +455,30 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 		return 0;
 	signal = FIELD(task, task_struct, signal);
 	tgid = FIELD(task, task_struct, tgid);
-	if ((__u32)FIELD(task, task_struct, pid) != tgid) {
-		status = FIELD(task, task_struct, exit_code);
-		if (status & 0x7f)
-			emit_end(&subject, KMONITOR_THREAD_ABORT, status);
-		emit_end(&subject, KMONITOR_THREAD_EXIT, status);
-	}
+	thread_status = FIELD(task, task_struct, exit_code);
+	if ((__u32)FIELD(task, task_struct, pid) != tgid)
+		bits |= KMONITOR_THREAD_EXIT | (thread_status & 0x7f ? KMONITOR_THREAD_ABORT : 0);
 	if (config.has_group_dead)
 		process_ends = ctx->args[1] & 0xff;
 	else
 		process_ends = claim_end(&subject, signal);
+	status = STATUS(signal, subject.leader);
+	if (process_ends)
+		bits |= KMONITOR_PROCESS_EXIT | (status & 0x7f ? KMONITOR_PROCESS_ABORT : 0);
+	bits = wanted(&subject, bits);
+	if (bits) {
+		describe(&subject);
+		if (bits & KMONITOR_THREAD_ABORT)
+			emit_end(&subject, KMONITOR_THREAD_ABORT, thread_status);
+		if (bits & KMONITOR_THREAD_EXIT)
+			emit_end(&subject, KMONITOR_THREAD_EXIT, thread_status);
+		if (bits & KMONITOR_PROCESS_ABORT)
+			emit_end(&subject, KMONITOR_PROCESS_ABORT, status);
+		if (bits & KMONITOR_PROCESS_EXIT)
+			emit_end(&subject, KMONITOR_PROCESS_EXIT, status);
+	}
 	if (!process_ends)
 		return 0;
-	status = STATUS(signal, subject.leader);
-	if (status & 0x7f)
-		emit_end(&subject, KMONITOR_PROCESS_ABORT, status);
-	emit_end(&subject, KMONITOR_PROCESS_EXIT, status);
 	if (subject.process_mask) {
 		/*
 		 * Another thread may have given up its count before this one and not have come here yet: then its own end
@@ -539,7 +578,7 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 		struct task_struct *leader = FIELD(sender, task_struct, group_leader);
 
 		entry.killer.tgid = scoped_id(leader);
-		entry.killer.uid = REAL_UID(sender);
+		entry.killer.uid = READ(READ(sender, task_struct, cred), cred, uid).val; /* for the verifier's sake: see describe */
 		bpf_probe_read_kernel(entry.killer.comm, sizeof(entry.killer.comm), ADDRESS(leader, task_struct, comm));
 	}
 	key.tgid = FIELD(task, task_struct, tgid);
@@ -623,6 +662,7 @@ int kmonitor_tasks(struct bpf_iter__task *ctx)
 	struct task_struct *task = ctx->task;
 	struct kmonitor_process process = {};
 	struct signal_struct *signal;
+	const struct cred *cred;
 
 	if (!task || task->pid != task->tgid)
 		return 0;
@@ -631,10 +671,12 @@ int kmonitor_tasks(struct bpf_iter__task *ctx)
 		return 0;
 	signal = task->signal;
 	process.start_boottime_ns = START_BOOTTIME(task);
-	process.cgroup_id = CGROUP_ID(task);
+	/* READ for the verifier's sake: see describe. */
+	process.cgroup_id = READ(READ(READ(READ(task, task_struct, cgroups), css_set, dfl_cgrp), cgroup, kn), kernfs_node, id);
 	process.ppid = scoped_id(task->real_parent->group_leader);
-	process.uid = REAL_UID(task);
-	process.gid = REAL_GID(task);
+	cred = READ(task, task_struct, cred);
+	process.uid = READ(cred, cred, uid).val;
+	process.gid = READ(cred, cred, gid).val;
 	process.live = signal->live.counter;
 	process.status = STATUS(signal, task);
 	bpf_probe_read_kernel(process.comm, sizeof(process.comm), task->comm);

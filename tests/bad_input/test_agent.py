@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input.refusal import refused, refused_by_usage, run_all
+from tests.bad_input.refusal import refused, run_all
 from tests.lab.privileges import AS_NOBODY, need_another_user
 from tests.lab.requires import Lack, need, tools_lack
 from tests.lab.services import BIN, Done, Lab
@@ -63,9 +63,28 @@ def test_bad_value_found_only_by_a_close_look(lab: Lab, options: list[str], said
     refused(done, 2, said)
 
 
-@pytest.mark.parametrize("options", [["--nosuch"], ["--watched-max", "1"]], ids=" ".join)
-def test_usage(lab: Lab, options: list[str]) -> None:
-    refused_by_usage(agent(lab, *options), options[0])
+def test_usage(lab: Lab) -> None:
+    cases = {
+        ("--nosuch",): "no such option: --nosuch",
+        ("--verb",): "perhaps --verbose",
+        ("--nod=moon",): "perhaps --node",
+        ("--watched-max", "1"): "--watched-max: '1': give a whole number from 16 to 4194304",
+        ("--nice", "much"): "--nice: 'much': give a whole number from -20 to 19",
+        ("--no-pin=1",): "--no-pin",
+        ("--node",): "--node: expected one argument",
+        ("moon",): "unexpected argument 'moon'",
+        ("--", "moon"): "unexpected argument 'moon'",
+    }
+    for words, done in zip(cases.values(), run_all(lab, [["kmonitor-agent", *options] for options in cases]), strict=True):
+        refused(done, 2, words, "kmonitor-agent --help")
+
+
+def test_help(lab: Lab) -> None:
+    done = lab.run("kmonitor-agent", "--help")
+    assert done.code == 0
+    assert done.stderr == ""
+    for words in ("[env var: KMONITOR_BROKER]", "[default: 127.0.0.1:7221]", "--pin-root FOLDER", "[default: 16M]", "--verbose, -v"):
+        assert words in done.stdout
 
 
 def test_no_broker(lab: Lab) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-from tests.bad_input.refusal import refused, refused_by_usage, run_all
+from tests.bad_input.refusal import refused, run_all
 from tests.lab.services import Lab
 
 
@@ -70,4 +70,4 @@ def test_port_in_use(lab: Lab) -> None:
 
 
 def test_usage(lab: Lab) -> None:
-    refused_by_usage(lab.run("kmonitor-broker", "--nosuch"), "--nosuch")
+    refused(lab.run("kmonitor-broker", "--nosuch"), 2, "no such option: --nosuch", "kmonitor-broker --help")

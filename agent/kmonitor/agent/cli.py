@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import re
-import signal
 import socket
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core's own lines on stderr would be nobody's
-
-import typer
+# numpy's linear algebra, which nothing here uses, starts a thread for each CPU and gives it memory when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from kmonitor.agent.errors import BpfError
 from kmonitor.agent.identity import Identity
@@ -25,17 +24,24 @@ from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe,
 from kmonitor.agent.source import Source
 from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.options import Parser, number
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
 if TYPE_CHECKING:
     from kmonitor.agent.predecessor import Predecessor
-    from kmonitor.agent.uplink import Uplink
 
 log = logging.getLogger("kmonitor-agent")
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-Signalled = Literal["term", "int"]
+PROGRAM = "kmonitor-agent"
+_DESCRIPTION = """\
+Capture this node's process events and stream them to the broker.
+
+SIGTERM ends it and leaves the pinned probe at work, for the next agent to
+carry on where this one stopped. SIGINT (Ctrl-C) ends it and removes the pins.
+
+Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not
+allowed to. Of --check: 0 if a source works, else 2."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _RING_LEAST = 64 << 10
 _RING_MOST = 1 << 30
@@ -80,34 +86,77 @@ def check_scope(text: str) -> Literal["host", "pidns"] | None:
     raise UsageError(f"scope {text!r}: write host or pidns")
 
 
-@app.command()
+def parser() -> Parser:
+    """The options of `agent`, by the same names."""
+    made = Parser(PROGRAM, _DESCRIPTION)
+    made.add_argument(
+        "--broker",
+        metavar="HOST:PORT",
+        default=os.environ.get("KMONITOR_BROKER") or DEFAULT_ADDRESS,
+        help=f"Where the broker listens.  [env var: KMONITOR_BROKER]  [default: {DEFAULT_ADDRESS}]",
+    )
+    made.add_argument("--node", metavar="NAME", default="", help="This node's name in the cluster.  [default: the host's name]")
+    made.add_argument("--source", metavar="NAME", default="auto", help="What captures: auto, core, bcc or netlink.  [default: %(default)s]")
+    made.add_argument(
+        "--scope",
+        metavar="NAME",
+        default="",
+        help="host: all processes. pidns: those of this pid namespace and below.  [default: host]",
+    )
+    made.add_argument("--label", metavar="NAME=VALUE", action="append", default=[], help="For selecting nodes; repeatable.")
+    made.add_argument(
+        "--pin-root",
+        metavar="FOLDER",
+        type=Path,
+        default=DEFAULT_ROOT,
+        help="Folder in a bpffs that keeps the ring alive while no agent runs.  [default: %(default)s]",
+    )
+    made.add_argument("--no-pin", action="store_true", help="Pin nothing: what happens while no agent runs is not captured.")
+    made.add_argument("--unpin", action="store_true", help="Remove this node's pins, which detaches the probe, and end.")
+    made.add_argument(
+        "--ring-size",
+        metavar="SIZE",
+        default=f"{DEFAULT_RING_BYTES >> 20}M",
+        help="The kernel's ring: a power of two; 128 bytes an event.  [default: %(default)s]",
+    )
+    made.add_argument(
+        "--watched-max",
+        metavar="NUMBER",
+        type=number(16, 4_194_304),
+        default=DEFAULT_WATCHED_MAX,
+        help="Most processes watched at once, 16 to 4194304.  [default: %(default)s]",
+    )
+    made.add_argument(
+        "--nice",
+        metavar="NUMBER",
+        type=number(-20, 19),
+        default=DEFAULT_NICE,
+        help="Priority for the CPU, -20 to 19; a raise needs root or CAP_SYS_NICE.  [default: %(default)s]",
+    )
+    made.add_argument("--check", action="store_true", help="Try each source on this machine, say what works and why not, and end.")
+    made.add_argument("--json", action="store_true", help="With --check: one JSON object a line.")
+    made.add_argument("--verbose", "-v", action="store_true", help="Say more on stderr.")
+    return made
+
+
 def agent(
-    broker: Annotated[str, typer.Option(envvar="KMONITOR_BROKER", help="HOST:PORT of the broker.")] = DEFAULT_ADDRESS,
-    node: Annotated[str, typer.Option(help="This node's name in the cluster.  [default: the host's name]", show_default=False)] = "",
-    source: Annotated[str, typer.Option(help="What captures: auto, core, bcc or netlink.")] = "auto",
-    scope: Annotated[
-        str, typer.Option(help="host: all processes. pidns: those of this pid namespace and below.  [default: host]", show_default=False)
-    ] = "",
-    label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, for selecting nodes; repeatable.")] = None,
-    pin_root: Annotated[
-        Path, typer.Option(readable=False, help="Folder in a bpffs that keeps the ring alive while no agent runs.")
-    ] = DEFAULT_ROOT,
-    no_pin: Annotated[bool, typer.Option("--no-pin", help="Pin nothing: what happens while no agent runs is not captured.")] = False,
-    unpin: Annotated[bool, typer.Option("--unpin", help="Remove this node's pins, which detaches the probe, and end.")] = False,
-    ring_size: Annotated[str, typer.Option(help="The kernel's ring: a power of two; 128 bytes an event.")] = f"{DEFAULT_RING_BYTES >> 20}M",
-    watched_max: Annotated[int, typer.Option(min=16, max=4_194_304, help="Most processes watched at once.")] = DEFAULT_WATCHED_MAX,
-    nice: Annotated[int, typer.Option(min=-20, max=19, help="Priority for the CPU; a raise needs root or CAP_SYS_NICE.")] = DEFAULT_NICE,
-    check: Annotated[bool, typer.Option("--check", help="Try each source on this machine, say what works and why not, and end.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="With --check: one JSON object a line.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
-) -> None:
-    """Capture this node's process events and stream them to the broker.
-
-    SIGTERM ends it and leaves the pinned probe at work, for the next agent to carry on where this one stopped. SIGINT
-    (Ctrl-C) ends it and removes the pins.
-
-    Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not allowed to. Of --check: 0 if a source works, else 2.
-    """
+    *,
+    broker: str,
+    node: str,
+    source: str,
+    scope: str,
+    label: list[str],
+    pin_root: Path,
+    no_pin: bool,
+    unpin: bool,
+    ring_size: str,
+    watched_max: int,
+    nice: int,
+    check: bool,
+    json: bool,
+    verbose: bool,
+) -> int:
+    """Run it with the options of `parser`: the exit status. Raises KmonitorError."""
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="kmonitor-agent: %(message)s", stream=sys.stderr)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     raise_priority(nice)
@@ -117,11 +166,11 @@ def agent(
     if check:
         from kmonitor.agent.doctor import report  # noqa: PLC0415  # an agent that runs has no use for it
 
-        raise typer.Exit(report(given, pin_root, json=json))
+        return report(given, pin_root, json=json)
     scope = given or "host"
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
-    labels = parse_labels(label or [])
+    labels = parse_labels(label)
     address = check_address(broker)
     with contextlib.ExitStack() as stack:
         folders: list[PinFolder] = []
@@ -132,24 +181,43 @@ def agent(
                 folders.append(folder)
             if unpin:
                 _remove(folders)
-                return
+                return 0
         opened: Source | None = None
         if folders and (found := _predecessors(folders)):
             opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
             stack.callback(opened.close)
             identity = Identity(name, scope, labels)
-            if signalled := _succeed(found, folders, address, identity):
+            from kmonitor.agent import service  # noqa: PLC0415
+
+            if signalled := service.succeed(found, folders, address, identity):
                 if signalled == "int":
                     _remove(folders)
-                return
+                return 0
             if isinstance(opened, Probe):
                 opened.pin(folders[0])
         if opened is None:
+            # The kernel verifies the probe on one CPU, and imports take another: neither holds Python's lock for long.
+            threading.Thread(target=_import_service, name="import").start()
             opened = _open(choice, options, pins)
             stack.callback(opened.close)
-        signalled = asyncio.run(_run(address, name, scope, labels, opened))
+        from kmonitor.agent import service  # noqa: PLC0415  # waits for the import, if it has yet to end
+
+        signalled = service.run(address, Identity(name, scope, labels), opened)
         if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
+    return 0
+
+
+def _import_service() -> None:
+    # asyncio takes ssl only if there is one, and it is 4 MB; this agent's transport is gRPC, which has its own.
+    if without := "ssl" not in sys.modules:
+        sys.modules["ssl"] = None  # type: ignore[assignment]  # as the import system has it: not to be found
+    try:
+        import asyncio  # noqa: F401, PLC0415
+    finally:
+        if without:
+            del sys.modules["ssl"]
+    import kmonitor.agent.service  # noqa: F401, PLC0415
 
 
 def _remove(folders: list[PinFolder]) -> None:
@@ -168,27 +236,6 @@ def _predecessors(folders: list[PinFolder]) -> list[Predecessor]:
     return find(own, others)
 
 
-def _succeed(found: list[Predecessor], folders: list[PinFolder], address: str, identity: Identity) -> Signalled | None:
-    """Bring to the broker what they have recorded, and remove them; the signal that ended it, if one did."""
-    from kmonitor.agent.predecessor import Draining, discard  # noqa: PLC0415
-
-    try:
-        for old in found:
-            draining = Draining(address, identity, old)
-            signalled = asyncio.run(_until_signal(draining))
-            if not draining.drained:
-                return signalled or "term"
-            old.close()
-            discard(old.pins, folders[0])
-            log.info("the probe of the other version is replaced: all that it had recorded was delivered")
-            if signalled is not None:
-                return signalled
-    finally:
-        for old in found:
-            old.close()
-    return None
-
-
 def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: PinFolder | None) -> Source:
     source = open_source(choice, options, pins)
     if source.adopted and isinstance(source, Probe):
@@ -198,38 +245,17 @@ def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: Pin
     return source
 
 
-async def _run(address: str, node: str, scope: str, labels: dict[str, str], source: Source) -> Signalled:
-    from kmonitor.agent.connection import Connection  # noqa: PLC0415  # grpc takes most of the start: the probe's errors come first
-
-    return await _until_signal(Connection(address, Identity(node, scope, labels), source)) or "term"
-
-
-async def _until_signal(uplink: Uplink) -> Signalled | None:
-    """Run it; which signal ended it, if one did."""
-    received: list[Signalled] = []
-
-    def on_signal(which: Signalled) -> None:
-        if received:  # a second one: do not wait for the broker
-            os._exit(1)
-        received.append(which)
-        uplink.stop()
-
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, on_signal, "term")
-    loop.add_signal_handler(signal.SIGINT, on_signal, "int")
-    await uplink.run()
-    return received[0] if received else None
-
-
 def main() -> None:
     """Entry point: errors are one line and an exit status."""
     try:
-        app()
+        raise SystemExit(agent(**parser().parse()))
     except KmonitorError as error:
-        print(f"kmonitor-agent: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         if isinstance(error, BpfError) and error.log and logging.getLogger().isEnabledFor(logging.DEBUG):
             print(error.log, file=sys.stderr)
         raise SystemExit(error.exit_status) from None
+    except KeyboardInterrupt:  # before its handler is there
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

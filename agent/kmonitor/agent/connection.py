@@ -11,8 +11,8 @@ from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.inference import Inference
 from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.listing import select
 from kmonitor.agent.pidfile import PidfileReader
-from kmonitor.agent.processes import select
 from kmonitor.agent.source import Source
 from kmonitor.agent.uplink import Uplink
 from kmonitor.v1 import agent_pb2

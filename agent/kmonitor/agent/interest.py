@@ -14,6 +14,7 @@ import time
 from kmonitor.agent import libbpf
 from kmonitor.agent.errors import BpfError
 from kmonitor.agent.groups import GroupTable
+from kmonitor.agent.listing import to_proto
 from kmonitor.agent.maps import (
     ANY_CGROUP,
     ANY_WATCHED,
@@ -210,4 +211,4 @@ def _answer(
 ) -> None:
     result = answer.processes.add(pid=process.pid, start_time=process.start_time, state=state, error=error)
     if found is not None:
-        result.process.CopyFrom(found.to_proto())
+        result.process.CopyFrom(to_proto(found))

@@ -151,6 +151,15 @@ class _Library:
         library.libbpf_set_print(self._print)
         return library
 
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keep no log. To load an object libbpf says hundreds of lines, each for Python's lock, which another thread may hold for 5 ms."""
+        self.libbpf_set_print(_PRINT())
+        try:
+            yield
+        finally:
+            self.libbpf_set_print(self._print)
+
     def take_log(self) -> str:
         """What libbpf said since the last call."""
         text = self._log.decode(errors="replace")
@@ -277,10 +286,11 @@ class Object:
             raise BpfError(f"section {map_name} has {size.value} bytes, not {len(value)}: rebuild the BPF object", errnos.EINVAL)
         ctypes.memmove(address, value, len(value))
 
-    def load(self) -> None:
-        """Into the kernel. Raises BpfError with the verifier's log, or MissingCapabilityError."""
+    def load(self, *, quiet: bool = False) -> None:
+        """Into the kernel. Raises BpfError with the verifier's log, unless `quiet`, or MissingCapabilityError."""
         library.take_log()
-        result = library.bpf_object__load(self._handle)
+        with library.quiet() if quiet else contextlib.nullcontext():
+            result = library.bpf_object__load(self._handle)
         if result:
             raise _fail("cannot load the probe", result)
 

@@ -38,7 +38,7 @@ CONTROL_DTYPE: np.dtype[Any] = np.dtype(
             "lost",
             "wake_above",
             "calm",
-            "unused",
+            "reserved",
         ],
         "formats": ["<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "<u4", ("<u8", (2, 8)), "<u8", "<u4", "<u4"],
         "offsets": [0, 4, 8, 12, 16, 24, 28, 32, 160, 168, 172],

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 import grpc.aio
 
 from kmonitor.agent.errors import BpfError, PidfileError, PidfileMissingError
+from kmonitor.agent.listing import to_proto
 from kmonitor.agent.source import Processes
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import BadSelectorError
@@ -128,7 +129,7 @@ class PidfileReader:
         else:
             if found is not None and found.live:
                 answer.state = monitor_pb2.REGISTRATION_STATE_RUNNING
-                answer.process.CopyFrom(found.to_proto())
+                answer.process.CopyFrom(to_proto(found))
             else:
                 answer.state = monitor_pb2.REGISTRATION_STATE_EXITED
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the stream has ended: who serves it sees why

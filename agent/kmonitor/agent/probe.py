@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from kmonitor.agent import libbpf
@@ -162,10 +161,10 @@ def open_object(options: ProbeOptions, config: Config, *, own_btf: Path | None =
     return obj
 
 
-def load_object(obj: libbpf.Object) -> None:
-    """Into the kernel. Raises MissingCapabilityError, which names what is missing, or BpfError."""
+def load_object(obj: libbpf.Object, *, quiet: bool = False) -> None:
+    """Into the kernel. Raises MissingCapabilityError, which names what is missing, or BpfError, of which there is a log unless `quiet`."""
     try:
-        obj.load()
+        obj.load(quiet=quiet)
     except BpfError as error:
         if is_refusal(error.errno):
             raise refusal("the kernel refuses the probe", *CAPABILITIES) from error
@@ -279,7 +278,7 @@ def _learn_level(control: Control, inum: int) -> None:
 
 def object_path() -> Path:
     """Where the object file is."""
-    return Path(str(resources.files("kmonitor.agent").joinpath("kmonitor.bpf.o")))
+    return Path(__file__).with_name("kmonitor.bpf.o")
 
 
 def image() -> bytes:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from kmonitor.agent import libbpf
 from kmonitor.agent.maps import PROCESS_DTYPE
-from kmonitor.v1 import events_pb2, monitor_pb2
 
 _SCAN_FROM = 32
 """From so many look-ups on one scan of all processes (some 3 us each) is cheaper than an iterator (some 100 us) for each."""
@@ -30,19 +28,6 @@ class Found:
     cgroup_id: int
     live: int
     """Threads that have not ended. At 0 the process has ended, or is just about to say so."""
-
-    def to_proto(self) -> events_pb2.Process:
-        """As monitors see it."""
-        return events_pb2.Process(
-            pid=self.pid,
-            ppid=self.ppid,
-            uid=self.uid,
-            gid=self.gid,
-            comm=self.comm,
-            start_time=self.start_boottime_ns,
-            cgroup_id=self.cgroup_id,
-            threads=self.live,
-        )
 
 
 class ProcessTable:
@@ -73,18 +58,6 @@ class ProcessTable:
 def comm_bytes(comm: str) -> bytes:
     """As in the records: at most 15 bytes. What is not UTF-8 was replaced when it was read."""
     return comm.encode(errors="replace")[:15]
-
-
-def select(processes: list[Found], wanted: monitor_pb2.ProcessFilter) -> list[events_pb2.Process]:
-    """What ListProcesses answers: running processes by pid, name and user."""
-    pids, uids = set(wanted.pids), set(wanted.uids)
-    return [
-        found.to_proto()
-        for found in processes
-        if (not pids or found.pid in pids)
-        and (not uids or found.uid in uids)
-        and (not wanted.comms or any(fnmatch.fnmatchcase(found.comm, glob) for glob in wanted.comms))
-    ]
 
 
 def _decode(printed: bytes) -> list[Found]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel's ring, read through its memory map (kernel/bpf/ringbuf.c, Documentation/bpf/ringbuf.rst).
 
-The first page holds the consumer's position, which is ours to write; the second the producer's, then come the data pages,
-mapped twice in a row, so that a record that wraps around lies in one piece. Positions are bytes since the ring was made.
+The first page holds the consumer's position, which is ours to write; the second the producer's, then come the data pages. The
+kernel offers them twice in a row, so that a record that wraps around lies in one piece; but what is mapped counts as this process's
+memory, as often as it is mapped: the few records around the end are put together here. Positions are bytes since the ring was made.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kmonitor.agent.maps import Control
 from kmonitor.wire.record import RING_BUSY, SLOT_DTYPE, SLOT_SIZE, readable
 
 _LONGEST_RECORD_SLOTS = 32
+"""Of any version: an exec with all of its arguments."""
 
 
 class Ring:
@@ -32,10 +34,10 @@ class Ring:
         self.size = size
         self._control = control
         self._consumer_page = mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self._pages = mmap.mmap(fd, mmap.PAGESIZE + 2 * size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=mmap.PAGESIZE)
+        self._pages = mmap.mmap(fd, mmap.PAGESIZE + size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=mmap.PAGESIZE)
         self._consumer: Any = np.frombuffer(self._consumer_page, dtype="<u8", count=1)
         self._producer: Any = np.frombuffer(self._pages, dtype="<u8", count=1)
-        self._slots: Any = np.frombuffer(self._pages, dtype=SLOT_DTYPE, offset=mmap.PAGESIZE, count=2 * size // SLOT_SIZE)
+        self._slots: Any = np.frombuffer(self._pages, dtype=SLOT_DTYPE, offset=mmap.PAGESIZE, count=size // SLOT_SIZE)
         self._fence = threading.Lock()
         self.position = self.consumer
         """Where the next read begins."""
@@ -70,7 +72,7 @@ class Ring:
     def read(self, limit: int) -> memoryview | None:
         """Committed records from `position` on, at most about `limit` bytes, and step over them; None if there are none.
 
-        It is the ring's memory: it holds until they are released, and is to be let go of before `close`.
+        It may be the ring's memory: it holds until they are released, and is to be let go of before `close`.
         """
         ahead = self.producer - self.position
         if ahead == 0:
@@ -79,13 +81,31 @@ class Ring:
         # A record's length is written before the producer's position moves past it (a store-release in the kernel): on
         # x86 the order of loads is kept; elsewhere the lock's acquire orders them.
         with self._fence:
-            window = self._slots[first : first + min(ahead, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE) // SLOT_SIZE]
-        count = readable(window, limit // SLOT_SIZE)
-        if count == 0:
+            slots = min(ahead, limit + _LONGEST_RECORD_SLOTS * SLOT_SIZE) // SLOT_SIZE
+        left = len(self._slots) - first
+        if slots > left <= _LONGEST_RECORD_SLOTS:
+            part = self._around_end(first, min(slots, 2 * _LONGEST_RECORD_SLOTS), min(limit // SLOT_SIZE, _LONGEST_RECORD_SLOTS))
+        else:
+            # So that none of those that are read reaches beyond the end: the first, which is read in any case, does not.
+            most = limit // SLOT_SIZE if slots <= left else min(limit // SLOT_SIZE, left - _LONGEST_RECORD_SLOTS)
+            window = self._slots[first : first + slots]
+            part = window[: readable(window, most)]
+        if len(part) == 0:
             return None
-        data: memoryview = window[:count].view(np.uint8).data
+        data: memoryview = part.view(np.uint8).data
         self.position += len(data)
         return data
+
+    def _around_end(self, first: int, slots: int, limit: int) -> Any:
+        """A copy of the committed ones among so many slots, of which some, or a part of the last record, are at the ring's beginning."""
+        count = readable(self._copy(first, slots), limit)
+        with self._fence:  # what was not committed then may have been copied half written
+            return self._copy(first, slots)[:count]
+
+    def _copy(self, first: int, slots: int) -> Any:
+        # As bytes: joined as structures, they would be packed.
+        parts = self._slots[first:].view(np.uint8), self._slots[: first + slots - len(self._slots)].view(np.uint8)
+        return np.concatenate(parts).view(SLOT_DTYPE)
 
     def release(self, position: int) -> None:
         """Give the kernel everything before `position` back. Positions that were released already are ignored."""

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 from collections.abc import Coroutine
-from importlib.metadata import version
 from typing import Any
 
 import grpc
@@ -23,6 +22,7 @@ from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boot_id
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
 from kmonitor.wire.record import RECORD_SIZE, SLOT_SIZE
+from kmonitor.wire.version import installed_version
 
 log = logging.getLogger("kmonitor-agent")
 
@@ -161,7 +161,7 @@ class Uplink:
             source=self._feed.name,
             scope=self._identity.scope,
             kernel_release=os.uname().release,
-            agent_version=version("kmonitor"),
+            agent_version=installed_version(),
             labels=self._identity.labels,
             lost=forwarder.totals(),
             ring_bytes=ring.size,

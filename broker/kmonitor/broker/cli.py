@@ -12,15 +12,17 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core has its own lines for what we say in ours
+# numpy's linear algebra, which nothing here uses, starts a thread for each CPU and gives it memory when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_LINGER, DEFAULT_PROGRESS_INTERVAL, LINGER_MOST, Broker
 from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
 from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.options import Parser, number
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 
 PROGRAM = "kmonitor-broker"
@@ -114,7 +116,7 @@ class LogOptions:
 
 async def serve(listen: str, options: LogOptions, *, lease: float, progress_interval: float, linger: float) -> None:
     """Run a broker until SIGTERM or SIGINT. Raises UsageError if it cannot listen, or use its log."""
-    # Not before `main` has set its environment, which gRPC reads when it is imported.
+    # Not sooner: an option that is wrong is told at once.
     from kmonitor.broker.server import Server  # noqa: PLC0415
 
     host, _ = split_address(listen)
@@ -143,66 +145,88 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
         await log.close()
 
 
+def parser() -> Parser:
+    """The options of `run`, by the same names."""
+    made = Parser(PROGRAM, "Take process events from agents, and give them to the monitors that registered for them.")
+    made.add_argument(
+        "--listen", metavar="HOST:PORT", default="127.0.0.1:7221", help="Where to listen; port 0 takes a free one.  [default: %(default)s]"
+    )
+    made.add_argument(
+        "--log",
+        metavar="sqlite[:PATH]|memory",
+        default="sqlite",
+        help="Where events are kept for monitors that fall behind or come back. In a file they outlive the broker; without a path it "
+        "lies in $STATE_DIRECTORY, /var/lib/kmonitor (root) or ~/.local/state/kmonitor.  [default: %(default)s]",
+    )
+    made.add_argument("--log-bytes", metavar="SIZE", help="How much of them: 256M, 2G.  [default: 1G in a file, 256M in memory]")
+    made.add_argument("--log-age", metavar="TIME", help="For how long, in a file: 12h, 7d.  [default: as --log-bytes allows]")
+    made.add_argument(
+        "--lease",
+        metavar="TIME",
+        default=f"{DEFAULT_LEASE:g}s",
+        help="A node is unreachable when its agent says nothing for so long.  [default: %(default)s]",
+    )
+    made.add_argument(
+        "--progress-interval",
+        metavar="TIME",
+        default=f"{DEFAULT_PROGRESS_INTERVAL:g}s",
+        help="How often monitors are told how far the stream is complete.  [default: %(default)s]",
+    )
+    made.add_argument(
+        "--linger",
+        metavar="TIME",
+        default=f"{DEFAULT_LINGER:g}s",
+        help="For so long a stream that broke can be taken up again, if its monitor asks for no other time; 0s is never.  "
+        "[default: %(default)s]",
+    )
+    made.add_argument(
+        "--nice",
+        metavar="NUMBER",
+        type=number(-20, 19),
+        default=DEFAULT_NICE,
+        help="Priority for the CPU, -20 to 19; a raise needs root or CAP_SYS_NICE.  [default: %(default)s]",
+    )
+    made.add_argument("--verbose", "-v", action="store_true", help="Say on stderr what happens.")
+    return made
+
+
 def run(
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")] = "127.0.0.1:7221",
-    log: Annotated[
-        str,
-        typer.Option(
-            metavar="sqlite[:PATH]|memory",
-            help="Where events are kept for monitors that fall behind or come back. In a file they outlive the broker; without a path it "
-            "lies in $STATE_DIRECTORY, /var/lib/kmonitor (root) or ~/.local/state/kmonitor.",
-        ),
-    ] = "sqlite",
-    log_bytes: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="How much of them: 256M, 2G.", show_default="1G in a file, 256M in memory")
-    ] = None,
-    log_age: Annotated[
-        str | None, typer.Option(metavar="TIME", help="For how long, in a file: 12h, 7d.", show_default="as --log-bytes allows")
-    ] = None,
-    lease: Annotated[
-        str, typer.Option(metavar="TIME", help="A node is unreachable when its agent says nothing for so long.")
-    ] = f"{DEFAULT_LEASE:g}s",
-    progress_interval: Annotated[
-        str, typer.Option(metavar="TIME", help="How often monitors are told how far the stream is complete.")
-    ] = f"{DEFAULT_PROGRESS_INTERVAL:g}s",
-    linger: Annotated[
-        str,
-        typer.Option(
-            metavar="TIME",
-            help="For so long a stream that broke can be taken up again, if its monitor asks for no other time; 0s is never.",
-        ),
-    ] = f"{DEFAULT_LINGER:g}s",
-    nice: Annotated[int, typer.Option(min=-20, max=19, help="Priority for the CPU; a raise needs root or CAP_SYS_NICE.")] = DEFAULT_NICE,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what happens.")] = False,
+    *,
+    listen: str,
+    log: str,
+    log_bytes: str | None,
+    log_age: str | None,
+    lease: str,
+    progress_interval: str,
+    linger: str,
+    nice: int,
+    verbose: bool,
 ) -> None:
-    """Take process events from agents, and give them to the monitors that registered for them."""
+    """Run it with the options of `parser`. Raises KmonitorError."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format=f"{PROGRAM}: %(levelname)s: %(message)s"
     )
     raise_priority(nice)
-    try:
-        options = LogOptions.parse(log, log_bytes, log_age)
-        seconds, interval, lingering = parse_duration(lease), parse_duration(progress_interval), parse_duration(linger)
-        if not 0.25 <= seconds <= 3600:
-            raise UsageError(f"--lease {lease}: give 250ms to 60m")
-        if not 0.01 <= interval <= 3600:
-            raise UsageError(f"--progress-interval {progress_interval}: give 10ms to 60m")
-        if lingering > LINGER_MOST:
-            raise UsageError(f"--linger {linger}: give 0s to {LINGER_MOST // 60}m")
-        asyncio.run(serve(listen, options, lease=seconds, progress_interval=interval, linger=lingering))
-    except KmonitorError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_status) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    options = LogOptions.parse(log, log_bytes, log_age)
+    seconds, interval, lingering = parse_duration(lease), parse_duration(progress_interval), parse_duration(linger)
+    if not 0.25 <= seconds <= 3600:
+        raise UsageError(f"--lease {lease}: give 250ms to 60m")
+    if not 0.01 <= interval <= 3600:
+        raise UsageError(f"--progress-interval {progress_interval}: give 10ms to 60m")
+    if lingering > LINGER_MOST:
+        raise UsageError(f"--linger {linger}: give 0s to {LINGER_MOST // 60}m")
+    asyncio.run(serve(listen, options, lease=seconds, progress_interval=interval, linger=lingering))
 
 
 def main() -> None:
-    """Entry point."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core has its own lines for what we say in ours
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    app(prog_name=PROGRAM)
+    """Entry point: errors are one line and an exit status."""
+    try:
+        run(**parser().parse())
+    except KmonitorError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

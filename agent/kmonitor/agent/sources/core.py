@@ -6,6 +6,7 @@ from __future__ import annotations
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import INFER, ITERATOR, Config, Probe, ProbeOptions, load_object, open_object, run
+from kmonitor.wire.errors import KmonitorError
 
 
 def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
@@ -19,7 +20,12 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     config = Config.of(options, has_group_dead=has_group_dead, victim_is_task=victim_is_task)
     obj = open_object(options, config)
     try:
-        load_object(obj)
+        try:
+            load_object(obj, quiet=True)
+        except KmonitorError:  # once more, for what libbpf and the verifier say of it
+            obj.close()
+            obj = open_object(options, config)
+            load_object(obj)
         return run("core", obj, config, pins, obj.attach, {program: obj.program_fd(program) for program in (ITERATOR, INFER)})
     finally:
         obj.close()  # maps, programs and links live on by their own descriptors
