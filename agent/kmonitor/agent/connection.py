@@ -16,6 +16,7 @@ from kmonitor.agent.pidfile import PidfileReader
 from kmonitor.agent.source import Source
 from kmonitor.agent.uplink import Uplink
 from kmonitor.v1 import agent_pb2
+from kmonitor.wire.saying import say
 
 _GROUPS_SECONDS = 0.1
 """How often watched groups are looked at; some 3 us for each."""
@@ -40,10 +41,7 @@ class Connection(Uplink):
 
     def _connected(self) -> None:
         identity = self._identity
-        print(
-            f"kmonitor-agent: {identity.node} is connected to {self._address} (source {self._source.name}, scope {identity.scope})",
-            flush=True,
-        )
+        say(f"kmonitor-agent: {identity.node} is connected to {self._address} (source {self._source.name}, scope {identity.scope})")
 
     def _jobs(self, forwarder: Forwarder) -> list[Coroutine[Any, Any, Any]]:
         self._inference = Inference(self._source, self._interest, forwarder.wake)

@@ -24,6 +24,7 @@ from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.options import Parser, number
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
+from kmonitor.wire.saying import say
 
 PROGRAM = "kmonitor-broker"
 STOP_GRACE = 1.0  # seconds
@@ -137,9 +138,9 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
-        print(f"{PROGRAM}: listening on {host}:{port}", flush=True)
+        say(f"{PROGRAM}: listening on {host}:{port}")
         await stopping.wait()
-        print(f"{PROGRAM}: stopping; a second signal ends it at once", flush=True)
+        say(f"{PROGRAM}: stopping; a second signal ends it at once")
         await server.stop(STOP_GRACE, drain=DRAIN)
     finally:
         await log.close()
