@@ -13,6 +13,7 @@ import pytest
 
 from kmonitor.agent.forwarder import BLOCK_BYTES, Forwarder
 from kmonitor.agent.losses import INTERVAL_S
+from kmonitor.agent.pace import FILL_BYTES, GATHER_S
 from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
 from kmonitor.agent.sources.memory_tables import MemoryControl
 from kmonitor.v1 import agent_pb2
@@ -21,6 +22,7 @@ from kmonitor.wire.record import RECORD_VERSION, SLOT_SIZE
 RING = 4 << 20
 EXIT, EXIT_INDEX = 0x40, 6
 MATCH_PROCESS = 0x10
+MATCH_NODE = 0x20
 
 
 class Feed:
@@ -38,6 +40,11 @@ class Feed:
         """So many exits, as far as there is room for them."""
         for _ in range(count):
             self.ring.append(EXIT, MATCH_PROCESS, 0, 0, 1, 1, 0, 0, 0, b"")
+
+    def make_others(self, count: int) -> None:
+        """Ends of processes that nobody watches."""
+        for _ in range(count):
+            self.ring.append(EXIT, MATCH_NODE, 0, 0, 1, 1, 0, 0, 0, b"")
 
     def lose(self, count: int) -> None:
         """So many were not made."""
@@ -73,10 +80,10 @@ def feed() -> Feed:
 
 
 @asynccontextmanager
-async def sending(feed: Feed, beat: float = 60.0) -> AsyncIterator[tuple[Forwarder, Broker]]:
+async def sending(feed: Feed, beat: float = 60.0, gather: float = GATHER_S) -> AsyncIterator[tuple[Forwarder, Broker]]:
     """A stream's tasks."""
     broker = Broker()
-    forwarder = Forwarder(feed, broker.write)
+    forwarder = Forwarder(feed, broker.write, gather)
     forwarder.totals()
     tasks = [asyncio.create_task(job) for job in (forwarder.run(), forwarder.tell_late(), forwarder.heartbeat(beat))]
     try:
@@ -225,3 +232,49 @@ async def test_the_hello_has_all_of_them(feed: Feed) -> None:
         assert later.totals().counts[0].total == 3
         await later.drain()
         assert broker.lost() == [], "and it is not told again"
+
+
+FOR_EVER = 1000.0
+
+
+async def test_while_many_come_others_gather_and_what_is_watched_does_not(feed: Feed) -> None:
+    feed.make_others(5000)
+    async with sending(feed, gather=FOR_EVER) as (forwarder, broker):
+        await broker.until("block", 3)
+        assert feed.ring.position == feed.ring.producer
+        feed.make_others(3)
+        feed.ring.awake()
+        await asyncio.sleep(0.05)
+        assert feed.ring.has_unread(), "they wait for more"
+        feed.make(1)
+        forwarder._on_wakeup()  # as the event loop does when the ring's descriptor says so
+        await broker.until("block", 4)
+        assert feed.ring.position == feed.ring.producer, "what lay before it went with it"
+
+
+async def test_so_much_goes_at_once(feed: Feed) -> None:
+    feed.make_others(5000)
+    async with sending(feed, gather=FOR_EVER) as (forwarder, broker):
+        await broker.until("block", 3)
+        fill = min(FILL_BYTES, feed.ring.size // 8) // SLOT_SIZE
+        feed.make_others(fill - 1)
+        forwarder._on_wakeup()
+        await asyncio.sleep(0.05)
+        assert len(broker.of("block")) == 3
+        feed.make_others(1)
+        forwarder._on_wakeup()
+        await broker.until("block", 4)
+
+
+async def test_a_heartbeat_takes_along_what_gathers(feed: Feed) -> None:
+    """Or nothing would ever be complete while many come."""
+    feed.make_others(5000)
+    async with sending(feed, beat=0.05, gather=FOR_EVER) as (_, broker):
+        await broker.until("block", 3)
+        feed.make_others(3)
+        before_ns = time.time_ns()
+        await broker.until("block", 4)
+        came = len(broker.of("heartbeat"))
+        await broker.until("heartbeat", came + 2)
+        last = broker.of("heartbeat")[-1].heartbeat
+        assert (last.position, last.time_unix_nano > before_ns) == (feed.ring.producer, True)

@@ -22,7 +22,7 @@ from kmonitor.agent.probe import Probe, ProbeOptions, is_current
 from kmonitor.agent.sources import open_source
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.masks import EventType
-from kmonitor.wire.record import Slots, check_records, slots_of
+from kmonitor.wire.record import SLOT_SIZE, Slots, check_records, slots_of
 from tests.lab.requires import capture_lack, need
 
 
@@ -226,6 +226,37 @@ def test_a_sleeping_reader_is_woken(probe: Probe, arm: Callable[..., Any]) -> No
         probe.ring.awake()
         assert not outer.poll(0), "data that is not released does not make it ready again"
     assert probe.ring.has_unread()
+
+
+def test_a_reader_that_naps_is_woken_by_what_is_urgent_and_by_much(probe: Probe, arm: Callable[..., Any]) -> None:
+    """Not by what others do, until that is much; and not by what is urgent, if it says so."""
+    ring = probe.ring
+    child, later = Child(), Child()
+    arm(Want(pid=child.pid, event_mask=EXIT, look_up=True), Want(pid=later.pid, event_mask=EXIT, look_up=True), node_mask=EXIT)
+    with select.epoll() as outer:
+        outer.register(ring.wakeups.fileno(), select.EPOLLIN)
+        assert ring.prepare_nap(64 * SLOT_SIZE, calm=False)
+        subprocess.run(["/bin/true"], check=True)
+        assert ring.has_unread()
+        assert not outer.poll(0)
+        child.end()
+        assert outer.poll(5.0), "a watched process has ended"
+        ring.awake()
+        assert ring.prepare_nap(64 * SLOT_SIZE, calm=True)
+        later.end()
+        assert not outer.poll(0)
+        while ring.producer - ring.position < 66 * SLOT_SIZE:
+            subprocess.run(["/bin/true"], check=True)
+        assert outer.poll(5.0), "so much is there"
+        ring.awake()
+        assert not ring.prepare_nap(64 * SLOT_SIZE, calm=True), "it is there still"
+        ring.read(1 << 20)
+        ring.release(ring.position)
+        assert ring.prepare_nap(2 * SLOT_SIZE, calm=True)
+        for _ in range(4):
+            subprocess.run(["/bin/true"], check=True)
+        assert outer.poll(5.0), "counted from what is released"
+        ring.awake()
 
 
 def test_pins_outlive_the_agent(pins: Path) -> None:

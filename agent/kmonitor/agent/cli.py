@@ -19,12 +19,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from kmonitor.agent.errors import BpfError
 from kmonitor.agent.identity import Identity
+from kmonitor.agent.pace import GATHER_S
 from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
 from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, is_current
 from kmonitor.agent.source import Source
 from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
-from kmonitor.wire.options import Parser, number
+from kmonitor.wire.options import Parser, number, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
@@ -43,6 +44,7 @@ carry on where this one stopped. SIGINT (Ctrl-C) ends it and removes the pins.
 Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not
 allowed to. Of --check: 0 if a source works, else 2."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_GATHER_MOST_S = 1.0
 _RING_LEAST = 64 << 10
 _RING_MOST = 1 << 30
 
@@ -127,6 +129,13 @@ def parser() -> Parser:
         help="Most processes watched at once, 16 to 4194304.  [default: %(default)s]",
     )
     made.add_argument(
+        "--gather",
+        metavar="TIME",
+        default=f"{GATHER_S * 1000:g}ms",
+        help="So long, at most, events wait for each other while many come; exits of watched processes do not wait. 0s: "
+        "nothing does.  [default: %(default)s]",
+    )
+    made.add_argument(
         "--nice",
         metavar="NUMBER",
         type=number(-20, 19),
@@ -151,6 +160,7 @@ def agent(
     unpin: bool,
     ring_size: str,
     watched_max: int,
+    gather: str,
     nice: int,
     check: bool,
     json: bool,
@@ -171,6 +181,9 @@ def agent(
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
     labels = parse_labels(label)
+    gather_s = parse_duration(gather)
+    if gather_s > _GATHER_MOST_S:
+        raise UsageError(f"--gather {gather}: give 0s to {_GATHER_MOST_S:g}s")
     address = check_address(broker)
     with contextlib.ExitStack() as stack:
         folders: list[PinFolder] = []
@@ -202,7 +215,7 @@ def agent(
             stack.callback(opened.close)
         from kmonitor.agent import service  # noqa: PLC0415  # waits for the import, if it has yet to end
 
-        signalled = service.run(address, Identity(name, scope, labels), opened)
+        signalled = service.run(address, Identity(name, scope, labels), opened, gather_s)
         if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
     return 0

@@ -12,6 +12,7 @@ from kmonitor.agent.identity import Identity
 from kmonitor.agent.inference import Inference
 from kmonitor.agent.interest import InterestTable
 from kmonitor.agent.listing import select
+from kmonitor.agent.pace import GATHER_S
 from kmonitor.agent.pidfile import PidfileReader
 from kmonitor.agent.source import Source
 from kmonitor.agent.uplink import Uplink
@@ -27,8 +28,8 @@ _NO_GROUPS_SECONDS = 1.0
 class Connection(Uplink):
     """Keeps the node connected to its broker until it is stopped."""
 
-    def __init__(self, address: str, identity: Identity, source: Source) -> None:
-        super().__init__(address, identity, source)
+    def __init__(self, address: str, identity: Identity, source: Source, gather_s: float = GATHER_S) -> None:
+        super().__init__(address, identity, source, gather_s)
         self._source = source
         self._interest = InterestTable(source)
         self._pidfiles = PidfileReader(source.processes)

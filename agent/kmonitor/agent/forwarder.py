@@ -68,7 +68,7 @@ class Forwarder:
                 self._wake.clear()
                 async with self._lock:
                     size = await self._send_block()
-                if size < self._fill:
+                if size < BLOCK_BYTES // 2:  # else there may be more
                     await self._wait(sent=size > 0, woken=woken)
         finally:
             loop.remove_reader(self._ring.wakeups.fileno())

@@ -2,7 +2,7 @@
 """When to send what has gathered in the ring: at once while little comes, together when much does.
 
 A block costs agent, broker and monitor together a millisecond of CPU, whether it holds one event or a thousand. So a node on which
-something happens now and then sends each event as it comes; one that forks all the time sends ten blocks a second, and what somebody
+something happens now and then sends each event as it comes; one that forks all the time sends five times a second, and what somebody
 may wait for in order to act, the exits of watched processes, goes before its time. docs/decisions/0016 has the figures.
 """
 
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 
-GATHER_S = 0.1
+GATHER_S = 0.2
 """So long, at most, events wait for each other."""
 URGENT_GATHER_S = 0.01
 """The same for urgent events while many of them come."""
-FILL_BYTES = 128 << 10
-"""So much is worth a block of its own, however early: 1,024 events."""
+FILL_BYTES = 1 << 20
+"""So much goes at once, however early: 8,192 events."""
 
 _LITTLE = 50.0
 """Slots a second up to which each is sent as it comes."""
-_MUCH = 1000.0
+_MUCH = 2000.0
 """... and from which on they gather for the longest time; in between it grows with the rate."""
 _WINDOW_S = 0.25
 _URGENT_MOST = 50.0

@@ -22,13 +22,13 @@ log = logging.getLogger("kmonitor-agent")
 Signalled = Literal["term", "int"]
 
 
-def run(address: str, identity: Identity, source: Source) -> Signalled:
-    """Keep this node connected to its broker until a signal ends it: which one. Raises KmonitorError."""
-    return asyncio.run(_connect(address, identity, source)) or "term"
+def run(address: str, identity: Identity, source: Source, gather_s: float) -> Signalled:
+    """Keep this node connected to its broker until a signal ends it: which one. `gather_s`: see Forwarder. Raises KmonitorError."""
+    return asyncio.run(_connect(address, identity, source, gather_s)) or "term"
 
 
-async def _connect(address: str, identity: Identity, source: Source) -> Signalled | None:
-    return await _until_signal(Connection(address, identity, source))
+async def _connect(address: str, identity: Identity, source: Source, gather_s: float) -> Signalled | None:
+    return await _until_signal(Connection(address, identity, source, gather_s))
 
 
 def succeed(found: list[Predecessor], folders: list[PinFolder], address: str, identity: Identity) -> Signalled | None:

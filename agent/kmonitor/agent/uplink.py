@@ -17,6 +17,7 @@ import grpc.aio
 from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
+from kmonitor.agent.pace import GATHER_S
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boot_id
@@ -53,10 +54,12 @@ _Call = Any  # grpc.aio.StreamStreamCall of serialised AgentMessages and of Brok
 class Uplink:
     """Keeps a feed connected to the broker until it is stopped."""
 
-    def __init__(self, address: str, identity: Identity, feed: Feed) -> None:
+    def __init__(self, address: str, identity: Identity, feed: Feed, gather_s: float = GATHER_S) -> None:
+        """`gather_s`: see Forwarder."""
         self._address = address
         self._identity = identity
         self._feed = feed
+        self._gather_s = gather_s
         self._stopping = asyncio.Event()
         self._boot_id = boot_id()
         self._complaint = ""
@@ -131,7 +134,7 @@ class Uplink:
             call: _Call = channel.stream_stream(
                 _CONNECT, request_serializer=None, response_deserializer=agent_pb2.BrokerMessage.FromString
             )()
-            forwarder = Forwarder(self._feed, call.write)
+            forwarder = Forwarder(self._feed, call.write, self._gather_s)
             try:
                 lease = await self._handshake(call, forwarder)
             except grpc.aio.AioRpcError as error:

@@ -22,7 +22,7 @@ from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
 from kmonitor.wire.errors import KmonitorError, UsageError
-from kmonitor.wire.options import Parser, number
+from kmonitor.wire.options import Parser, number, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.saying import say
 
@@ -35,16 +35,7 @@ _AGE_MOST = 3650 * 86400  # seconds
 
 logger = logging.getLogger(PROGRAM)
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 _UNITS_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def parse_duration(text: str) -> float:
-    """Seconds, from "250ms", "3s", "1.5", "2m", "12h" or "7d". Raises UsageError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text.strip())
-    if found is None:
-        raise UsageError(f"{text!r} is no duration: write 250ms, 3s, 2m, 12h or 7d")
-    return float(found[1]) * _UNITS_S[found[2]]
 
 
 def parse_bytes(text: str) -> int:
