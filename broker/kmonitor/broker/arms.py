@@ -69,7 +69,7 @@ class Arms:
         arm, mask = ask.arm, ask.arm.registration.mask
         waiting = ask if waits else None
         if waits:
-            arm.asks.add(ask)
+            arm.asked(ask)
         if isinstance(ask.target, Process):
             follow = arm.registration.key.follow
             root = not ask.child
@@ -104,7 +104,7 @@ class Arms:
         self.router.add(
             Span(
                 registration.session, arm, node.name, node.epoch, mask, position, process, cgroup_id,
-                key.follow, key.filter, arm=arm, root=process is not None, since=node.number,
+                key.follow, key.filter, root=process is not None, since=node.number,
             )
         )  # fmt: skip
         if process is not None:
@@ -147,18 +147,17 @@ class Arms:
         self.set_state(arm, ArmState.OVER)
         registration = arm.registration
         registration.forget_named(arm.node)
-        arms = registration.arms
-        if registration.key.exact and all(name in arms and arms[name].state is ArmState.OVER for name in registration.key.names):
+        if registration.key.exact and all(_is_over(registration.arm_on(name)) for name in registration.key.names):
             session_of(arm).over(registration)
 
     def refused(self, registration: Registration, request: Request | None) -> None:
         """If no node has taken what was asked for, nothing is registered: nor on nodes that join later."""
         if request is None or request.outstanding or registration.granted:
             return
-        if all(arm.state is ArmState.OVER for arm in registration.arms.values()):
+        if all(arm.state is ArmState.OVER for arm in registration.arms):
             session = registration.session
             assert isinstance(session, Session)
-            session.registrations.pop(registration.key, None)
+            session.registrations.remove(registration)
             self.note(registration)
 
     def failed(self, arm: Arm, ask: Ask, why: str, node: Node, code: Code = Code.RESOURCE_EXHAUSTED) -> None:
@@ -236,6 +235,10 @@ def session_of(arm: Arm) -> Session:
     session = arm.registration.session
     assert isinstance(session, Session)
     return session
+
+
+def _is_over(arm: Arm | None) -> bool:
+    return arm is not None and arm.state is ArmState.OVER
 
 
 def wants_exits(arm: Arm) -> bool:

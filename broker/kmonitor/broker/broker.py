@@ -23,7 +23,7 @@ from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import deregistered, node_change, registered
 from kmonitor.broker.outbox import READ_SIZE, Outbox
 from kmonitor.broker.reconcile import Reconcile
-from kmonitor.broker.registrations import Arm, Registration, Request, parse_found, parse_key
+from kmonitor.broker.registrations import Request, make_registration, parse_found, parse_key
 from kmonitor.broker.resume import Lingering
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
@@ -163,22 +163,21 @@ class Broker:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
         registration = session.registrations.get(key)
         if registration is None:
-            if any(other.id == request_id for other in session.registrations.values()):
+            if session.registrations.uses(request_id):
                 raise RefusedError(Code.INVALID_ARGUMENT, f"request id {request_id} names a registration of this stream already")
-            registration = Registration(session, request_id, key, message.target, 0, message=message.SerializeToString())
-            session.registrations[key] = registration
+            registration = make_registration(session, request_id, key, message)
+            session.registrations.add(registration)
             session.past.pop(key, None)
-            registration.serial = session.next_serial()
             registration.brought = bool(session.resuming)
         new = message.event_mask & ~registration.mask
         registration.mask |= message.event_mask
-        registration.found |= processes
+        registration.find(processes)
         adopted = bool(session.resuming and new) and self.lingering.adopt(registration, new)
         names = [node.name for node in self.nodes.selected(key)] + unknown
         request = Request(request_id, len(names))
         for name in names:
             if session.resuming and not adopted and session.cursor is not None:
-                registration.arms.setdefault(name, Arm(registration, name)).absent = session.cursor.positions.get(name, (0, 0))
+                registration.make_arm(name).absent = session.cursor.positions.get(name, (0, 0))
             self.arming.arm(registration, name, request, message.event_mask)
         if self._keeper is not None and session.keeper is not None:
             self._keeper.registration_changed(registration)
@@ -208,7 +207,7 @@ class Broker:
             raise RefusedError(Code.NOT_FOUND, "nothing is registered with these nodes, target and filter")
         self.arming.shrink(registration, message.event_mask)
         if not registration.mask:
-            del session.registrations[key]
+            session.registrations.remove(registration)
         answer = monitor_pb2.Deregistered(request_id=request_id, registration_id=registration.id, event_mask=registration.mask)
         session.tell(deregistered(answer))
 

@@ -68,11 +68,11 @@ class Reconcile:
         living = self._living(node, sessions, epoch)
         for session in sessions:
             for registration in list(session.registrations.values()):
-                if node.name not in registration.arms and not registration.key.selects(node.name, node.labels):
+                if registration.arm_on(node.name) is None and not registration.key.selects(node.name, node.labels):
                     continue
-                arm = registration.arms.get(node.name)
+                arm = registration.arm_on(node.name)
                 if arm is None:
-                    arm = registration.arms[node.name] = Arm(registration, node.name)
+                    arm = registration.make_arm(node.name)
                     if registration.brought and session.cursor is not None:
                         # A broker that does not know the node has kept nothing of it for a client that does.
                         arm.absent = session.cursor.positions.get(node.name)
@@ -95,7 +95,7 @@ class Reconcile:
         self._arms.flush_soon(node)  # behind the snapshot
         asks = [ask for ask in asks if not isinstance(ask.target, Pidfile)]
         for ask in asks:
-            ask.arm.asks.add(ask)
+            ask.arm.asked(ask)
         return node.interest.snapshot(asks)
 
     def disconnected(self, node: Node) -> None:
@@ -171,7 +171,7 @@ class Reconcile:
         if not living:
             self._arms.set_state(arm, ArmState.ASKED)
             return [Ask(arm, None, registration.mask, registration.sought(node.name))]
-        root = None if arm.process is None else arm.process.key
+        root = arm.process
         asks = [Ask(arm, None, registration.mask, Process(*key), child=key != root, known=gone) for key, gone in sorted(living.items())]
         for ask in asks:
             if ask.child and isinstance(ask.target, Process):
@@ -194,7 +194,7 @@ class Reconcile:
             registration = arm.registration
             if span.process is not None and arm.state is ArmState.ARMED:
                 target = Process(*span.process)
-                ask = Ask(arm, None, registration.mask, target, child=arm.process is None or arm.process.key != target.key)
+                ask = Ask(arm, None, registration.mask, target, child=arm.process != target.key)
                 follow, root = registration.key.follow, not ask.child
                 node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=ask, root=root)
         self._arms.flush_soon(node)
@@ -204,5 +204,5 @@ def _abandon(node: Node) -> tuple[list[Ask], list[Ask]]:
     """What the node's agent was asked and has not answered: to arm, and to read."""
     asks, reads = node.interest.abandon(), node.pidfiles.abandon()
     for ask in (*asks, *reads):
-        ask.arm.asks.discard(ask)
+        ask.arm.answered(ask)
     return asks, reads

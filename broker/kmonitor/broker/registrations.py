@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
+from kmonitor.broker.block import ProcessKey
 from kmonitor.broker.filters import NO_FILTER, Filter
 from kmonitor.broker.interest import Group
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import BadSelectorError
-from kmonitor.wire.masks import check_mask
+from kmonitor.wire.masks import EventType, check_mask
 from kmonitor.wire.selectors import (
     check_boot_id,
     check_cgroup_path,
@@ -23,6 +26,8 @@ from kmonitor.wire.selectors import (
     is_glob,
     node_matches,
 )
+
+T = TypeVar("T")
 
 LIST_LIMIT = 1024
 """Names, labels, globs or uids in one registration."""
@@ -38,7 +43,7 @@ class Process:
     """The boot that the start time is of; empty if that is not said."""
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> ProcessKey:
         """(pid, start time), as a node's interest and records have it."""
         return self.pid, self.start
 
@@ -106,7 +111,7 @@ class Arm:
     registration: Registration
     node: str
     state: ArmState = ArmState.AWAY
-    process: Process | None = None
+    process: ProcessKey | None = None
     """The process that was found, once it is armed."""
     named: Process | None = None
     """The one that the target, a pidfile, was found to name: what is asked of the agent from then on, until that process has ended."""
@@ -114,8 +119,22 @@ class Arm:
     """Open spans of processes that live: the process itself, and those it made, if followed."""
     absent: tuple[int, int] | None = None
     """(epoch, last position taken) of a client that comes back, until it is told from where on it is armed: nobody kept its place."""
-    asks: set[Ask] = field(default_factory=set)
+    asks: Collection[Ask] = ()
     """Those that the agent has not answered yet: until then what an earlier answer says is not the last word."""
+
+    def asked(self, ask: Ask) -> None:
+        """The agent is to answer it."""
+        if isinstance(self.asks, set):
+            self.asks.add(ask)
+        else:
+            self.asks = {ask}
+
+    def answered(self, ask: Ask) -> None:
+        """It has, or cannot any more."""
+        if isinstance(self.asks, set):
+            self.asks.discard(ask)
+            if not self.asks:
+                self.asks = ()  # most arms are asked for once
 
 
 @dataclass(eq=False, slots=True)
@@ -126,27 +145,89 @@ class Registration:
     id: int
     """The id of the request that made it."""
     key: Key
-    target: monitor_pb2.Target
     mask: int
-    arms: dict[str, Arm] = field(default_factory=dict)
-    found: dict[str, Process] = field(default_factory=dict)
-    """Node -> the process that had the pid there, or that the pidfile named, as a client knows it from an earlier stream."""
+    asked: bytes = b""
+    """The kmonitor.v1.Target as it was asked for, unless it is a process: then the key says it all."""
     granted: bool = False
     """Whether any node has answered with anything but an error."""
-    message: bytes = b""
-    """As it was asked for: a kmonitor.v1.Registration, of which the mask may have changed since."""
     had_spans: bool = False
     """Whether there has been anything to deliver."""
     serial: int = 0
-    """Under which it is remembered: clients may use an id again."""
+    """Under which it is remembered, where it is: clients may use an id again."""
     taken: bool = False
     """Another stream goes on with it."""
     brought: bool = False
     """A stream that has come back has brought it: its client may have had it before."""
+    _found: dict[str, Process] | None = None
+    _arms: Arm | dict[str, Arm] | None = None
+    """Most have but one."""
+
+    @property
+    def target(self) -> monitor_pb2.Target:
+        """As it was asked for."""
+        target = self.key.target
+        if isinstance(target, Process):
+            process = monitor_pb2.ProcessTarget(pid=target.pid, start_time=target.start, boot_id=target.boot_id)
+            return monitor_pb2.Target(process=process)
+        return monitor_pb2.Target.FromString(self.asked)
+
+    def message(self) -> monitor_pb2.Registration:
+        """What makes its key again, with the mask that it has, or any if it has none."""
+        key = self.key
+        return monitor_pb2.Registration(
+            nodes=monitor_pb2.NodeSelector(names=key.names, labels=dict(key.labels)),
+            target=self.target,
+            event_mask=self.mask or sum(EventType),
+            follow=key.follow,
+            filter=monitor_pb2.EventFilter(comms=key.filter.comms, uids=key.filter.uids, failures_only=key.filter.failures_only),
+        )
+
+    @property
+    def arms(self) -> Collection[Arm]:
+        """One for each node that it is, or was, about."""
+        if isinstance(self._arms, dict):
+            return self._arms.values()
+        return () if self._arms is None else (self._arms,)
+
+    def arm_on(self, node: str) -> Arm | None:
+        """Its arm on a node; None if it has none."""
+        if isinstance(self._arms, dict):
+            return self._arms.get(node)
+        return self._arms if self._arms is not None and self._arms.node == node else None
+
+    def make_arm(self, node: str) -> Arm:
+        """Its arm on a node, which it has from now on."""
+        arm = self.arm_on(node)
+        if arm is None:
+            arm = Arm(self, node)
+            if isinstance(self._arms, dict):
+                self._arms[node] = arm
+            else:
+                self._arms = arm if self._arms is None else {self._arms.node: self._arms, node: arm}
+        return arm
+
+    def remove_arm(self, node: str) -> None:
+        """It has none on this node any more."""
+        if isinstance(self._arms, dict):
+            self._arms.pop(node, None)
+        elif self.arm_on(node) is not None:
+            self._arms = None
+
+    @property
+    def found(self) -> Mapping[str, Process]:
+        """Node -> the process that had the pid there, or that the pidfile named, as a client knows it from an earlier stream."""
+        return self._found or _NOTHING
+
+    def find(self, found: Mapping[str, Process]) -> None:
+        """Put these into `found`."""
+        if found:
+            if self._found is None:
+                self._found = {}
+            self._found.update(found)
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""
-        arm = self.arms.get(node)
+        arm = self.arm_on(node)
         return (arm and arm.named) or self.found.get(node) or self.key.target
 
     def of_another_boot(self, node: str, boot_id: str) -> bool:
@@ -156,9 +237,14 @@ class Registration:
 
     def forget_named(self, node: str) -> None:
         """The process that had the pid, or that the pidfile named, has ended: who asks again means the one that is named then."""
-        self.found.pop(node, None)
-        if node in self.arms:
-            self.arms[node].named = None
+        if self._found is not None:
+            self._found.pop(node, None)
+        arm = self.arm_on(node)
+        if arm is not None:
+            arm.named = None
+
+
+_NOTHING: Mapping[str, Process] = {}
 
 
 @dataclass(eq=False, slots=True)
@@ -185,6 +271,21 @@ class Ask:
     """It is about a process that was told of as running, and whose end may lie in a ring that is gone."""
 
 
+_SHARED_LENGTH = 8
+"""Items of what is kept once for all that have the same."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _one(value: T) -> T:
+    """The same object for values that are equal: most registrations differ in their targets only."""
+    return value
+
+
+def make_registration(session: object, request_id: int, key: Key, message: monitor_pb2.Registration, mask: int = 0) -> Registration:
+    """One that was asked for with this message, of which this is the key."""
+    return Registration(session, request_id, key, mask, b"" if isinstance(key.target, Process) else message.target.SerializeToString())
+
+
 def parse_key(message: monitor_pb2.Registration) -> Key:
     """Check a registration. Raises BadMaskError or BadSelectorError."""
     check_mask(message.event_mask)
@@ -199,7 +300,10 @@ def parse_key(message: monitor_pb2.Registration) -> Key:
     target = _target(message.target)
     # All that a group's or a node's processes fork is in the group, or on the node, already.
     follow = message.follow and isinstance(target, Process | Pidfile)
-    return Key(tuple(sorted(set(names))), tuple(sorted(labels.items())), target, follow, wanted or NO_FILTER)
+    key = Key(tuple(sorted(set(names))), tuple(sorted(labels.items())), target, follow, wanted or NO_FILTER)
+    if max(map(len, (key.names, key.labels, wanted.comms, wanted.uids))) <= _SHARED_LENGTH:
+        return Key(_one(key.names), _one(key.labels), target, follow, _one(key.filter))
+    return key
 
 
 def _target(message: monitor_pb2.Target) -> Target:

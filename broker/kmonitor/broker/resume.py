@@ -126,8 +126,9 @@ class Lingering:
         if not its_own and not _reach_back(session.cursor, copied):
             return False  # of what was before they came nobody knows anything: it is registered anew, behind a gap
         kept = {span.node for span in copied}
-        for name, arm in donor.arms.items():
-            mine = registration.arms.setdefault(name, Arm(registration, name))
+        for arm in donor.arms:
+            name = arm.node
+            mine = registration.make_arm(name)
             mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
             if its_own:
@@ -135,7 +136,7 @@ class Lingering:
             elif name not in kept:
                 mine.absent = session.cursor.positions.get(name, (0, 0))
             if arm.process is not None and name not in registration.found:
-                registration.found[name] = arm.process
+                registration.find({name: Process(*arm.process)})
         registration.had_spans = donor.had_spans
         self._say_what_came_before(registration, session.cursor, copied, its_own=its_own)
         for span in copied:
@@ -145,7 +146,7 @@ class Lingering:
             if span.end is not None:
                 self._keep_past(registration, span, mask)
         session.matcher.remembers_from = max(session.matcher.remembers_from, theirs.matcher.remembers_from)
-        session.registrations.setdefault(registration.key, registration)
+        session.registrations.add(registration)
         session.donors[theirs] = None
         # Somebody else's place is kept for him.
         donor.taken = theirs.stream_id == session.stream_id or (theirs.detached and not session.cursor.stream_id)
@@ -176,7 +177,7 @@ class Lingering:
                 place = span.node, span.epoch
                 begins[place] = min(span.first, begins.get(place, span.first))
         for (node, epoch), first in begins.items():
-            arm = registration.arms.get(node)
+            arm = registration.arm_on(node)
             absent = arm.absent if arm is not None else None
             at = absent or (None if its_own else cursor.positions.get(node))
             if at is None:
@@ -189,7 +190,7 @@ class Lingering:
                 arm.absent = None
 
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
-        arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
+        arm = registration.make_arm(span.node)
         copy = self._copy(arm, span, mask)
         self._arms.router.add(copy)
         if copy.lingers:
@@ -206,7 +207,7 @@ class Lingering:
                 node.interest.learn_process(arm, *copy.process, mask=registration.mask, follow=follow)
 
     def _keep_past(self, registration: Registration, span: Span, mask: int) -> None:
-        arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
+        arm = registration.make_arm(span.node)
         copy = self._copy(arm, span, mask)
         if span.end is None:
             return
@@ -221,7 +222,7 @@ class Lingering:
 
     def _copy(self, arm: Arm, span: Span, mask: int) -> Span:
         # With its own beginning: what the client has taken is left out by its position, and a fork among that must be known.
-        return dataclasses.replace(span, owner=arm.registration.session, claim=arm, arm=arm, mask=span.mask & mask, id=0)
+        return dataclasses.replace(span, owner=arm.registration.session, arm=arm, mask=span.mask & mask, id=0)
 
     def _donor(self, session: Session, registration: Registration, mask: int) -> Registration | None:
         """The registration of another session that has most of what is wanted, best the one that this stream had itself."""
@@ -360,7 +361,7 @@ def _reach_back(cursor: Cursor, spans: list[Span]) -> bool:
 
 def _same_processes(mine: Registration, theirs: Registration) -> bool:
     for name, process in mine.found.items():
-        arm = theirs.arms.get(name)
-        if arm is not None and arm.process is not None and not Process(*arm.process.key).may_be(process):
+        arm = theirs.arm_on(name)
+        if arm is not None and arm.process is not None and not Process(*arm.process).may_be(process):
             return False
     return True

@@ -23,6 +23,7 @@ from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change
 from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
+from kmonitor.broker.registered import Registered
 from kmonitor.broker.registrations import ArmState, Key, Registration
 from kmonitor.broker.router import Router
 from kmonitor.v1 import monitor_pb2
@@ -150,7 +151,7 @@ class Session:
         """Remembers it, where the broker outlives itself."""
         self.matcher = Matcher(self._span_changed, self._changed)
         self.outbox = Outbox(log, encoder, router, self.matcher, lagging, self._rebooted, self.stream_id)
-        self.registrations: dict[Key, Registration] = {}
+        self.registrations = Registered()
         self.past: dict[Key, Registration] = {}
         """Registrations that are over, and still have spans."""
         self.cursor: Cursor | None = None
@@ -271,10 +272,7 @@ class Session:
 
     def over(self, registration: Registration) -> None:
         """It is over on all nodes that it names."""
-        if self.registrations.get(registration.key) is not registration:
-            return
-        del self.registrations[registration.key]
-        if not registration.had_spans:
+        if not self.registrations.remove(registration) or not registration.had_spans:
             return
         self.past[registration.key] = registration
         if len(self.past) > PAST_REGISTRATIONS:
@@ -286,7 +284,7 @@ class Session:
         """Ids of the registrations that hold on a node, or will once it is armed."""
         found = []
         for registration in self.registrations.values():
-            arm = registration.arms.get(node.name)
+            arm = registration.arm_on(node.name)
             if registration.key.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
                 found.append(registration.id)
         return found
@@ -300,7 +298,7 @@ class Session:
             self.keeper.session_changed(self)
 
     def _rebooted(self, mark: Mark) -> bytes | None:
-        ids = [registration.id for registration in self.registrations.values() if mark.node in registration.arms]
+        ids = [registration.id for registration in self.registrations.values() if registration.arm_on(mark.node) is not None]
         return node_change(mark.node, monitor_pb2.NODE_STATE_REBOOTED, mark.boot_id, "it came back with another boot id", ids)
 
     def _overflowed(self) -> None:
