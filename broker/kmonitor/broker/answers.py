@@ -9,9 +9,10 @@ from functools import partial
 from kmonitor.broker.arms import ARMED, EXITED, NOT_FOUND, RUNNING, Arms, forget_named, session_of, unclaim, wants_exits
 from kmonitor.broker.errors import Code
 from kmonitor.broker.interest import Group
+from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.reconcile import Reconcile
-from kmonitor.broker.registrations import Arm, Ask, Pidfile, Process
+from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
 

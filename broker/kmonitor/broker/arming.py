@@ -82,7 +82,7 @@ class Arming:
             node.interest.drop(arm)
             if arm.state is not ArmState.OVER:
                 self._arms.over(arm)
-            if not registration.key.exact:
+            if not registration.key.terms.exact:
                 registration.remove_arm(node.name)
             self._arms.note(registration)
 

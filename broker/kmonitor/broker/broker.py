@@ -16,6 +16,7 @@ from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.keeper import LogKeeper
+from kmonitor.broker.keys import parse_found, parse_key
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import PAST, Span
@@ -23,7 +24,7 @@ from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import deregistered, node_change, registered
 from kmonitor.broker.outbox import READ_SIZE, Outbox
 from kmonitor.broker.reconcile import Reconcile
-from kmonitor.broker.registrations import Request, make_registration, parse_found, parse_key
+from kmonitor.broker.registrations import Request, make_registration
 from kmonitor.broker.resume import Lingering
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
@@ -82,6 +83,7 @@ class Broker:
             self._keeper.nodes(arms)
             for session in self._keeper.sessions(arms, self._make_session):
                 self.lingering.keep(session)
+            log.forget_values()
         log.on_evict = self._evicting
         log.on_commit = self._committed
         log.on_trouble = self._troubled
@@ -158,7 +160,7 @@ class Broker:
             processes = parse_found(found, key.target)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
-        unknown = [name for name in key.exact_names if self.nodes.get(name) is None]
+        unknown = [name for name in key.terms.exact_names if self.nodes.get(name) is None]
         if unknown and not self.nodes.settling and not session.resuming:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
         registration = session.registrations.get(key)

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kmonitor.broker.block import ProcessKey
+from kmonitor.broker.claims import FOLLOWS, ROOT, Claim, ProcessClaims
 from kmonitor.broker.multimap import Multimap
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 
-Claim = Hashable
-"""Who wants it: one registration of one session."""
 Ask = TypeVar("Ask")
 
 _ALWAYS = int(EventType.PROCESS_EXIT)  # so that the broker learns when the kernel drops its entry
@@ -30,65 +28,6 @@ class Group:
     name: str
 
 
-_FOLLOWS, _ROOT = 0x80, 0x100
-"""In what a claim wants, beside its mask: the children too; of this very process, which follows."""
-
-
-class _Process:
-    """Who claims one (pid, start time); start time 0 is whichever process has the pid. Most have one claim."""
-
-    __slots__ = ("_claim", "_more", "_wanted", "key", "sent")
-
-    def __init__(self, key: ProcessKey) -> None:
-        self.key = key
-        self.sent = 0
-        """What the agent was told: a mask, and whether to follow, as in `wanted`."""
-        self._claim: Claim = None
-        self._wanted = 0
-        self._more: dict[Claim, int] | None = None
-        """All of them, if there is more than one."""
-
-    def put(self, claim: Claim, wanted: int) -> None:
-        """In place of what it wanted before."""
-        if self._more is not None:
-            self._more[claim] = wanted
-        elif self._claim is None or self._claim == claim:
-            self._claim, self._wanted = claim, wanted
-        else:
-            self._more = {self._claim: self._wanted, claim: wanted}
-            self._claim = None
-
-    def wanted(self, claim: Claim) -> int | None:
-        """What a claim wants; None if it is not one of this process."""
-        if self._more is not None:
-            return self._more.get(claim)
-        return self._wanted if self._claim is not None and self._claim == claim else None
-
-    def pop(self, claim: Claim) -> int | None:
-        """The same, and it is none any more."""
-        if self._more is not None:
-            return self._more.pop(claim, None)
-        wanted = self.wanted(claim)
-        if wanted is not None:
-            self._claim = None
-        return wanted
-
-    @property
-    def claims(self) -> Collection[Claim]:
-        if self._more is not None:
-            return self._more
-        return () if self._claim is None else (self._claim,)
-
-    def union(self) -> int:
-        """Of what all its claims want."""
-        if self._more is None:
-            return self._wanted if self._claim is not None else 0
-        found = 0
-        for wanted in self._more.values():
-            found |= wanted
-        return found
-
-
 class NodeInterest(Generic[Ask]):
     """The claims on one node, and what its agent has not been told of yet.
 
@@ -97,9 +36,9 @@ class NodeInterest(Generic[Ask]):
 
     def __init__(self) -> None:
         self.version = 0
-        self._processes: Multimap[int, _Process] = Multimap()
+        self._processes: Multimap[int, ProcessClaims] = Multimap()
         """By pid: one for each start time."""
-        self._claimed: Multimap[Claim, _Process] = Multimap()
+        self._claimed: Multimap[Claim, ProcessClaims] = Multimap()
         """Those of each claim."""
         self._groups: dict[Group, dict[Claim, int]] = {}
         self._groups_of: Multimap[Claim, Group] = Multimap()
@@ -135,8 +74,8 @@ class NodeInterest(Generic[Ask]):
         `root`: the registration is of this process, and not of one that has forked it.
         """
         entry = self._entry(pid, start)
-        was_root = (entry.wanted(claim) or 0) & _ROOT
-        self._claim(entry, claim, mask | (_FOLLOWS if follow else 0) | (_ROOT if root and follow else was_root))
+        was_root = (entry.wanted(claim) or 0) & ROOT
+        self._claim(entry, claim, mask | (FOLLOWS if follow else 0) | (ROOT if root and follow else was_root))
         self._touch(entry.key, look_up=ask is not None)
         if ask is not None:
             self._asks.append(ask)
@@ -144,8 +83,8 @@ class NodeInterest(Generic[Ask]):
     def learn_process(self, claim: Claim, pid: int, start: int, *, mask: int, follow: bool) -> None:
         """Note a claim that the kernel has armed by itself: a followed child. Tells the agent nothing."""
         entry = self._entry(pid, start)
-        was_root = (entry.wanted(claim) or 0) & _ROOT
-        self._claim(entry, claim, mask | (_FOLLOWS if follow else 0) | was_root)
+        was_root = (entry.wanted(claim) or 0) & ROOT
+        self._claim(entry, claim, mask | (FOLLOWS if follow else 0) | was_root)
         entry.sent = self._union(pid, start)
 
     def settle_process(self, claim: Claim, pid: int, asked: int, actual: int) -> ProcessKey | None:
@@ -166,7 +105,7 @@ class NodeInterest(Generic[Ask]):
     def remask(self, claim: Claim, mask: int) -> None:
         """Replace the mask of all that is claimed under this name."""
         for entry in self._claimed.get(claim):
-            entry.put(claim, mask | ((entry.wanted(claim) or 0) & (_FOLLOWS | _ROOT)))
+            entry.put(claim, mask | ((entry.wanted(claim) or 0) & (FOLLOWS | ROOT)))
             self._touch(entry.key, look_up=False)
         for group in self._groups_of.get(claim):
             self._groups[group][claim] = mask
@@ -235,7 +174,7 @@ class NodeInterest(Generic[Ask]):
                 if union == entry.sent and not look_up:
                     continue
                 entry.sent = union
-            root = look_up and entry is not None and bool(entry.union() & _ROOT)
+            root = look_up and entry is not None and bool(entry.union() & ROOT)
             _add_process(message, (pid, start), union, look_up=look_up, root=root)
         for group in self._dirty_groups:
             self._add_group(message, group)
@@ -250,7 +189,7 @@ class NodeInterest(Generic[Ask]):
         message.reset = True
         for entry in self._processes.values():
             entry.sent = self._union(*entry.key)
-            _add_process(message, entry.key, entry.sent, look_up=True, root=bool(entry.union() & _ROOT))
+            _add_process(message, entry.key, entry.sent, look_up=True, root=bool(entry.union() & ROOT))
         for group in self._groups:
             self._add_group(message, group)
         self._clean()
@@ -291,20 +230,20 @@ class NodeInterest(Generic[Ask]):
         else:
             message.groups.add(unit=group.name, event_mask=mask)
 
-    def _find(self, pid: int, start: int) -> _Process | None:
+    def _find(self, pid: int, start: int) -> ProcessClaims | None:
         for entry in self._processes.get(pid):
             if entry.key[1] == start:
                 return entry
         return None
 
-    def _entry(self, pid: int, start: int) -> _Process:
+    def _entry(self, pid: int, start: int) -> ProcessClaims:
         entry = self._find(pid, start)
         if entry is None:
-            entry = _Process((pid, start))
+            entry = ProcessClaims((pid, start))
             self._processes.add(pid, entry)
         return entry
 
-    def _claim(self, entry: _Process, claim: Claim, wanted: int) -> None:
+    def _claim(self, entry: ProcessClaims, claim: Claim, wanted: int) -> None:
         entry.put(claim, wanted)
         self._claimed.add(claim, entry)
 
@@ -319,30 +258,30 @@ class NodeInterest(Generic[Ask]):
         if not masks:
             del self._groups[group]
 
-    def _withdraw(self, claim: Claim, entry: _Process) -> None:
+    def _withdraw(self, claim: Claim, entry: ProcessClaims) -> None:
         if entry.pop(claim) is None:
             return
         self._claimed.discard(claim, entry)
         if not entry.claims:
             self._processes.discard(entry.key[0], entry)
 
-    def _remove(self, entry: _Process) -> None:
+    def _remove(self, entry: ProcessClaims) -> None:
         self._processes.discard(entry.key[0], entry)
         for claim in entry.claims:
             self._claimed.discard(claim, entry)
 
     def _union(self, pid: int, start: int) -> int:
-        """Of all claims that can mean this process: a mask, and _FOLLOWS. The kernel has one entry a pid."""
+        """Of all claims that can mean this process: a mask, and FOLLOWS. The kernel has one entry a pid."""
         found = 0
         for entry in self._processes.get(pid):
             if start in {0, entry.key[1]} or entry.key[1] == 0:
                 found |= entry.union()
         if not found:
             return 0
-        return found & ~_ROOT | _ALWAYS | (_FOLLOWED if found & _FOLLOWS else 0)
+        return found & ~ROOT | _ALWAYS | (_FOLLOWED if found & FOLLOWS else 0)
 
 
 def _add_process(message: agent_pb2.Interest, key: ProcessKey, union: int, *, look_up: bool, root: bool) -> None:
     pid, start = key
-    mask, follow = union & ~_FOLLOWS, bool(union & _FOLLOWS)
+    mask, follow = union & ~FOLLOWS, bool(union & FOLLOWS)
     message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=look_up, root=root)

@@ -12,10 +12,11 @@ import json
 from typing import Any
 
 from kmonitor.broker.arms import Arms
+from kmonitor.broker.keys import Pidfile, Process, parse_key
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node
-from kmonitor.broker.registrations import ArmState, Pidfile, Process, Registration, make_registration, parse_key
+from kmonitor.broker.registrations import ArmState, Registration, make_registration
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
@@ -191,7 +192,7 @@ class LogKeeper:
             if isinstance(target, Process | Pidfile):
                 for span in arms.spans(arm):
                     if span.process is not None and not span.lingers:
-                        follow = registration.key.follow
+                        follow = registration.key.terms.follow
                         if span.root:
                             node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=None, root=True)
                         else:
@@ -289,5 +290,5 @@ def _unpack_span(registration: Registration, content: list[Any]) -> Span:
     arm = registration.make_arm(node)
     return Span(
         registration.session, arm, node, epoch, mask, first, None if process is None else (process[0], process[1]), cgroup_id,
-        follow, registration.key.filter, end=end, lingers=lingers, root=root, since=since, end_offset=end_offset,
+        follow, registration.key.terms.filter, end=end, lingers=lingers, root=root, since=since, end_offset=end_offset,
     )  # fmt: skip

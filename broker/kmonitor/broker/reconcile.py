@@ -15,9 +15,10 @@ import numpy as np
 
 from kmonitor.broker.arms import EXITED, NODE_UNREACHABLE, Arms, session_of, wants_exits
 from kmonitor.broker.block import Block, ProcessKey
+from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node
-from kmonitor.broker.registrations import Arm, ArmState, Ask, Pidfile, Process
+from kmonitor.broker.registrations import Arm, ArmState, Ask
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.errors import BadRecordError
@@ -68,7 +69,7 @@ class Reconcile:
         living = self._living(node, sessions, epoch)
         for session in sessions:
             for registration in list(session.registrations.values()):
-                if registration.arm_on(node.name) is None and not registration.key.selects(node.name, node.labels):
+                if registration.arm_on(node.name) is None and not registration.key.terms.selects(node.name, node.labels):
                     continue
                 arm = registration.arm_on(node.name)
                 if arm is None:
@@ -195,7 +196,7 @@ class Reconcile:
             if span.process is not None and arm.state is ArmState.ARMED:
                 target = Process(*span.process)
                 ask = Ask(arm, None, registration.mask, target, child=arm.process != target.key)
-                follow, root = registration.key.follow, not ask.child
+                follow, root = registration.key.terms.follow, not ask.child
                 node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=ask, root=root)
         self._arms.flush_soon(node)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import ValuesView
 
-from kmonitor.broker.registrations import Key, Registration
+from kmonitor.broker.keys import Key
+from kmonitor.broker.registrations import Registration
 
 
 class Registered:

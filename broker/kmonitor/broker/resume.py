@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 
 from kmonitor.broker.arms import Arms
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.keys import Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import gap_of
-from kmonitor.broker.registrations import Arm, ArmState, Process, Registration
+from kmonitor.broker.registrations import Arm, ArmState, Registration
 from kmonitor.broker.sessions import Cursor, Session
 from kmonitor.v1 import monitor_pb2
 
@@ -200,7 +201,7 @@ class Lingering:
             return
         arm.spans += 1
         if node is not None:
-            follow = registration.key.follow
+            follow = registration.key.terms.follow
             if copy.root:
                 node.interest.want_process(arm, *copy.process, mask=registration.mask, follow=follow, ask=None, root=True)
             else:

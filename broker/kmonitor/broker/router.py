@@ -75,6 +75,8 @@ class Router:
         """From now on blocks are held against this span too."""
         route = self.route_of(span.node)
         if span.process is not None:
+            if span.follow and not route.following:
+                route.trees.unchecked.update(each.process for each in route.processes.values() if each.root and each.process is not None)
             route.trees.opened(span, span.process, route.processes.get(span.process))
             route.processes.add(span.process, span)
             route.following += span.follow

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.keys import Key
 from kmonitor.broker.log import Entry, EventLog
 from kmonitor.broker.losses import told
 from kmonitor.broker.mark import Mark
@@ -24,7 +25,7 @@ from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change
 from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
 from kmonitor.broker.registered import Registered
-from kmonitor.broker.registrations import ArmState, Key, Registration
+from kmonitor.broker.registrations import ArmState, Registration
 from kmonitor.broker.router import Router
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.record import Indices
@@ -285,7 +286,7 @@ class Session:
         found = []
         for registration in self.registrations.values():
             arm = registration.arm_on(node.name)
-            if registration.key.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
+            if registration.key.terms.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
                 found.append(registration.id)
         return found
 

@@ -25,7 +25,7 @@ class Trees:
 
     def __init__(self) -> None:
         self.unchecked: set[ProcessKey] = set()
-        """Roots that have told nothing yet. Each may itself be one that a followed process forked unheard."""
+        """Roots that have told nothing yet since any process is followed. Each may itself be one that a followed process forked unheard."""
         self._spans: Multimap[ProcessKey, Span] = Multimap()
         self._open: dict[Hashable, int] = {}
         """Arm -> its open spans that follow, of all processes."""
@@ -34,7 +34,7 @@ class Trees:
 
     def opened(self, span: Span, process: ProcessKey, others: Iterable[Span]) -> None:
         """A process has a span. `others`: those that it has already."""
-        if span.root:
+        if span.root and (span.follow or self._open):
             self.unchecked.add(process)
         if not span.follow:
             return
@@ -57,6 +57,8 @@ class Trees:
         if self._open[span.arm]:
             return
         del self._open[span.arm]
+        if not self._open:
+            self.unchecked.clear()
         for root in self._roots.pop(span.arm):
             for each in list(self._spans[root]):
                 if each.arm == span.arm:
