@@ -65,6 +65,12 @@ class Reconcile:
     def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, epoch: int) -> agent_pb2.Interest:
         """The node is up: everything that is wanted of it, for its agent. `epoch`: that of its ring now."""
         asks, reads = _abandon(node)
+        left_open: dict[Arm, list[Ask]] = {}
+        for ask in asks:
+            left_open.setdefault(ask.arm, []).append(ask)
+        reading = {ask.arm for ask in reads}
+        no_more: set[Arm] = set()
+        anew: list[Ask] = []
         node.inferring.clear()
         living = self._living(node, sessions, epoch)
         for session in sessions:
@@ -81,13 +87,16 @@ class Reconcile:
                     continue
                 if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):
                     node.interest.drop(arm)
-                    asks = [ask for ask in asks if ask.arm is not arm or self._no_more(ask, node)]
+                    no_more.add(arm)
+                    for ask in left_open.get(arm, ()):
+                        self._no_more(ask, node)
                     self._arms.tell(arm, None, EXITED, node)
                     self._arms.over(arm)
                     continue
-                if arm not in living and any(ask.arm is arm for ask in (*asks, *reads)):
+                if arm not in living and (arm in left_open or arm in reading):
                     continue  # the question that the last agent left open is asked again
-                asks += self._asks_again(node, arm, living.get(arm, {}))
+                anew += self._asks_again(node, arm, living.get(arm, {}))
+        asks = [ask for ask in asks if ask.arm not in no_more] + anew
         for ask in asks:
             if ask.request is None and not ask.child:
                 self._arms.claim(node, ask, waits=False)
@@ -179,12 +188,11 @@ class Reconcile:
                 node.interest.learn_process(arm, ask.target.pid, ask.target.start, mask=registration.mask, follow=True)
         return asks
 
-    def _no_more(self, ask: Ask, node: Node) -> bool:
-        """Answer an ask without the agent: the process was one of another boot. False, for use in a filter."""
+    def _no_more(self, ask: Ask, node: Node) -> None:
+        """Answer an ask without the agent: the process was one of another boot."""
         if ask.request is not None:
             session_of(ask.arm).pends(-1)
             self._arms.tell(ask.arm, ask.request, EXITED, node)
-        return False
 
     def _look_again(self, node: Node) -> None:
         self._looking.discard(node.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -95,7 +96,8 @@ class Lingering:
         session.matcher.taken = dict(positions)
         session.resuming = max(requests, 1)
         for other in [each for each in self._sessions if each.stream_id == cursor.stream_id and each is not session]:
-            # It is the same monitor, and we have not noticed yet that its stream broke.
+            session.forerunners.append(other)
+            # It is the same monitor, and we may not have noticed yet that its stream broke.
             session.stream_id = session.outbox.stream_id = other.stream_id
             if session.keeper is not None:
                 session.keeper.session_changed(session)
@@ -228,8 +230,8 @@ class Lingering:
     def _donor(self, session: Session, registration: Registration, mask: int) -> Registration | None:
         """The registration of another session that has most of what is wanted, best the one that this stream had itself."""
         best: tuple[tuple[bool, bool, int], Registration] | None = None
-        for other in self._sessions:
-            if other is session:
+        for other in itertools.chain(session.forerunners, self._sessions):
+            if other is session or other not in self._sessions:
                 continue
             theirs = other.registration_of(registration.key)
             if theirs is None or not _same_processes(registration, theirs):
@@ -238,6 +240,8 @@ class Lingering:
             rank = (other.stream_id == session.stream_id, other.detached and not theirs.taken, covered)
             if covered and (best is None or rank > best[0]):
                 best = rank, theirs
+                if rank == (True, True, mask.bit_count()):
+                    break  # none can be better, and there may be very many sessions
         return None if best is None else best[1]
 
     def _place(self, cursor: Cursor) -> tuple[int, dict[str, int]]:
@@ -285,6 +289,7 @@ class Lingering:
         session.before = []
         self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
+        session.forerunners = []
         session.donor_spans.clear()
         for theirs in donors:
             everything = (*theirs.registrations.values(), *theirs.past.values())

@@ -166,6 +166,8 @@ class Session:
         self.detached_from = 0
         """Log offset before which it was not counted what is dropped."""
         self.evicted = Evicted()
+        self.forerunners: list[Session] = []
+        """Those of the stream that it goes on with, until all of that is known."""
         self.donors: dict[Session, None] = {}
         """The sessions that it goes on with, until all of that is known."""
         self.donor_spans: dict[Session, tuple[int, dict[Key, list[Span]]]] = {}
