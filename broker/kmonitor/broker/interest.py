@@ -38,6 +38,8 @@ class NodeInterest(Generic[Ask]):
         self.version = 0
         self._processes: Multimap[int, ProcessClaims] = Multimap()
         """By pid: one for each start time."""
+        self._watched = 0
+        """How many there are."""
         self._claimed: Multimap[Claim, ProcessClaims] = Multimap()
         """Those of each claim."""
         self._groups: dict[Group, dict[Claim, int]] = {}
@@ -61,7 +63,7 @@ class NodeInterest(Generic[Ask]):
     @property
     def watched_processes(self) -> int:
         """How many processes have an entry of their own."""
-        return sum(1 for _ in self._processes.values())
+        return self._watched
 
     @property
     def dirty(self) -> bool:
@@ -99,7 +101,7 @@ class NodeInterest(Generic[Ask]):
         self._claim(settled, claim, wanted | (settled.wanted(claim) or 0))
         settled.sent |= entry.sent
         if not entry.claims:
-            self._processes.discard(pid, entry)
+            self._take_out(entry)
         return settled.key
 
     def remask(self, claim: Claim, mask: int) -> None:
@@ -241,6 +243,7 @@ class NodeInterest(Generic[Ask]):
         if entry is None:
             entry = ProcessClaims((pid, start))
             self._processes.add(pid, entry)
+            self._watched += 1
         return entry
 
     def _claim(self, entry: ProcessClaims, claim: Claim, wanted: int) -> None:
@@ -263,12 +266,16 @@ class NodeInterest(Generic[Ask]):
             return
         self._claimed.discard(claim, entry)
         if not entry.claims:
-            self._processes.discard(entry.key[0], entry)
+            self._take_out(entry)
 
     def _remove(self, entry: ProcessClaims) -> None:
-        self._processes.discard(entry.key[0], entry)
+        self._take_out(entry)
         for claim in entry.claims:
             self._claimed.discard(claim, entry)
+
+    def _take_out(self, entry: ProcessClaims) -> None:
+        self._processes.discard(entry.key[0], entry)
+        self._watched -= 1
 
     def _union(self, pid: int, start: int) -> int:
         """Of all claims that can mean this process: a mask, and FOLLOWS. The kernel has one entry a pid."""
