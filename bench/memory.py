@@ -30,12 +30,12 @@ def measure(plan: Plan) -> Result:
     _growing(result, "a connected agent", few, many, target=100.0, make=lambda ready, count: ready.connect(count, Shape(slots=1)))
     _growing(result, "an idle monitor, with one registration", few, many, target=None, make=_monitors)
     few, many = (10, 40) if plan.quick else (20, 200)
-    _growing(result, "a registration of one pid", few, many, target=1.0, make=_registrations, each=_EACH)
+    _registration(result, few, many)
     result.notes.append("A Tetragon agent is documented with hundreds of MB; it is not installed here, and was not measured.")
     return result
 
 
-_EACH = 100  # registrations of one monitor
+_EACH = 100  # registrations of one monitor, against one
 
 
 def _monitors(ready: Rig, count: int) -> None:
@@ -45,24 +45,34 @@ def _monitors(ready: Rig, count: int) -> None:
 
 
 def _registrations(ready: Rig, count: int) -> None:
-    """Of monitors that are there already: they would be taken for registrations."""
     if not ready.nodes:
         ready.connect(1, Shape(slots=1))
     ready.watch(count, each=_EACH)
 
 
-def _growing(
-    result: Result, what: str, few: int, many: int, *, target: float | None, make: Callable[[Rig, int], None], each: int = 1
-) -> None:
-    """The first ones bring what is needed but once: only those after them count."""
+def _growing(result: Result, what: str, few: int, many: int, *, target: float | None, make: Callable[[Rig, int], None]) -> None:
+    before, after = _grown(few, many, make)
+    value = (after - before) / (many - few)
+    against = f"{after / 1024:,.1f} MB with {many:,}, {before / 1024:,.1f} MB with {few:,}"
+    result.figures.append(Figure(_GROUP, f"broker, {what}", value, "KB", target=target, against=against))
+
+
+def _registration(result: Result, few: int, many: int) -> None:
+    """By how much more monitors with many registrations cost than as many with one: a stream costs as much as fifty registrations."""
+    one, many_each = (after - before for before, after in (_grown(few, many, _monitors), _grown(few, many, _registrations)))
+    monitors = many - few
+    value = (many_each - one) / (monitors * (_EACH - 1))
+    against = f"{many_each / monitors:,.1f} KB a monitor with {_EACH}, {one / monitors:,.1f} KB with one"
+    result.figures.append(Figure(_GROUP, "broker, a registration of one pid", value, "KB", target=1.0, against=against))
+
+
+def _grown(few: int, many: int, make: Callable[[Rig, int], None]) -> tuple[int, int]:
+    """The broker's memory with few and with many, kilobytes. The first ones bring what is needed but once."""
     with rig("--log", "memory") as ready:
         make(ready, few)
         before = _quiet(ready.broker_pid)
         make(ready, many - few)
-        after = _quiet(ready.broker_pid)
-    value = (after - before) / ((many - few) * each)
-    against = f"{after / 1024:,.1f} MB with {many * each:,}, {before / 1024:,.1f} MB with {few * each:,}"
-    result.figures.append(Figure(_GROUP, f"broker, {what}", value, "KB", target=target, against=against))
+        return before, _quiet(ready.broker_pid)
 
 
 def _agent(result: Result, plan: Plan) -> None:

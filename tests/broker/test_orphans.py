@@ -120,6 +120,19 @@ def test_the_root_has_ended_before() -> None:
     assert follower.pids == [100, 100, 102, 102, 101]
 
 
+def test_an_orphan_that_was_registered_before_anything_was_followed() -> None:
+    node = Node()
+    other = node.monitor(101, follow=False)
+    assert not node.router.route_of("a").trees.unchecked
+    follower = node.monitor(100)  # one answer of the agent: the process was there first, its span comes second
+    node.feed(own(EXEC, 101, 100, armed=node.number), own(EXIT, 100))
+    assert (follower.pids, other.pids) == ([101, 100], [101])
+    node.feed(own(EXIT, 101, 100, armed=node.number))
+    node.retire()
+    assert not node.router.route_of("a").trees.unchecked
+    assert not len(node.router.route_of("a").trees)
+
+
 def test_a_root_pid_that_was_given_out_again() -> None:
     node = Node()
     before = node.monitor(100, start=1)

@@ -9,9 +9,10 @@ from functools import partial
 from kmonitor.broker.arms import ARMED, EXITED, NOT_FOUND, RUNNING, Arms, forget_named, session_of, unclaim, wants_exits
 from kmonitor.broker.errors import Code
 from kmonitor.broker.interest import Group
+from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.reconcile import Reconcile
-from kmonitor.broker.registrations import Arm, Ask, Pidfile, Process
+from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
 
@@ -32,25 +33,26 @@ class Answers:
             if result.cgroup_ids:
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
         node.number = message.number
+        position, end = message.position, max(message.position, message.end_position)
         for ask in node.interest.answered(message.version):
             arm = ask.arm
-            arm.asks.discard(ask)
+            arm.answered(ask)
             if ask.request is not None:
                 session_of(arm).pends(-1)
             if not ask.mask & arm.registration.mask:
                 self._arms.withdrawn(ask, node)
                 continue
             # Before the answer, and whatever it is: a process that ended in between may be the one that the client waits for.
-            self._arms.tell_of_absence(node, arm, message.position)
+            self._arms.tell_of_absence(node, arm, position)
             if isinstance(ask.target, Process):
                 told = processes.get((ask.target.pid, ask.target.start))
-                self._process_answer(node, (message.position, max(message.position, message.end_position)), ask, ask.target, told)
+                self._process_answer(node, (position, end), ask, ask.target, told)
             elif isinstance(ask.target, Group):
-                self._group_answer(node, message.position, ask, groups.get(ask.target))
+                self._group_answer(node, position, ask, groups.get(ask.target))
             else:
-                new = self._arms.open(node, ask, message.position, None, None)
+                new = self._arms.open(node, ask, position, None, None)
                 if ask.request is not None or new:
-                    first = self._arms.holds_from(node, ask, message.position, None, None)
+                    first = self._arms.holds_from(node, ask, position, None, None)
                     self._arms.tell(arm, ask.request, ARMED, node, position=first)
 
     def groups_changed(self, node: Node, message: agent_pb2.GroupsChanged) -> None:
@@ -69,7 +71,7 @@ class Answers:
         """The agent has found out which process a file names: from here on the registration is of that one."""
         for ask in node.pidfiles.answered(answer.call_id):
             arm = ask.arm
-            arm.asks.discard(ask)
+            arm.answered(ask)
             wanted = bool(ask.mask & arm.registration.mask)
             if wanted and answer.state == RUNNING and answer.process.start_time:
                 arm.named = Process(answer.process.pid, answer.process.start_time)
@@ -128,15 +130,16 @@ class Answers:
 
     def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult) -> None:
         arm = ask.arm
-        key = (target.pid, result.process.start_time or target.start)
-        node.interest.settle_process(arm, target.pid, target.start, key[1])
-        if not node.interest.claims(arm, *key):  # two asked for a pid, and it was given to another process in between
+        start = result.process.start_time or target.start
+        key = node.interest.settle_process(arm, target.pid, target.start, start)
+        if key is None:  # two asked for a pid, and it was given to another process in between
+            key = target.pid, start
             self._arms.claim(node, dataclasses.replace(ask, target=Process(*key)), waits=False)
             self._arms.flush_soon(node)
         if not ask.child:
-            arm.process = Process(*key)
+            arm.process = key
             if isinstance(arm.registration.key.target, Pidfile):
-                arm.named = arm.process
+                arm.named = Process(*key)
         new = self._arms.open(node, ask, position, key, None)
         if ask.request is not None or (new and not ask.child):
             first = self._arms.holds_from(node, ask, position, key, None)

@@ -23,7 +23,7 @@ class Arming:
 
     def arm(self, registration: Registration, name: str, request: Request, mask: int) -> None:
         """Arm a registration on a node, or note that it is to be armed when the node comes."""
-        arm = registration.arms.setdefault(name, Arm(registration, name))
+        arm = registration.make_arm(name)
         if arm.state is ArmState.OVER:
             arm.process = None  # asked for anew
         node = self._nodes.get(name)
@@ -49,7 +49,7 @@ class Arming:
     def shrink(self, registration: Registration, bits: int) -> None:
         """Clear bits of a registration's mask: no event of them from now on. Without bits it is over."""
         registration.mask &= ~bits
-        for arm in registration.arms.values():
+        for arm in registration.arms:
             node = self._nodes.get(arm.node)
             if node is None:
                 continue
@@ -73,7 +73,7 @@ class Arming:
     def remove_node(self, node: Node, registrations: list[Registration]) -> None:
         """The node will not come back: registrations are over there; for those that may select it again it is as if it had never been."""
         for registration in registrations:
-            arm = registration.arms.get(node.name)
+            arm = registration.arm_on(node.name)
             if arm is None:
                 continue
             for span in self._arms.spans(arm):
@@ -82,8 +82,8 @@ class Arming:
             node.interest.drop(arm)
             if arm.state is not ArmState.OVER:
                 self._arms.over(arm)
-            if not registration.key.exact:
-                del registration.arms[node.name]
+            if not registration.key.terms.exact:
+                registration.remove_arm(node.name)
             self._arms.note(registration)
 
     # -- what the records cause
@@ -102,7 +102,7 @@ class Arming:
         registration = arm.registration
         session = session_of(arm)
         # A registration whose last known process ended a moment ago was not over.
-        if session.registrations.setdefault(registration.key, registration) is not registration:
+        if not session.registrations.add(registration):
             return False
         session.past.pop(registration.key, None)
         span.mask &= registration.mask  # of a root that has ended: bits may have been deregistered since

@@ -10,11 +10,12 @@ from typing import TypeAlias
 
 from kmonitor.broker.errors import Code
 from kmonitor.broker.interest import Group
+from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import gap, registered
-from kmonitor.broker.registrations import Arm, ArmState, Ask, Pidfile, Process, Registration, Request
+from kmonitor.broker.registrations import Arm, ArmState, Ask, Registration, Request
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
@@ -69,9 +70,9 @@ class Arms:
         arm, mask = ask.arm, ask.arm.registration.mask
         waiting = ask if waits else None
         if waits:
-            arm.asks.add(ask)
+            arm.asked(ask)
         if isinstance(ask.target, Process):
-            follow = arm.registration.key.follow
+            follow = arm.registration.key.terms.follow
             root = not ask.child
             node.interest.want_process(arm, ask.target.pid, ask.target.start, mask=mask, follow=follow, ask=waiting, root=root)
         elif isinstance(ask.target, Group):
@@ -100,11 +101,11 @@ class Arms:
         mask = ask.mask & registration.mask & ~covered
         if not mask:
             return False
-        key = registration.key
+        terms = registration.key.terms
         self.router.add(
             Span(
                 registration.session, arm, node.name, node.epoch, mask, position, process, cgroup_id,
-                key.follow, key.filter, arm=arm, root=process is not None, since=node.number,
+                terms.follow, terms.filter, root=process is not None, since=node.number,
             )
         )  # fmt: skip
         if process is not None:
@@ -117,6 +118,8 @@ class Arms:
         held = [
             span for span in self.spans(ask.arm) if span.process == process and span.cgroup_id == cgroup_id and span.epoch == node.epoch
         ]
+        if all(span.first == position for span in held):
+            return position
         bits = [1 << at for at in range(7) if ask.mask & ask.arm.registration.mask & 1 << at]
         return max((min((span.first for span in held if span.mask & bit), default=position) for bit in bits), default=position)
 
@@ -147,18 +150,17 @@ class Arms:
         self.set_state(arm, ArmState.OVER)
         registration = arm.registration
         registration.forget_named(arm.node)
-        arms = registration.arms
-        if registration.key.exact and all(name in arms and arms[name].state is ArmState.OVER for name in registration.key.names):
+        if registration.key.terms.exact and all(_is_over(registration.arm_on(name)) for name in registration.key.terms.names):
             session_of(arm).over(registration)
 
     def refused(self, registration: Registration, request: Request | None) -> None:
         """If no node has taken what was asked for, nothing is registered: nor on nodes that join later."""
         if request is None or request.outstanding or registration.granted:
             return
-        if all(arm.state is ArmState.OVER for arm in registration.arms.values()):
+        if all(arm.state is ArmState.OVER for arm in registration.arms):
             session = registration.session
             assert isinstance(session, Session)
-            session.registrations.pop(registration.key, None)
+            session.registrations.remove(registration)
             self.note(registration)
 
     def failed(self, arm: Arm, ask: Ask, why: str, node: Node, code: Code = Code.RESOURCE_EXHAUSTED) -> None:
@@ -236,6 +238,10 @@ def session_of(arm: Arm) -> Session:
     session = arm.registration.session
     assert isinstance(session, Session)
     return session
+
+
+def _is_over(arm: Arm | None) -> bool:
+    return arm is not None and arm.state is ArmState.OVER
 
 
 def wants_exits(arm: Arm) -> bool:

@@ -16,6 +16,7 @@ from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.keeper import LogKeeper
+from kmonitor.broker.keys import parse_found, parse_key
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import PAST, Span
@@ -23,7 +24,7 @@ from kmonitor.broker.nodes import Node, Nodes
 from kmonitor.broker.notices import deregistered, node_change, registered
 from kmonitor.broker.outbox import READ_SIZE, Outbox
 from kmonitor.broker.reconcile import Reconcile
-from kmonitor.broker.registrations import Arm, Registration, Request, parse_found, parse_key
+from kmonitor.broker.registrations import Request, make_registration
 from kmonitor.broker.resume import Lingering
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
@@ -82,6 +83,7 @@ class Broker:
             self._keeper.nodes(arms)
             for session in self._keeper.sessions(arms, self._make_session):
                 self.lingering.keep(session)
+            log.forget_values()
         log.on_evict = self._evicting
         log.on_commit = self._committed
         log.on_trouble = self._troubled
@@ -158,27 +160,26 @@ class Broker:
             processes = parse_found(found, key.target)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
-        unknown = [name for name in key.exact_names if self.nodes.get(name) is None]
+        unknown = [name for name in key.terms.exact_names if self.nodes.get(name) is None]
         if unknown and not self.nodes.settling and not session.resuming:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
         registration = session.registrations.get(key)
         if registration is None:
-            if any(other.id == request_id for other in session.registrations.values()):
+            if session.registrations.uses(request_id):
                 raise RefusedError(Code.INVALID_ARGUMENT, f"request id {request_id} names a registration of this stream already")
-            registration = Registration(session, request_id, key, message.target, 0, message=message.SerializeToString())
-            session.registrations[key] = registration
+            registration = make_registration(session, request_id, key, message)
+            session.registrations.add(registration)
             session.past.pop(key, None)
-            registration.serial = session.next_serial()
             registration.brought = bool(session.resuming)
         new = message.event_mask & ~registration.mask
         registration.mask |= message.event_mask
-        registration.found |= processes
+        registration.find(processes)
         adopted = bool(session.resuming and new) and self.lingering.adopt(registration, new)
         names = [node.name for node in self.nodes.selected(key)] + unknown
         request = Request(request_id, len(names))
         for name in names:
             if session.resuming and not adopted and session.cursor is not None:
-                registration.arms.setdefault(name, Arm(registration, name)).absent = session.cursor.positions.get(name, (0, 0))
+                registration.make_arm(name).absent = session.cursor.positions.get(name, (0, 0))
             self.arming.arm(registration, name, request, message.event_mask)
         if self._keeper is not None and session.keeper is not None:
             self._keeper.registration_changed(registration)
@@ -208,7 +209,7 @@ class Broker:
             raise RefusedError(Code.NOT_FOUND, "nothing is registered with these nodes, target and filter")
         self.arming.shrink(registration, message.event_mask)
         if not registration.mask:
-            del session.registrations[key]
+            session.registrations.remove(registration)
         answer = monitor_pb2.Deregistered(request_id=request_id, registration_id=registration.id, event_mask=registration.mask)
         session.tell(deregistered(answer))
 

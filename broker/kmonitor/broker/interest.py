@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from kmonitor.broker.block import ProcessKey
+from kmonitor.broker.claims import FOLLOWS, ROOT, Claim, ProcessClaims
+from kmonitor.broker.multimap import Multimap
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 
-Claim = Hashable
-"""Who wants it: one registration of one session."""
 Ask = TypeVar("Ask")
 
 _ALWAYS = int(EventType.PROCESS_EXIT)  # so that the broker learns when the kernel drops its entry
@@ -28,16 +28,6 @@ class Group:
     name: str
 
 
-@dataclass(slots=True)
-class _Process:
-    """Who claims one (pid, start time); start time 0 is whichever process has the pid."""
-
-    claims: dict[Claim, tuple[int, bool]] = field(default_factory=dict)
-    sent: tuple[int, bool] = (0, False)
-    roots: set[Claim] = field(default_factory=set)
-    """Those of the claims that are of this very process, and follow."""
-
-
 class NodeInterest(Generic[Ask]):
     """The claims on one node, and what its agent has not been told of yet.
 
@@ -46,13 +36,16 @@ class NodeInterest(Generic[Ask]):
 
     def __init__(self) -> None:
         self.version = 0
-        self._processes: dict[int, dict[int, _Process]] = {}
-        """pid -> start time -> entry."""
-        self._claimed: dict[Claim, set[tuple[int, int]]] = {}
-        """The (pid, start time) of each claim's entries in `_processes`."""
+        self._processes: Multimap[int, ProcessClaims] = Multimap()
+        """By pid: one for each start time."""
+        self._watched = 0
+        """How many there are."""
+        self._claimed: Multimap[Claim, ProcessClaims] = Multimap()
+        """Those of each claim."""
         self._groups: dict[Group, dict[Claim, int]] = {}
+        self._groups_of: Multimap[Claim, Group] = Multimap()
         self._node: dict[Claim, int] = {}
-        self._dirty_processes: dict[tuple[int, int], bool] = {}
+        self._dirty_processes: dict[ProcessKey, bool] = {}
         """(pid, start time) -> whether to look it up."""
         self._dirty_groups: dict[Group, None] = {}
         self._dirty_node = False
@@ -70,7 +63,7 @@ class NodeInterest(Generic[Ask]):
     @property
     def watched_processes(self) -> int:
         """How many processes have an entry of their own."""
-        return sum(map(len, self._processes.values()))
+        return self._watched
 
     @property
     def dirty(self) -> bool:
@@ -83,87 +76,81 @@ class NodeInterest(Generic[Ask]):
         `root`: the registration is of this process, and not of one that has forked it.
         """
         entry = self._entry(pid, start)
-        entry.claims[claim] = (mask, follow)
-        if root and follow:
-            entry.roots.add(claim)
-        self._claimed.setdefault(claim, set()).add((pid, start))
-        self._touch(pid, start, look_up=ask is not None)
+        was_root = (entry.wanted(claim) or 0) & ROOT
+        self._claim(entry, claim, mask | (FOLLOWS if follow else 0) | (ROOT if root and follow else was_root))
+        self._touch(entry.key, look_up=ask is not None)
         if ask is not None:
             self._asks.append(ask)
 
     def learn_process(self, claim: Claim, pid: int, start: int, *, mask: int, follow: bool) -> None:
         """Note a claim that the kernel has armed by itself: a followed child. Tells the agent nothing."""
         entry = self._entry(pid, start)
-        entry.claims[claim] = (mask, follow)
-        self._claimed.setdefault(claim, set()).add((pid, start))
+        was_root = (entry.wanted(claim) or 0) & ROOT
+        self._claim(entry, claim, mask | (FOLLOWS if follow else 0) | was_root)
         entry.sent = self._union(pid, start)
 
-    def settle_process(self, claim: Claim, pid: int, asked: int, actual: int) -> None:
-        """The agent has found out which process has the pid: the claim on (pid, asked) is one on (pid, actual)."""
-        entry = self._processes.get(pid, {}).get(asked)
-        if entry is None or claim not in entry.claims or asked == actual:
-            return
+    def settle_process(self, claim: Claim, pid: int, asked: int, actual: int) -> ProcessKey | None:
+        """The agent has found out which process has the pid: the claim on (pid, asked) is one on (pid, actual), which is returned;
+        None if there is neither."""
+        entry = self._find(pid, asked)
+        if entry is None or asked == actual or (wanted := entry.pop(claim)) is None:
+            settled = self._find(pid, actual)
+            return settled.key if settled is not None and settled.wanted(claim) is not None else None
         settled = self._entry(pid, actual)
-        mask, follow = entry.claims.pop(claim)
-        self._claimed[claim].discard((pid, asked))
-        self._claimed[claim].add((pid, actual))
-        before, followed = settled.claims.get(claim, (0, False))
-        settled.claims[claim] = (mask | before, follow or followed)
-        if claim in entry.roots:
-            entry.roots.discard(claim)
-            settled.roots.add(claim)
-        settled.sent = (settled.sent[0] | entry.sent[0], settled.sent[1] or entry.sent[1])
+        self._claimed.discard(claim, entry)
+        self._claim(settled, claim, wanted | (settled.wanted(claim) or 0))
+        settled.sent |= entry.sent
         if not entry.claims:
-            self._remove(pid, asked)
-
-    def claims(self, claim: Claim, pid: int, start: int) -> bool:
-        """Whether this process is claimed under this name."""
-        return (pid, start) in self._claimed.get(claim, ())
+            self._take_out(entry)
+        return settled.key
 
     def remask(self, claim: Claim, mask: int) -> None:
         """Replace the mask of all that is claimed under this name."""
-        for pid, start in self._claimed.get(claim, ()):
-            claims = self._processes[pid][start].claims
-            claims[claim] = (mask, claims[claim][1])
-            self._touch(pid, start, look_up=False)
-        for group, masks in self._groups.items():
-            if claim in masks:
-                masks[claim] = mask
-                self._dirty_groups[group] = None
+        for entry in self._claimed.get(claim):
+            entry.put(claim, mask | ((entry.wanted(claim) or 0) & (FOLLOWS | ROOT)))
+            self._touch(entry.key, look_up=False)
+        for group in self._groups_of.get(claim):
+            self._groups[group][claim] = mask
+            self._dirty_groups[group] = None
         if claim in self._node:
             self._node[claim] = mask
             self._dirty_node = True
 
     def drop(self, claim: Claim) -> None:
         """Withdraw all that is claimed under this name: the agent is told what is left."""
-        for pid, start in list(self._claimed.get(claim, ())):
-            self._withdraw(claim, pid, start)
-            others = self._processes.get(pid, {})
-            if start == 0 and others and 0 not in others:
+        for entry in list(self._claimed.get(claim)):
+            pid, start = entry.key
+            self._withdraw(claim, entry)
+            others = self._processes.get(pid)
+            if start == 0 and others and self._find(pid, 0) is None:
                 # Start time 0 would arm whichever process has the pid now with what was meant for others.
                 self._dirty_processes.pop((pid, 0), None)
                 for other in others:
-                    self._touch(pid, other, look_up=False)
+                    self._touch(other.key, look_up=False)
             else:
-                self._touch(pid, start, look_up=False)
-        for group in [group for group, masks in self._groups.items() if claim in masks]:
+                self._touch(entry.key, look_up=False)
+        for group in list(self._groups_of.get(claim)):
             self._drop_group(claim, group)
         if self._node.pop(claim, None) is not None:
             self._dirty_node = True
 
     def forget_process_claim(self, claim: Claim, pid: int, start: int) -> None:
         """Withdraw a claim on a process that the agent found gone: there is nothing to remove."""
-        self._withdraw(claim, pid, start)
+        entry = self._find(pid, start)
+        if entry is not None:
+            self._withdraw(claim, entry)
 
     def forget_process(self, pid: int, start: int) -> None:
         """The process has ended, and the kernel has removed its entry."""
-        if start in self._processes.get(pid, {}):
-            self._remove(pid, start)
+        entry = self._find(pid, start)
+        if entry is not None:
+            self._remove(entry)
             self._dirty_processes.pop((pid, start), None)
 
     def want_group(self, claim: Claim, group: Group, mask: int, ask: Ask | None) -> None:
         """Claim a group, with all of `mask` from now on."""
         self._groups.setdefault(group, {})[claim] = mask
+        self._groups_of.add(claim, group)
         self._dirty_groups[group] = None
         if ask is not None:
             self._asks.append(ask)
@@ -184,14 +171,13 @@ class NodeInterest(Generic[Ask]):
         message = self._next()
         for (pid, start), look_up in self._dirty_processes.items():
             union = self._union(pid, start)
-            entry = self._processes.get(pid, {}).get(start)
+            entry = self._find(pid, start)
             if entry is not None:
                 if union == entry.sent and not look_up:
                     continue
                 entry.sent = union
-            mask, follow = union
-            root = look_up and entry is not None and bool(entry.roots)
-            message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=look_up, root=root)
+            root = look_up and entry is not None and bool(entry.union() & ROOT)
+            _add_process(message, (pid, start), union, look_up=look_up, root=root)
         for group in self._dirty_groups:
             self._add_group(message, group)
         self._clean()
@@ -203,12 +189,9 @@ class NodeInterest(Generic[Ask]):
         self._asks = list(asks)
         message = self._next()
         message.reset = True
-        for pid, starts in self._processes.items():
-            for start, entry in starts.items():
-                entry.sent = self._union(pid, start)
-                mask, follow = entry.sent
-                root = bool(entry.roots)
-                message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=True, root=root)
+        for entry in self._processes.values():
+            entry.sent = self._union(*entry.key)
+            _add_process(message, entry.key, entry.sent, look_up=True, root=bool(entry.union() & ROOT))
         for group in self._groups:
             self._add_group(message, group)
         self._clean()
@@ -249,47 +232,63 @@ class NodeInterest(Generic[Ask]):
         else:
             message.groups.add(unit=group.name, event_mask=mask)
 
-    def _entry(self, pid: int, start: int) -> _Process:
-        return self._processes.setdefault(pid, {}).setdefault(start, _Process())
+    def _find(self, pid: int, start: int) -> ProcessClaims | None:
+        for entry in self._processes.get(pid):
+            if entry.key[1] == start:
+                return entry
+        return None
 
-    def _touch(self, pid: int, start: int, *, look_up: bool) -> None:
-        self._dirty_processes[pid, start] = look_up or self._dirty_processes.get((pid, start), False)
+    def _entry(self, pid: int, start: int) -> ProcessClaims:
+        entry = self._find(pid, start)
+        if entry is None:
+            entry = ProcessClaims((pid, start))
+            self._processes.add(pid, entry)
+            self._watched += 1
+        return entry
+
+    def _claim(self, entry: ProcessClaims, claim: Claim, wanted: int) -> None:
+        entry.put(claim, wanted)
+        self._claimed.add(claim, entry)
+
+    def _touch(self, key: ProcessKey, *, look_up: bool) -> None:
+        self._dirty_processes[key] = look_up or self._dirty_processes.get(key, False)
 
     def _drop_group(self, claim: Claim, group: Group) -> None:
         masks = self._groups[group]
         del masks[claim]
+        self._groups_of.discard(claim, group)
         self._dirty_groups[group] = None
         if not masks:
             del self._groups[group]
 
-    def _withdraw(self, claim: Claim, pid: int, start: int) -> None:
-        entry = self._processes.get(pid, {}).get(start)
-        if entry is None or entry.claims.pop(claim, None) is None:
+    def _withdraw(self, claim: Claim, entry: ProcessClaims) -> None:
+        if entry.pop(claim) is None:
             return
-        entry.roots.discard(claim)
-        self._unclaim(claim, pid, start)
+        self._claimed.discard(claim, entry)
         if not entry.claims:
-            self._remove(pid, start)
+            self._take_out(entry)
 
-    def _remove(self, pid: int, start: int) -> None:
-        starts = self._processes[pid]
-        for claim in starts.pop(start).claims:
-            self._unclaim(claim, pid, start)
-        if not starts:
-            del self._processes[pid]
+    def _remove(self, entry: ProcessClaims) -> None:
+        self._take_out(entry)
+        for claim in entry.claims:
+            self._claimed.discard(claim, entry)
 
-    def _unclaim(self, claim: Claim, pid: int, start: int) -> None:
-        claimed = self._claimed[claim]
-        claimed.discard((pid, start))
-        if not claimed:
-            del self._claimed[claim]
+    def _take_out(self, entry: ProcessClaims) -> None:
+        self._processes.discard(entry.key[0], entry)
+        self._watched -= 1
 
-    def _union(self, pid: int, start: int) -> tuple[int, bool]:
-        """Of all claims that can mean this process. The kernel has one entry a pid."""
-        mask, follow = 0, False
-        for other, entry in self._processes.get(pid, {}).items():
-            if start in {0, other} or other == 0:
-                for bits, followed in entry.claims.values():
-                    mask |= bits | _ALWAYS | (_FOLLOWED if followed else 0)
-                    follow = follow or followed
-        return mask, follow
+    def _union(self, pid: int, start: int) -> int:
+        """Of all claims that can mean this process: a mask, and FOLLOWS. The kernel has one entry a pid."""
+        found = 0
+        for entry in self._processes.get(pid):
+            if start in {0, entry.key[1]} or entry.key[1] == 0:
+                found |= entry.union()
+        if not found:
+            return 0
+        return found & ~ROOT | _ALWAYS | (_FOLLOWED if found & FOLLOWS else 0)
+
+
+def _add_process(message: agent_pb2.Interest, key: ProcessKey, union: int, *, look_up: bool, root: bool) -> None:
+    pid, start = key
+    mask, follow = union & ~FOLLOWS, bool(union & FOLLOWS)
+    message.processes.add(pid=pid, start_time=start, event_mask=mask, follow=follow, look_up=look_up, root=root)

@@ -12,10 +12,11 @@ import json
 from typing import Any
 
 from kmonitor.broker.arms import Arms
+from kmonitor.broker.keys import Pidfile, Process, parse_key
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node
-from kmonitor.broker.registrations import Arm, ArmState, Pidfile, Process, Registration, parse_key
+from kmonitor.broker.registrations import ArmState, Registration, make_registration
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
@@ -139,7 +140,10 @@ class LogKeeper:
                 self._log.put(REGISTRATIONS, name, None)
                 continue
             registrations[content["session"], registration.serial] = registration
-            (owner.past if content["over"] else owner.registrations)[registration.key] = registration
+            if content["over"]:
+                owner.past[registration.key] = registration
+            else:
+                owner.registrations.add(registration)
         spans = sorted((int(key), json.loads(value)) for key, value in self._log.values(SPANS).items())
         if spans:
             self._next_span = spans[-1][0] + 1
@@ -181,14 +185,14 @@ class LogKeeper:
         session = registration.session
         assert isinstance(session, Session)
         target = registration.key.target
-        for arm in registration.arms.values():
+        for arm in registration.arms:
             node = arms.nodes.get(arm.node)
             if node is None or arm.state is ArmState.OVER:
                 continue
             if isinstance(target, Process | Pidfile):
                 for span in arms.spans(arm):
                     if span.process is not None and not span.lingers:
-                        follow = registration.key.follow
+                        follow = registration.key.terms.follow
                         if span.root:
                             node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=None, root=True)
                         else:
@@ -207,7 +211,14 @@ class LogKeeper:
 def _key_of(registration: Registration) -> str:
     session = registration.session
     assert isinstance(session, Session)
-    return f"{session.id}/{registration.serial}"
+    return f"{session.id}/{_serial(registration)}"
+
+
+def _serial(registration: Registration) -> int:
+    session = registration.session
+    assert isinstance(session, Session)
+    registration.serial = registration.serial or session.next_serial()
+    return registration.serial
 
 
 def _dump(value: Any) -> bytes:
@@ -229,15 +240,15 @@ def _pack_registration(registration: Registration) -> bytes:
         {
             "session": session.id,
             "id": registration.id,
-            "serial": registration.serial,
-            "message": registration.message.hex(),
+            "serial": _serial(registration),
+            "message": registration.message().SerializeToString().hex(),
             "mask": registration.mask,
             "granted": registration.granted,
             "over": session.registrations.get(registration.key) is not registration,
             "found": {node: _pack_process(process) for node, process in registration.found.items()},
             "arms": {
-                node: [arm.state.name, _pack_process(arm.process), _pack_process(arm.named), arm.absent]
-                for node, arm in registration.arms.items()
+                arm.node: [arm.state.name, arm.process and [*arm.process, ""], _pack_process(arm.named), arm.absent]
+                for arm in registration.arms
             },
         }
     )
@@ -250,28 +261,25 @@ def _unpack_registration(session: Session, content: dict[str, Any]) -> Registrat
         key = parse_key(message)
     except UsageError:
         return None
-    registration = Registration(session, content["id"], key, message.target, content["mask"], message=message.SerializeToString())
+    registration = make_registration(session, content["id"], key, message, content["mask"])
     registration.had_spans = True
     registration.granted, registration.serial = content["granted"], content["serial"]
     while session.next_serial() < registration.serial:
         pass
-    for node, packed in content["found"].items():
-        process = _unpack_process(packed)
-        if process is not None:
-            registration.found[node] = process
+    registration.find({node: process for node, packed in content["found"].items() if (process := _unpack_process(packed)) is not None})
     for node, (state, process, named, absent) in content["arms"].items():
-        arm = Arm(registration, node, ArmState[state], _unpack_process(process), _unpack_process(named))
+        arm = registration.make_arm(node)
+        arm.state, arm.process, arm.named = ArmState[state], process and (process[0], process[1]), _unpack_process(named)
         arm.absent = None if absent is None else (absent[0], absent[1])
         if arm.state is ArmState.ASKED:
             arm.state = ArmState.AWAY
-        registration.arms[node] = arm
     return registration
 
 
 def _pack_span(session: Session, span: Span) -> bytes:
     return _dump(
         [
-            session.id, span.arm.registration.serial, span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
+            session.id, _serial(span.arm.registration), span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
             span.follow, span.end, span.lingers, span.root, span.since, span.end_offset,
         ]
     )  # fmt: skip
@@ -279,8 +287,8 @@ def _pack_span(session: Session, span: Span) -> bytes:
 
 def _unpack_span(registration: Registration, content: list[Any]) -> Span:
     _, _, node, epoch, mask, first, process, cgroup_id, follow, end, lingers, root, since, end_offset = content
-    arm = registration.arms.setdefault(node, Arm(registration, node))
+    arm = registration.make_arm(node)
     return Span(
         registration.session, arm, node, epoch, mask, first, None if process is None else (process[0], process[1]), cgroup_id,
-        follow, registration.key.filter, end=end, lingers=lingers, arm=arm, root=root, since=since, end_offset=end_offset,
+        follow, registration.key.terms.filter, end=end, lingers=lingers, root=root, since=since, end_offset=end_offset,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kmonitor.broker.block import Block, ProcessKey
 from kmonitor.broker.filters import NO_FILTER, Filter
+from kmonitor.broker.multimap import Multimap
 from kmonitor.wire.record import F_MATCH_CGROUP, F_MATCH_NODE, Indices
 
 NO_ROWS: Indices = np.empty(0, dtype=np.intp)
@@ -32,8 +33,8 @@ class Span:
 
     owner: Any
     """The session; opaque here."""
-    claim: Hashable
-    """Names the registration in the node's interest; opaque here."""
+    arm: Any
+    """The registration on this node, and its name in the node's interest; opaque here."""
     node: str
     epoch: int
     mask: int
@@ -47,8 +48,6 @@ class Span:
     """The first position that is not delivered; None while it is open."""
     lingers: bool = False
     """Its process has ended; the span stays for what the process's threads may still record."""
-    arm: Any = None
-    """What the session keeps about registration and node; opaque here."""
     root: bool = False
     """Its process was armed by the agent, and not by the kernel when it was forked."""
     since: int = 0
@@ -94,30 +93,33 @@ class CgroupTree:
 class _Table:
     """The spans of one session on one node."""
 
-    processes: dict[ProcessKey, list[Span]] = field(default_factory=dict)
-    cgroups: dict[int, list[Span]] = field(default_factory=dict)
-    everything: list[Span] = field(default_factory=list)
+    processes: Multimap[ProcessKey, Span] = field(default_factory=Multimap)
+    cgroups: Multimap[int, Span] = field(default_factory=Multimap)
+    everything: dict[Span, None] = field(default_factory=dict)
 
-    def bucket(self, span: Span) -> list[Span]:
+    def add(self, span: Span) -> None:
         if span.process is not None:
-            return self.processes.setdefault(span.process, [])
-        if span.cgroup_id is not None:
-            return self.cgroups.setdefault(span.cgroup_id, [])
-        return self.everything
+            self.processes.add(span.process, span)
+        elif span.cgroup_id is not None:
+            self.cgroups.add(span.cgroup_id, span)
+        else:
+            self.everything[span] = None
 
     def discard(self, span: Span) -> None:
-        bucket = self.bucket(span)
-        bucket.remove(span)
-        if not bucket and span.process is not None:
-            del self.processes[span.process]
-        if not bucket and span.cgroup_id is not None:
-            del self.cgroups[span.cgroup_id]
+        if span.process is not None:
+            self.processes.discard(span.process, span)
+        elif span.cgroup_id is not None:
+            self.cgroups.discard(span.cgroup_id, span)
+        else:
+            self.everything.pop(span, None)
 
     def __iter__(self) -> Iterator[Span]:
-        for table in (self.processes, self.cgroups):
-            for bucket in table.values():
-                yield from bucket
+        yield from self.processes.values()
+        yield from self.cgroups.values()
         yield from self.everything
+
+    def __len__(self) -> int:
+        return len(self.processes) + len(self.cgroups) + len(self.everything)
 
 
 class Matcher:
@@ -137,7 +139,7 @@ class Matcher:
         """The same, of those that the session has passed."""
         self.remembers_from = 0
         """Log offset from which on no span was forgotten."""
-        self._of_arms: dict[Any, dict[Span, None]] = {}
+        self._of_arms: Multimap[Any, Span] = Multimap()
         """Arm -> its open spans."""
         self.version = 0
         """Counts the changes."""
@@ -146,9 +148,9 @@ class Matcher:
 
     def add(self, span: Span) -> None:
         """Take a span up."""
-        self._tables.setdefault(span.node, _Table()).bucket(span).append(span)
+        self._tables.setdefault(span.node, _Table()).add(span)
         if span.end is None:
-            self._of_arms.setdefault(span.arm, {})[span] = None
+            self._of_arms.add(span.arm, span)
         self.version += 1
         self._on_change(span, True)
 
@@ -157,10 +159,7 @@ class Matcher:
         span.end_offset = offset
         self._ended.append((offset, span))
         self.version += 1
-        of_arm = self._of_arms.get(span.arm, {})
-        of_arm.pop(span, None)
-        if not of_arm:
-            self._of_arms.pop(span.arm, None)
+        self._of_arms.discard(span.arm, span)
         self._on_change(span, True)
 
     def prune(self, offset: int, *, keep: int = 0) -> None:
@@ -179,7 +178,7 @@ class Matcher:
     def recall(self) -> None:
         """Blocks are to be read again that were passed: spans that were kept hold for them again."""
         for _, span in self._past:
-            self._tables.setdefault(span.node, _Table()).bucket(span).append(span)
+            self._tables.setdefault(span.node, _Table()).add(span)
         self._ended.extendleft(reversed(self._past))
         self._past.clear()
 
@@ -194,7 +193,7 @@ class Matcher:
 
     def spans_of(self, arm: Any) -> list[Span]:
         """The open spans of an arm."""
-        return list(self._of_arms.get(arm, ()))
+        return list(self._of_arms.get(arm))
 
     def spans(self, node: str) -> list[Span]:
         """The open spans on a node."""
@@ -215,7 +214,7 @@ class Matcher:
 
     def knows(self, node: str) -> bool:
         """Whether there are spans on a node, open or ended where the session has still to read."""
-        return any(True for _ in self._tables.get(node, ()))
+        return bool(self._tables.get(node))
 
     def nodes_known(self) -> set[str]:
         """The nodes with spans, open or ended where the session has still to read."""

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import NodeInterest
+from kmonitor.broker.keys import Key
 from kmonitor.broker.pidfiles import Pidfiles
-from kmonitor.broker.registrations import Ask, Key
+from kmonitor.broker.registrations import Ask
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
 CALL_TIMEOUT = 5.0  # seconds
@@ -263,7 +264,7 @@ class Nodes:
 
     def selected(self, key: Key) -> list[Node]:
         """The known nodes that a registration is about."""
-        return [node for node in self._nodes.values() if key.selects(node.name, node.labels)]
+        return [node for node in self._nodes.values() if key.terms.selects(node.name, node.labels)]
 
     def names(self, limit: int = 20) -> str:
         """For people: the known nodes."""

@@ -15,9 +15,10 @@ import numpy as np
 
 from kmonitor.broker.arms import EXITED, NODE_UNREACHABLE, Arms, session_of, wants_exits
 from kmonitor.broker.block import Block, ProcessKey
+from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node
-from kmonitor.broker.registrations import Arm, ArmState, Ask, Pidfile, Process
+from kmonitor.broker.registrations import Arm, ArmState, Ask
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.errors import BadRecordError
@@ -64,15 +65,21 @@ class Reconcile:
     def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, epoch: int) -> agent_pb2.Interest:
         """The node is up: everything that is wanted of it, for its agent. `epoch`: that of its ring now."""
         asks, reads = _abandon(node)
+        left_open: dict[Arm, list[Ask]] = {}
+        for ask in asks:
+            left_open.setdefault(ask.arm, []).append(ask)
+        reading = {ask.arm for ask in reads}
+        no_more: set[Arm] = set()
+        anew: list[Ask] = []
         node.inferring.clear()
         living = self._living(node, sessions, epoch)
         for session in sessions:
             for registration in list(session.registrations.values()):
-                if node.name not in registration.arms and not registration.key.selects(node.name, node.labels):
+                if registration.arm_on(node.name) is None and not registration.key.terms.selects(node.name, node.labels):
                     continue
-                arm = registration.arms.get(node.name)
+                arm = registration.arm_on(node.name)
                 if arm is None:
-                    arm = registration.arms[node.name] = Arm(registration, node.name)
+                    arm = registration.make_arm(node.name)
                     if registration.brought and session.cursor is not None:
                         # A broker that does not know the node has kept nothing of it for a client that does.
                         arm.absent = session.cursor.positions.get(node.name)
@@ -80,13 +87,16 @@ class Reconcile:
                     continue
                 if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):
                     node.interest.drop(arm)
-                    asks = [ask for ask in asks if ask.arm is not arm or self._no_more(ask, node)]
+                    no_more.add(arm)
+                    for ask in left_open.get(arm, ()):
+                        self._no_more(ask, node)
                     self._arms.tell(arm, None, EXITED, node)
                     self._arms.over(arm)
                     continue
-                if arm not in living and any(ask.arm is arm for ask in (*asks, *reads)):
+                if arm not in living and (arm in left_open or arm in reading):
                     continue  # the question that the last agent left open is asked again
-                asks += self._asks_again(node, arm, living.get(arm, {}))
+                anew += self._asks_again(node, arm, living.get(arm, {}))
+        asks = [ask for ask in asks if ask.arm not in no_more] + anew
         for ask in asks:
             if ask.request is None and not ask.child:
                 self._arms.claim(node, ask, waits=False)
@@ -95,7 +105,7 @@ class Reconcile:
         self._arms.flush_soon(node)  # behind the snapshot
         asks = [ask for ask in asks if not isinstance(ask.target, Pidfile)]
         for ask in asks:
-            ask.arm.asks.add(ask)
+            ask.arm.asked(ask)
         return node.interest.snapshot(asks)
 
     def disconnected(self, node: Node) -> None:
@@ -171,19 +181,18 @@ class Reconcile:
         if not living:
             self._arms.set_state(arm, ArmState.ASKED)
             return [Ask(arm, None, registration.mask, registration.sought(node.name))]
-        root = None if arm.process is None else arm.process.key
+        root = arm.process
         asks = [Ask(arm, None, registration.mask, Process(*key), child=key != root, known=gone) for key, gone in sorted(living.items())]
         for ask in asks:
             if ask.child and isinstance(ask.target, Process):
                 node.interest.learn_process(arm, ask.target.pid, ask.target.start, mask=registration.mask, follow=True)
         return asks
 
-    def _no_more(self, ask: Ask, node: Node) -> bool:
-        """Answer an ask without the agent: the process was one of another boot. False, for use in a filter."""
+    def _no_more(self, ask: Ask, node: Node) -> None:
+        """Answer an ask without the agent: the process was one of another boot."""
         if ask.request is not None:
             session_of(ask.arm).pends(-1)
             self._arms.tell(ask.arm, ask.request, EXITED, node)
-        return False
 
     def _look_again(self, node: Node) -> None:
         self._looking.discard(node.name)
@@ -194,8 +203,8 @@ class Reconcile:
             registration = arm.registration
             if span.process is not None and arm.state is ArmState.ARMED:
                 target = Process(*span.process)
-                ask = Ask(arm, None, registration.mask, target, child=arm.process is None or arm.process.key != target.key)
-                follow, root = registration.key.follow, not ask.child
+                ask = Ask(arm, None, registration.mask, target, child=arm.process != target.key)
+                follow, root = registration.key.terms.follow, not ask.child
                 node.interest.want_process(arm, *span.process, mask=registration.mask, follow=follow, ask=ask, root=root)
         self._arms.flush_soon(node)
 
@@ -204,5 +213,5 @@ def _abandon(node: Node) -> tuple[list[Ask], list[Ask]]:
     """What the node's agent was asked and has not answered: to arm, and to read."""
     asks, reads = node.interest.abandon(), node.pidfiles.abandon()
     for ask in (*asks, *reads):
-        ask.arm.asks.discard(ask)
+        ask.arm.answered(ask)
     return asks, reads

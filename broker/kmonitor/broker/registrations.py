@@ -1,90 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A registration as it was asked for, checked and in canonical form; and what became of it on each node."""
+"""A registration, and what became of it on each node. There may be very many: see docs/decisions/0019."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from kmonitor.broker.filters import NO_FILTER, Filter
-from kmonitor.broker.interest import Group
+from kmonitor.broker.block import ProcessKey
+from kmonitor.broker.keys import Key, Process, Target
 from kmonitor.v1 import monitor_pb2
-from kmonitor.wire.errors import BadSelectorError
-from kmonitor.wire.masks import check_mask
-from kmonitor.wire.selectors import (
-    check_boot_id,
-    check_cgroup_path,
-    check_glob,
-    check_node_selector,
-    check_pid,
-    check_pidfile,
-    check_unit_name,
-    is_glob,
-    node_matches,
-)
-
-LIST_LIMIT = 1024
-"""Names, labels, globs or uids in one registration."""
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process by pid; start time 0 is whichever has the pid."""
-
-    pid: int
-    start: int
-    boot_id: str = ""
-    """The boot that the start time is of; empty if that is not said."""
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(pid, start time), as a node's interest and records have it."""
-        return self.pid, self.start
-
-    def may_be(self, other: Process) -> bool:
-        """Whether this is the other process, as far as both say which they mean."""
-        return (
-            self.pid == other.pid
-            and (self.start == other.start or 0 in {self.start, other.start})
-            and (self.boot_id == other.boot_id or "" in {self.boot_id, other.boot_id})
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Pidfile:
-    """The process that a file of the node names when the node is asked."""
-
-    path: str
-
-
-Target = Process | Group | Pidfile | None
-"""None is every process of the node."""
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What makes two registrations the same: registering again adds bits to the mask."""
-
-    names: tuple[str, ...]
-    labels: tuple[tuple[str, str], ...]
-    target: Target
-    follow: bool
-    filter: Filter
-
-    def selects(self, node: str, labels: dict[str, str]) -> bool:
-        """Whether it is about this node."""
-        return node_matches(node, labels, self.names, dict(self.labels))
-
-    @property
-    def exact_names(self) -> tuple[str, ...]:
-        """Those of its names that are no globs."""
-        return tuple(name for name in self.names if not is_glob(name))
-
-    @property
-    def exact(self) -> bool:
-        """Whether it names all the nodes it can ever select."""
-        return bool(self.names) and len(self.exact_names) == len(self.names)
+from kmonitor.wire.masks import EventType
 
 
 class ArmState(enum.Enum):
@@ -106,7 +32,7 @@ class Arm:
     registration: Registration
     node: str
     state: ArmState = ArmState.AWAY
-    process: Process | None = None
+    process: ProcessKey | None = None
     """The process that was found, once it is armed."""
     named: Process | None = None
     """The one that the target, a pidfile, was found to name: what is asked of the agent from then on, until that process has ended."""
@@ -114,8 +40,29 @@ class Arm:
     """Open spans of processes that live: the process itself, and those it made, if followed."""
     absent: tuple[int, int] | None = None
     """(epoch, last position taken) of a client that comes back, until it is told from where on it is armed: nobody kept its place."""
-    asks: set[Ask] = field(default_factory=set)
-    """Those that the agent has not answered yet: until then what an earlier answer says is not the last word."""
+    _asks: Ask | dict[Ask, None] | None = None
+    """Most have but one."""
+
+    @property
+    def asks(self) -> Collection[Ask]:
+        """Those that the agent has not answered yet: until then what an earlier answer says is not the last word."""
+        if isinstance(self._asks, dict):
+            return self._asks.keys()
+        return () if self._asks is None else (self._asks,)
+
+    def asked(self, ask: Ask) -> None:
+        """The agent is to answer it."""
+        if isinstance(self._asks, dict):
+            self._asks[ask] = None
+        else:
+            self._asks = ask if self._asks in {None, ask} else {self._asks: None, ask: None}
+
+    def answered(self, ask: Ask) -> None:
+        """It has, or cannot any more."""
+        if isinstance(self._asks, dict):
+            self._asks.pop(ask, None)
+        elif self._asks is ask:
+            self._asks = None
 
 
 @dataclass(eq=False, slots=True)
@@ -126,27 +73,89 @@ class Registration:
     id: int
     """The id of the request that made it."""
     key: Key
-    target: monitor_pb2.Target
     mask: int
-    arms: dict[str, Arm] = field(default_factory=dict)
-    found: dict[str, Process] = field(default_factory=dict)
-    """Node -> the process that had the pid there, or that the pidfile named, as a client knows it from an earlier stream."""
+    asked: bytes = b""
+    """The kmonitor.v1.Target as it was asked for, unless it is a process: then the key says it all."""
     granted: bool = False
     """Whether any node has answered with anything but an error."""
-    message: bytes = b""
-    """As it was asked for: a kmonitor.v1.Registration, of which the mask may have changed since."""
     had_spans: bool = False
     """Whether there has been anything to deliver."""
     serial: int = 0
-    """Under which it is remembered: clients may use an id again."""
+    """Under which it is remembered, where it is: clients may use an id again."""
     taken: bool = False
     """Another stream goes on with it."""
     brought: bool = False
     """A stream that has come back has brought it: its client may have had it before."""
+    _found: dict[str, Process] | None = None
+    _arms: Arm | dict[str, Arm] | None = None
+    """Most have but one."""
+
+    @property
+    def target(self) -> monitor_pb2.Target:
+        """As it was asked for."""
+        target = self.key.target
+        if isinstance(target, Process):
+            process = monitor_pb2.ProcessTarget(pid=target.pid, start_time=target.start, boot_id=target.boot_id)
+            return monitor_pb2.Target(process=process)
+        return monitor_pb2.Target.FromString(self.asked)
+
+    def message(self) -> monitor_pb2.Registration:
+        """What makes its key again, with the mask that it has, or any if it has none."""
+        terms = self.key.terms
+        return monitor_pb2.Registration(
+            nodes=monitor_pb2.NodeSelector(names=terms.names, labels=dict(terms.labels)),
+            target=self.target,
+            event_mask=self.mask or sum(EventType),
+            follow=terms.follow,
+            filter=monitor_pb2.EventFilter(comms=terms.filter.comms, uids=terms.filter.uids, failures_only=terms.filter.failures_only),
+        )
+
+    @property
+    def arms(self) -> Collection[Arm]:
+        """One for each node that it is, or was, about."""
+        if isinstance(self._arms, dict):
+            return self._arms.values()
+        return () if self._arms is None else (self._arms,)
+
+    def arm_on(self, node: str) -> Arm | None:
+        """Its arm on a node; None if it has none."""
+        if isinstance(self._arms, dict):
+            return self._arms.get(node)
+        return self._arms if self._arms is not None and self._arms.node == node else None
+
+    def make_arm(self, node: str) -> Arm:
+        """Its arm on a node, which it has from now on."""
+        arm = self.arm_on(node)
+        if arm is None:
+            arm = Arm(self, node)
+            if isinstance(self._arms, dict):
+                self._arms[node] = arm
+            else:
+                self._arms = arm if self._arms is None else {self._arms.node: self._arms, node: arm}
+        return arm
+
+    def remove_arm(self, node: str) -> None:
+        """It has none on this node any more."""
+        if isinstance(self._arms, dict):
+            self._arms.pop(node, None)
+        elif self.arm_on(node) is not None:
+            self._arms = None
+
+    @property
+    def found(self) -> Mapping[str, Process]:
+        """Node -> the process that had the pid there, or that the pidfile named, as a client knows it from an earlier stream."""
+        return self._found or _NOTHING
+
+    def find(self, found: Mapping[str, Process]) -> None:
+        """Put these into `found`."""
+        if found:
+            if self._found is None:
+                self._found = {}
+            self._found.update(found)
 
     def sought(self, node: str) -> Target:
         """What the node's agent is to be asked for."""
-        arm = self.arms.get(node)
+        arm = self.arm_on(node)
         return (arm and arm.named) or self.found.get(node) or self.key.target
 
     def of_another_boot(self, node: str, boot_id: str) -> bool:
@@ -156,9 +165,14 @@ class Registration:
 
     def forget_named(self, node: str) -> None:
         """The process that had the pid, or that the pidfile named, has ended: who asks again means the one that is named then."""
-        self.found.pop(node, None)
-        if node in self.arms:
-            self.arms[node].named = None
+        if self._found is not None:
+            self._found.pop(node, None)
+        arm = self.arm_on(node)
+        if arm is not None:
+            arm.named = None
+
+
+_NOTHING: Mapping[str, Process] = {}
 
 
 @dataclass(eq=False, slots=True)
@@ -185,48 +199,6 @@ class Ask:
     """It is about a process that was told of as running, and whose end may lie in a ring that is gone."""
 
 
-def parse_key(message: monitor_pb2.Registration) -> Key:
-    """Check a registration. Raises BadMaskError or BadSelectorError."""
-    check_mask(message.event_mask)
-    names, labels = message.nodes.names, message.nodes.labels
-    for what, items in (("node names", names), ("labels", labels), ("comm globs", message.filter.comms), ("uids", message.filter.uids)):
-        if len(items) > LIST_LIMIT:
-            raise BadSelectorError(f"{len(items)} {what} in one registration: at most {LIST_LIMIT}")
-    check_node_selector(names, labels)
-    for glob in message.filter.comms:
-        check_glob(glob, "comm")
-    wanted = Filter(tuple(sorted(set(message.filter.comms))), tuple(sorted(set(message.filter.uids))), message.filter.failures_only)
-    target = _target(message.target)
-    # All that a group's or a node's processes fork is in the group, or on the node, already.
-    follow = message.follow and isinstance(target, Process | Pidfile)
-    return Key(tuple(sorted(set(names))), tuple(sorted(labels.items())), target, follow, wanted or NO_FILTER)
-
-
-def _target(message: monitor_pb2.Target) -> Target:
-    kind = message.WhichOneof("kind")
-    if kind == "process":
-        return _process(message.process)
-    if kind == "cgroup":
-        return Group("cgroup", check_cgroup_path(message.cgroup))
-    if kind == "unit":
-        return Group("unit", check_unit_name(message.unit))
-    if kind == "pidfile":
-        return Pidfile(check_pidfile(message.pidfile))
-    return None
-
-
-def _process(message: monitor_pb2.ProcessTarget | monitor_pb2.RegisterRequest.FoundProcess) -> Process:
-    pid, boot_id = check_pid(message.pid), message.boot_id
-    if boot_id and not message.start_time:
-        raise BadSelectorError("a boot id belongs to a start time: give both")
-    return Process(pid, message.start_time, check_boot_id(boot_id) if boot_id else "")
-
-
-def parse_found(messages: Iterable[monitor_pb2.RegisterRequest.FoundProcess], target: Target) -> dict[str, Process]:
-    """Node -> process that the target is there, as the client knows. Raises BadSelectorError."""
-    found = {item.node: process for item in messages if (process := _process(item)).start}
-    if isinstance(target, Process):
-        for node, process in found.items():
-            if not process.may_be(target):
-                raise BadSelectorError(f"the process found on {node!r} is not the one of the registration: leave it out")
-    return found if isinstance(target, Process | Pidfile) else {}
+def make_registration(session: object, request_id: int, key: Key, message: monitor_pb2.Registration, mask: int = 0) -> Registration:
+    """One that was asked for with this message, of which this is the key."""
+    return Registration(session, request_id, key, mask, b"" if isinstance(key.target, Process) else message.target.SerializeToString())

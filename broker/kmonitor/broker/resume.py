@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
 from kmonitor.broker.arms import Arms
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.keys import Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import gap_of
-from kmonitor.broker.registrations import Arm, ArmState, Process, Registration
+from kmonitor.broker.registrations import Arm, ArmState, Registration
 from kmonitor.broker.sessions import Cursor, Session
 from kmonitor.v1 import monitor_pb2
 
@@ -94,7 +96,8 @@ class Lingering:
         session.matcher.taken = dict(positions)
         session.resuming = max(requests, 1)
         for other in [each for each in self._sessions if each.stream_id == cursor.stream_id and each is not session]:
-            # It is the same monitor, and we have not noticed yet that its stream broke.
+            session.forerunners.append(other)
+            # It is the same monitor, and we may not have noticed yet that its stream broke.
             session.stream_id = session.outbox.stream_id = other.stream_id
             if session.keeper is not None:
                 session.keeper.session_changed(session)
@@ -126,8 +129,9 @@ class Lingering:
         if not its_own and not _reach_back(session.cursor, copied):
             return False  # of what was before they came nobody knows anything: it is registered anew, behind a gap
         kept = {span.node for span in copied}
-        for name, arm in donor.arms.items():
-            mine = registration.arms.setdefault(name, Arm(registration, name))
+        for arm in donor.arms:
+            name = arm.node
+            mine = registration.make_arm(name)
             mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
             if its_own:
@@ -135,7 +139,7 @@ class Lingering:
             elif name not in kept:
                 mine.absent = session.cursor.positions.get(name, (0, 0))
             if arm.process is not None and name not in registration.found:
-                registration.found[name] = arm.process
+                registration.find({name: Process(*arm.process)})
         registration.had_spans = donor.had_spans
         self._say_what_came_before(registration, session.cursor, copied, its_own=its_own)
         for span in copied:
@@ -145,7 +149,7 @@ class Lingering:
             if span.end is not None:
                 self._keep_past(registration, span, mask)
         session.matcher.remembers_from = max(session.matcher.remembers_from, theirs.matcher.remembers_from)
-        session.registrations.setdefault(registration.key, registration)
+        session.registrations.add(registration)
         session.donors[theirs] = None
         # Somebody else's place is kept for him.
         donor.taken = theirs.stream_id == session.stream_id or (theirs.detached and not session.cursor.stream_id)
@@ -176,7 +180,7 @@ class Lingering:
                 place = span.node, span.epoch
                 begins[place] = min(span.first, begins.get(place, span.first))
         for (node, epoch), first in begins.items():
-            arm = registration.arms.get(node)
+            arm = registration.arm_on(node)
             absent = arm.absent if arm is not None else None
             at = absent or (None if its_own else cursor.positions.get(node))
             if at is None:
@@ -189,7 +193,7 @@ class Lingering:
                 arm.absent = None
 
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
-        arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
+        arm = registration.make_arm(span.node)
         copy = self._copy(arm, span, mask)
         self._arms.router.add(copy)
         if copy.lingers:
@@ -199,14 +203,14 @@ class Lingering:
             return
         arm.spans += 1
         if node is not None:
-            follow = registration.key.follow
+            follow = registration.key.terms.follow
             if copy.root:
                 node.interest.want_process(arm, *copy.process, mask=registration.mask, follow=follow, ask=None, root=True)
             else:
                 node.interest.learn_process(arm, *copy.process, mask=registration.mask, follow=follow)
 
     def _keep_past(self, registration: Registration, span: Span, mask: int) -> None:
-        arm = registration.arms.setdefault(span.node, Arm(registration, span.node))
+        arm = registration.make_arm(span.node)
         copy = self._copy(arm, span, mask)
         if span.end is None:
             return
@@ -221,13 +225,13 @@ class Lingering:
 
     def _copy(self, arm: Arm, span: Span, mask: int) -> Span:
         # With its own beginning: what the client has taken is left out by its position, and a fork among that must be known.
-        return dataclasses.replace(span, owner=arm.registration.session, claim=arm, arm=arm, mask=span.mask & mask, id=0)
+        return dataclasses.replace(span, owner=arm.registration.session, arm=arm, mask=span.mask & mask, id=0)
 
     def _donor(self, session: Session, registration: Registration, mask: int) -> Registration | None:
         """The registration of another session that has most of what is wanted, best the one that this stream had itself."""
         best: tuple[tuple[bool, bool, int], Registration] | None = None
-        for other in self._sessions:
-            if other is session:
+        for other in itertools.chain(session.forerunners, self._sessions):
+            if other is session or other not in self._sessions:
                 continue
             theirs = other.registration_of(registration.key)
             if theirs is None or not _same_processes(registration, theirs):
@@ -236,6 +240,8 @@ class Lingering:
             rank = (other.stream_id == session.stream_id, other.detached and not theirs.taken, covered)
             if covered and (best is None or rank > best[0]):
                 best = rank, theirs
+                if rank == (True, True, mask.bit_count()):
+                    break  # none can be better, and there may be very many sessions
         return None if best is None else best[1]
 
     def _place(self, cursor: Cursor) -> tuple[int, dict[str, int]]:
@@ -283,6 +289,7 @@ class Lingering:
         session.before = []
         self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
+        session.forerunners = []
         session.donor_spans.clear()
         for theirs in donors:
             everything = (*theirs.registrations.values(), *theirs.past.values())
@@ -360,7 +367,7 @@ def _reach_back(cursor: Cursor, spans: list[Span]) -> bool:
 
 def _same_processes(mine: Registration, theirs: Registration) -> bool:
     for name, process in mine.found.items():
-        arm = theirs.arms.get(name)
-        if arm is not None and arm.process is not None and not Process(*arm.process.key).may_be(process):
+        arm = theirs.arm_on(name)
+        if arm is not None and arm.process is not None and not Process(*arm.process).may_be(process):
             return False
     return True

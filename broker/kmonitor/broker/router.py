@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from kmonitor.broker.block import Block, ProcessKey
 from kmonitor.broker.matching import CgroupTree, Matcher, Span, rows_of_cgroups
+from kmonitor.broker.multimap import Multimap
 from kmonitor.broker.trees import Trees
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, Indices
-
-Key = TypeVar("Key")
 
 _FORK = int(EventType.PROCESS_FORK)
 _EXIT = int(EventType.PROCESS_EXIT)
@@ -41,9 +40,9 @@ class Route:
     """The open spans of all sessions on one node, by what they match."""
 
     cgroup_tree: CgroupTree = field(default_factory=CgroupTree)
-    processes: dict[ProcessKey, list[Span]] = field(default_factory=dict)
-    cgroups: dict[int, list[Span]] = field(default_factory=dict)
-    everything: list[Span] = field(default_factory=list)
+    processes: Multimap[ProcessKey, Span] = field(default_factory=Multimap)
+    cgroups: Multimap[int, Span] = field(default_factory=Multimap)
+    everything: dict[Span, None] = field(default_factory=dict)
     following: int = 0
     """How many of the process spans follow."""
     trees: Trees = field(default_factory=Trees)
@@ -76,32 +75,33 @@ class Router:
         """From now on blocks are held against this span too."""
         route = self.route_of(span.node)
         if span.process is not None:
-            spans = route.processes.setdefault(span.process, [])
-            route.trees.opened(span, span.process, spans)
-            spans.append(span)
+            if span.follow and not route.following:
+                route.trees.unchecked.update(each.process for each in route.processes.values() if each.root and each.process is not None)
+            route.trees.opened(span, span.process, route.processes.get(span.process))
+            route.processes.add(span.process, span)
             route.following += span.follow
         elif span.cgroup_id is not None:
-            route.cgroups.setdefault(span.cgroup_id, []).append(span)
+            route.cgroups.add(span.cgroup_id, span)
         else:
-            route.everything.append(span)
+            route.everything[span] = None
         receiver: Receiver = span.owner
         receiver.matcher.add(span)
 
     def living(self, node: str) -> list[Span]:
         """The spans of processes whose end has not come."""
-        return [span for spans in self.route_of(node).processes.values() for span in spans if not span.lingers]
+        return [span for span in self.route_of(node).processes.values() if not span.lingers]
 
     def end(self, span: Span, position: int, offset: int) -> None:
         """The span ends before `position`; no block from log offset `offset` on is held against it."""
         route = self.route_of(span.node)
         if span.process is not None:
-            _discard(route.processes, span.process, span)
+            route.processes.discard(span.process, span)
             route.following -= span.follow
             route.trees.ended(span, span.process, last=span.process not in route.processes)
         elif span.cgroup_id is not None:
-            _discard(route.cgroups, span.cgroup_id, span)
+            route.cgroups.discard(span.cgroup_id, span)
         else:
-            route.everything.remove(span)
+            del route.everything[span]
         span.end = max(position, span.first)
         receiver: Receiver = span.owner
         receiver.matcher.ended(span, offset)
@@ -196,7 +196,7 @@ class Router:
         """Whether a process that belongs to the same registration as the span `above` it had to be given a span."""
         made = _child(above, process, position)
         for span in route.processes.get(process, ()):
-            if span.claim == above.claim:
+            if span.arm == above.arm:
                 made.mask &= ~span.mask
         if not made.mask or not self._on_orphan(made):
             return False
@@ -237,17 +237,11 @@ class Router:
 
 def _child(parent: Span, process: ProcessKey, position: int) -> Span:
     return Span(
-        parent.owner, parent.claim, parent.node, parent.epoch, parent.mask, position, process,
-        follow=True, filter=parent.filter, arm=parent.arm, since=parent.since,
+        parent.owner, parent.arm, parent.node, parent.epoch, parent.mask, position, process,
+        follow=True, filter=parent.filter, since=parent.since,
     )  # fmt: skip
 
 
 def _watched(block: Block, kind: int) -> Indices:
     found: Indices = np.flatnonzero(block.column("type") == kind)
     return found[block.column("flags")[found] & F_MATCH_PROCESS != 0] if len(found) else found
-
-
-def _discard(table: dict[Key, list[Span]], key: Key, span: Span) -> None:
-    table[key].remove(span)
-    if not table[key]:
-        del table[key]

@@ -29,6 +29,9 @@ AGENT_SERVICE = "kmonitor.v1.AgentService"
 MAX_REQUEST = 8 << 20
 """Bytes of one message to the broker: blocks are up to 4 MiB."""
 
+_AT_A_TIME_S = 0.01
+"""Registrations of one request are taken for so long, seconds; then come others."""
+
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second broker that gets half of the streams
     ("grpc.max_receive_message_length", MAX_REQUEST),
@@ -140,9 +143,14 @@ class Server:
                 self._broker.linger(session, request.linger_ms)
             if request.HasField("cursor"):
                 self._broker.resume(session, request.cursor, len(request.registrations))
+            loop = asyncio.get_running_loop()
+            until = loop.time() + _AT_A_TIME_S
             for index, registration in enumerate(request.registrations):
                 self._broker.register(session, index, registration)
                 self._broker.resumed(session)
+                if loop.time() > until:
+                    await asyncio.sleep(0)  # many registrations must not keep agents and other monitors waiting
+                    until = loop.time() + _AT_A_TIME_S
 
         await self._serve(context, take_requests)
 

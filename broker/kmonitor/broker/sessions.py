@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.keys import Key
 from kmonitor.broker.log import Entry, EventLog
 from kmonitor.broker.losses import told
 from kmonitor.broker.mark import Mark
@@ -23,7 +24,8 @@ from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change
 from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
-from kmonitor.broker.registrations import ArmState, Key, Registration
+from kmonitor.broker.registered import Registered
+from kmonitor.broker.registrations import ArmState, Registration
 from kmonitor.broker.router import Router
 from kmonitor.broker.turns import Turns
 from kmonitor.v1 import monitor_pb2
@@ -151,7 +153,7 @@ class Session:
         """Remembers it, where the broker outlives itself."""
         self.matcher = Matcher(self._span_changed, self._changed)
         self.outbox = Outbox(log, encoder, router, self.matcher, lagging, self._rebooted, self.stream_id)
-        self.registrations: dict[Key, Registration] = {}
+        self.registrations = Registered()
         self.past: dict[Key, Registration] = {}
         """Registrations that are over, and still have spans."""
         self.cursor: Cursor | None = None
@@ -165,6 +167,8 @@ class Session:
         self.detached_from = 0
         """Log offset before which it was not counted what is dropped."""
         self.evicted = Evicted()
+        self.forerunners: list[Session] = []
+        """Those of the stream that it goes on with, until all of that is known."""
         self.donors: dict[Session, None] = {}
         """The sessions that it goes on with, until all of that is known."""
         self.donor_spans: dict[Session, tuple[int, dict[Key, list[Span]]]] = {}
@@ -278,10 +282,7 @@ class Session:
 
     def over(self, registration: Registration) -> None:
         """It is over on all nodes that it names."""
-        if self.registrations.get(registration.key) is not registration:
-            return
-        del self.registrations[registration.key]
-        if not registration.had_spans:
+        if not self.registrations.remove(registration) or not registration.had_spans:
             return
         self.past[registration.key] = registration
         if len(self.past) > PAST_REGISTRATIONS:
@@ -293,8 +294,8 @@ class Session:
         """Ids of the registrations that hold on a node, or will once it is armed."""
         found = []
         for registration in self.registrations.values():
-            arm = registration.arms.get(node.name)
-            if registration.key.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
+            arm = registration.arm_on(node.name)
+            if registration.key.terms.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
                 found.append(registration.id)
         return found
 
@@ -307,7 +308,7 @@ class Session:
             self.keeper.session_changed(self)
 
     def _rebooted(self, mark: Mark) -> bytes | None:
-        ids = [registration.id for registration in self.registrations.values() if mark.node in registration.arms]
+        ids = [registration.id for registration in self.registrations.values() if registration.arm_on(mark.node) is not None]
         return node_change(mark.node, monitor_pb2.NODE_STATE_REBOOTED, mark.boot_id, "it came back with another boot id", ids)
 
     def _overflowed(self) -> None:

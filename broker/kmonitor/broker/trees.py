@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable
 
 from kmonitor.broker.block import ProcessKey
 from kmonitor.broker.matching import Span
+from kmonitor.broker.multimap import Multimap
 
 _NUMBERS = 1 << 32  # that agents have for changes
 
@@ -24,20 +25,20 @@ class Trees:
 
     def __init__(self) -> None:
         self.unchecked: set[ProcessKey] = set()
-        """Roots that have told nothing yet. Each may itself be one that a followed process forked unheard."""
-        self._spans: dict[ProcessKey, list[Span]] = {}
+        """Roots that have told nothing yet since any process is followed. Each may itself be one that a followed process forked unheard."""
+        self._spans: Multimap[ProcessKey, Span] = Multimap()
         self._open: dict[Hashable, int] = {}
-        """Claim -> its open spans that follow, of all processes."""
-        self._roots: dict[Hashable, set[ProcessKey]] = {}
-        """Claim -> where it is in `_spans`."""
+        """Arm -> its open spans that follow, of all processes."""
+        self._roots: Multimap[Hashable, ProcessKey] = Multimap()
+        """Arm -> where it is in `_spans`."""
 
     def opened(self, span: Span, process: ProcessKey, others: Iterable[Span]) -> None:
         """A process has a span. `others`: those that it has already."""
-        if span.root:
+        if span.root and (span.follow or self._open):
             self.unchecked.add(process)
         if not span.follow:
             return
-        self._open[span.claim] = self._open.get(span.claim, 0) + 1
+        self._open[span.arm] = self._open.get(span.arm, 0) + 1
         if process not in self._spans:
             if not span.root:
                 return
@@ -52,26 +53,28 @@ class Trees:
             self.unchecked.discard(process)
         if not span.follow:
             return
-        self._open[span.claim] -= 1
-        if self._open[span.claim]:
+        self._open[span.arm] -= 1
+        if self._open[span.arm]:
             return
-        del self._open[span.claim]
-        for root in self._roots.pop(span.claim, ()):
-            self._spans[root] = [each for each in self._spans[root] if each.claim != span.claim]
-            if not self._spans[root]:
-                del self._spans[root]
+        del self._open[span.arm]
+        if not self._open:
+            self.unchecked.clear()
+        for root in self._roots.pop(span.arm):
+            for each in list(self._spans[root]):
+                if each.arm == span.arm:
+                    self._spans.discard(root, each)
 
     def above(self, root: ProcessKey, armed: int, epoch: int) -> list[Span]:
         """The spans that follow what `root` forked while `armed` was the number of the change that had armed it last.
 
         Not of registrations that came later: children that were there before are not theirs.
         """
-        return [span for span in self._spans.get(root, ()) if span.epoch == epoch and (armed - span.since) % _NUMBERS < _NUMBERS // 2]
+        return [span for span in self._spans.get(root) if span.epoch == epoch and (armed - span.since) % _NUMBERS < _NUMBERS // 2]
 
     def __len__(self) -> int:
         """How many roots are known."""
         return len(self._spans)
 
     def _note(self, root: ProcessKey, span: Span) -> None:
-        self._spans.setdefault(root, []).append(span)
-        self._roots.setdefault(span.claim, set()).add(root)
+        self._spans.add(root, span)
+        self._roots.add(span.arm, root)

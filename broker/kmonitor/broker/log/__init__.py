@@ -111,7 +111,11 @@ class EventLog(Protocol):
         ...
 
     def values(self, space: str) -> dict[str, bytes]:
-        """All that is remembered in a space, what was put just now too."""
+        """All that is remembered in a space, what was put just now too. Not after `forget_values`."""
+        ...
+
+    def forget_values(self) -> None:
+        """Nobody will ask for `values` again before the log is opened anew: what is put is not to be kept in memory beside."""
         ...
 
     def give_up(self, node: str, epoch: int, position: int) -> None:

@@ -99,6 +99,9 @@ class MemoryLog:
     def values(self, space: str) -> dict[str, bytes]:
         return dict(self._values.get(space, {}))
 
+    def forget_values(self) -> None:
+        pass  # they are nowhere else
+
     def give_up(self, node: str, epoch: int, position: int) -> None:
         pass  # nothing ever waits
 

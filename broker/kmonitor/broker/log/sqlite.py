@@ -60,7 +60,7 @@ class SqliteLog:
         self._lock = opened.lock
         self._reader = Reader(opened.path, opened.reading)
         self._id = opened.log_id
-        self._values = opened.values
+        self._values: dict[str, dict[str, bytes]] | None = opened.values
         self._oldest = opened.oldest
         self._end = self._committed = self._tail_start = opened.end
         self._tail: dict[int, Entry] = {}
@@ -171,14 +171,18 @@ class SqliteLog:
         return self._ends.of(node)
 
     def put(self, space: str, key: str, value: bytes | None) -> None:
-        if value is None:
+        if self._values is not None and value is None:
             self._values.get(space, {}).pop(key, None)
-        else:
+        elif self._values is not None and value is not None:
             self._values.setdefault(space, {})[key] = value
         self._order(Put(space, key, value))
 
     def values(self, space: str) -> dict[str, bytes]:
+        assert self._values is not None, "forget_values was called"
         return dict(self._values.get(space, {}))
+
+    def forget_values(self) -> None:
+        self._values = None
 
     def give_up(self, node: str, epoch: int, position: int) -> None:
         if not self._given_up:

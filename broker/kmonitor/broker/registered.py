@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registrations of one session that stand, by key."""
+
+from __future__ import annotations
+
+from collections.abc import ValuesView
+
+from kmonitor.broker.keys import Key
+from kmonitor.broker.registrations import Registration
+
+
+class Registered:
+    """At most one registration of a key. Knows the ids in use, so that no request is held against all registrations."""
+
+    __slots__ = ("_by_key", "_highest", "_ids")
+
+    def __init__(self) -> None:
+        self._by_key: dict[Key, Registration] = {}
+        self._highest = -1
+        """No id above it was ever in use."""
+        self._ids: set[int] | None = None
+        """Those in use, once a client has come with one that was not the highest so far: most count upwards."""
+
+    def get(self, key: Key) -> Registration | None:
+        """The one with this key."""
+        return self._by_key.get(key)
+
+    def uses(self, request_id: int) -> bool:
+        """Whether this is the id of one."""
+        if request_id > self._highest:
+            return False
+        if self._ids is None:
+            self._ids = {registration.id for registration in self._by_key.values()}
+        return request_id in self._ids
+
+    def add(self, registration: Registration) -> bool:
+        """Take it in, or find it there. False if there is another one with its key, which stays."""
+        if self._by_key.setdefault(registration.key, registration) is not registration:
+            return False
+        self._highest = max(self._highest, registration.id)
+        if self._ids is not None:
+            self._ids.add(registration.id)
+        return True
+
+    def remove(self, registration: Registration) -> bool:
+        """Take it out. False if it is not there."""
+        if self._by_key.get(registration.key) is not registration:
+            return False
+        del self._by_key[registration.key]
+        if self._ids is not None:
+            self._ids.discard(registration.id)
+        return True
+
+    def clear(self) -> None:
+        """Take all out."""
+        self._by_key.clear()
+        self._ids = None
+
+    def values(self) -> ValuesView[Registration]:
+        """All, in the order in which they came."""
+        return self._by_key.values()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
