@@ -252,6 +252,30 @@ async def test_while_many_come_others_gather_and_what_is_watched_does_not(feed: 
         assert feed.ring.position == feed.ring.producer, "what lay before it went with it"
 
 
+async def test_all_that_lies_before_it_goes_along_in_however_many_blocks(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read may end early: where the ring does."""
+    feed.make_others(5000)
+    async with sending(feed, gather=FOR_EVER) as (forwarder, broker):
+        await broker.until("block", 3)
+        read = feed.ring.read
+        monkeypatch.setattr(feed.ring, "read", lambda limit: read(min(limit, 4 * SLOT_SIZE)))
+        feed.make_others(9)
+        feed.make(1)
+        forwarder._on_wakeup()
+        await broker.until("block", 6)
+        assert feed.ring.position == feed.ring.producer
+
+
+async def test_when_it_is_quiet_again_each_is_sent_as_it_comes(feed: Feed) -> None:
+    feed.make_others(300)
+    async with sending(feed, gather=0.01) as (forwarder, broker):
+        for number in range(20):
+            await broker.until("block", 1 + number)
+            await asyncio.sleep(0.1)
+            feed.make_others(1)
+            forwarder._on_wakeup()
+
+
 async def test_so_much_goes_at_once(feed: Feed) -> None:
     feed.make_others(5000)
     async with sending(feed, gather=FOR_EVER) as (forwarder, broker):

@@ -59,17 +59,23 @@ class Forwarder:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._ring.wakeups.fileno(), self._on_wakeup)
         self._got = self._ring.position
+        end = 0
+        woken = False
         try:
             while True:
                 while self._ring.position - self._got >= _IN_FLIGHT_MOST:
                     self._room.clear()
                     await self._room.wait()
-                woken = self._wake.is_set()
-                self._wake.clear()
+                if self._ring.position >= end:
+                    woken = self._wake.is_set()
+                    self._wake.clear()
+                    # All that is there now goes, in as many blocks as it takes; what comes meanwhile may gather.
+                    end = self._ring.producer
                 async with self._lock:
                     size = await self._send_block()
-                if size < BLOCK_BYTES // 2:  # else there may be more
+                if size == 0 or self._ring.position >= end:
                     await self._wait(sent=size > 0, woken=woken)
+                    end = 0
         finally:
             loop.remove_reader(self._ring.wakeups.fileno())
             self._ring.awake()

@@ -176,6 +176,7 @@ class MemoryRing:
 
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already."""
+        self._fill = 0
         self._look()
         if self.producer != self.position:
             return False
