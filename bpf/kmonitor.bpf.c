@@ -433,7 +433,7 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 		}
 	}
 	/* What failovers wait for is not left to the reader's nap. */
-	commit(record, subject->waiting, bit == KMONITOR_PROCESS_EXIT && subject->process_mask | subject->cgroup_mask);
+	commit(record, subject->waiting, bit == KMONITOR_PROCESS_EXIT && (subject->process_mask | subject->cgroup_mask));
 }
 
 PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is the last of its process */
