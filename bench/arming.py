@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.figure import Figure, Plan, Result, Series, percentile, summary
-from bench.report import line
+from bench.report import show
 from bench.stack import NODE, stack
 from bench.worker import Worker, worker
 from bench.workload import Mortals, load, program
@@ -133,10 +133,7 @@ def main() -> None:
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with tempfile.TemporaryDirectory(prefix="kmonitor-bench-") as folder:
         result = _measure(Plan(quick=False, build=Path(folder), scratch=Path(folder)), pairs)
-    for figure in result.figures:
-        print(line(figure))
-    for note in result.notes:
-        print(f"note: {note}")
+    show(result)
 
 
 if __name__ == "__main__":

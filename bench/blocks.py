@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, RECORD_VERSION, RING_HEADER_SIZE, SLOT_DTYPE, SLOT_SIZE, Indices, Slots
+from kmonitor.wire.varint import varint
 
 FIRST_PID = 100_000
 """Of the watched processes: the others' pids are below."""
@@ -110,9 +111,9 @@ class _Template:
         slots, self.starts = _slots(shape, rng)
         self.size = shape.slots * SLOT_SIZE
         # AgentMessage.block (2), a Block: position (1), data (2), boottime_to_unix_ns (3).
-        head = b"\x09" + bytes(8) + b"\x12" + _varint(self.size)
+        head = b"\x09" + bytes(8) + b"\x12" + varint(self.size)
         tail = b"\x19" + struct.pack("<q", OFFSET_NS)
-        front = b"\x12" + _varint(len(head) + self.size + len(tail))
+        front = b"\x12" + varint(len(head) + self.size + len(tail))
         self.position_at = len(front) + 1
         self.message = bytearray(front + head + slots.tobytes() + tail)
         data = memoryview(self.message)[len(front) + len(head) : len(front) + len(head) + self.size]
@@ -164,12 +165,3 @@ def _slots(shape: Shape, rng: np.random.Generator) -> tuple[Slots, Indices]:
     raw = slots.view(np.uint8).reshape(count, SLOT_SIZE)
     raw[starts[execs] + 1, : len(_EXEC_TAIL)] = np.frombuffer(_EXEC_TAIL, dtype=np.uint8)
     return slots, starts
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

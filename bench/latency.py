@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.figure import Figure, Plan, Result, Series, paired, percentile, summary
-from bench.report import line
+from bench.report import show
 from bench.stack import stack
 from bench.worker import Worker, worker
 from bench.workload import LOAD_EVENTS_S, Mortals, load, program
@@ -253,10 +253,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kmonitor-bench-") as folder:
         result = _measure(Plan(quick=False, build=Path(folder), scratch=Path(folder)), asked.rounds, 60, 1.2)
-    for figure in result.figures:
-        print(line(figure))
-    for note in result.notes:
-        print(f"note: {note}")
+    show(result)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,14 @@ def line(figure: Figure) -> str:
     return "  ".join(parts)
 
 
+def show(result: Result) -> None:
+    """For those who run one measurement by hand."""
+    for figure in result.figures:
+        print(line(figure))
+    for note in result.notes:
+        print(f"note: {note}")
+
+
 def write(folder: Path, results: Mapping[str, Result], seconds: Mapping[str, float], *, quick: bool) -> None:
     """results.json, results.md, plots/*.svg."""
     machine = facts()

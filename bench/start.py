@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.figure import Figure, Plan, Result, Series, paired, summary
-from bench.report import line
+from bench.report import show
 from bench.stack import command, first_line
 from bench.workload import program
 from kmonitor.clients import Event, Monitor, NodeChange, NodeState, connect
@@ -166,10 +166,7 @@ def main() -> None:
     starts = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory(prefix="kmonitor-bench-") as folder:
         result = asyncio.run(_measure(Plan(quick=False, build=Path(folder), scratch=Path(folder)), starts))
-    for figure in result.figures:
-        print(line(figure))
-    for note in result.notes:
-        print(f"note: {note}")
+    show(result)
 
 
 if __name__ == "__main__":

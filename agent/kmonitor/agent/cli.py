@@ -135,13 +135,7 @@ def parser() -> Parser:
         help="So long, at most, events wait for each other while many come; exits of watched processes do not wait. 0s: "
         "nothing does.  [default: %(default)s]",
     )
-    made.add_argument(
-        "--nice",
-        metavar="NUMBER",
-        type=number(-20, 19),
-        default=DEFAULT_NICE,
-        help="Priority for the CPU, -20 to 19; a raise needs root or CAP_SYS_NICE.  [default: %(default)s]",
-    )
+    made.add_nice(DEFAULT_NICE)
     made.add_argument("--check", action="store_true", help="Try each source on this machine, say what works and why not, and end.")
     made.add_argument("--json", action="store_true", help="With --check: one JSON object a line.")
     made.add_argument("--verbose", "-v", action="store_true", help="Say more on stderr.")

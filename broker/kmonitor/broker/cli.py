@@ -22,7 +22,7 @@ from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
 from kmonitor.wire.errors import KmonitorError, UsageError
-from kmonitor.wire.options import Parser, number, parse_duration
+from kmonitor.wire.options import Parser, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.saying import say
 
@@ -171,13 +171,7 @@ def parser() -> Parser:
         help="For so long a stream that broke can be taken up again, if its monitor asks for no other time; 0s is never.  "
         "[default: %(default)s]",
     )
-    made.add_argument(
-        "--nice",
-        metavar="NUMBER",
-        type=number(-20, 19),
-        default=DEFAULT_NICE,
-        help="Priority for the CPU, -20 to 19; a raise needs root or CAP_SYS_NICE.  [default: %(default)s]",
-    )
+    made.add_nice(DEFAULT_NICE)
     made.add_argument("--verbose", "-v", action="store_true", help="Say on stderr what happens.")
     return made
 

@@ -30,6 +30,16 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(rest[rest[0] == "--" and len(rest) > 1]))
         return vars(options)
 
+    def add_nice(self, default: int) -> None:
+        """--nice, which agent and broker have: see kmonitor.wire.priority."""
+        self.add_argument(
+            "--nice",
+            metavar="NUMBER",
+            type=number(-20, 19),
+            default=default,
+            help="Priority for the CPU, -20 to 19; a raise needs root or CAP_SYS_NICE.  [default: %(default)s]",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(f"{message.removeprefix('argument ')}; {self.prog} --help tells all options")
