@@ -132,6 +132,21 @@ def assert_one_gap_then_all(taker: Taker, taken: Literal[0, 1], total: int) -> N
     assert slots(taker)[taken:] == list(range(gap.to_position // SLOT_SIZE, total))
 
 
+async def test_what_was_lost_last_of_all_in_a_ring(here: Here) -> None:
+    """No record came behind it, and then there was another ring: who reads that in the log is told as if it had been there."""
+    agent, taker = await start(here, registration(0x40))
+    await agent.send([rec(EXIT, 1)])
+    await taker.until_events(1)
+    await taker.leave()
+    await agent.lose(2)
+    await until(lambda: here.log.end == 2)
+    agent.total = 0
+    await restart_in_epoch(agent, 8)
+    await taker.open()
+    await taker.until("registered")
+    assert lost(taker) == {EXIT: 2}
+
+
 # -- retention
 
 
