@@ -134,8 +134,10 @@ class Monitor:
         deed = self.deeds.get((node, epoch, event.position))
         if event.inferred:
             assert any(wish.pid and wish.mask & EXIT and (wish.message.follow or wish.pid == event.pid) for wish in self.wishes)
-            if deed is None or deed.process.key != key:
-                return  # the broker has made it, at a reboot: at a position behind all that it had
+            if deed is None or (deed.kind, deed.process.key) != (EXIT, key):
+                # The broker has made it, at a reboot: at a position behind all that it had, where the ring may have had something else
+                # that nobody will ever read.
+                return
         assert deed is not None, self.says("an event of nothing")
         assert (deed.kind, deed.process.key) == (event.type, key)
         assert deed not in self.taken

@@ -132,6 +132,21 @@ def assert_one_gap_then_all(taker: Taker, taken: Literal[0, 1], total: int) -> N
     assert slots(taker)[taken:] == list(range(gap.to_position // SLOT_SIZE, total))
 
 
+async def test_what_was_lost_last_of_all_in_a_ring(here: Here) -> None:
+    """No record came behind it, and then there was another ring: who reads that in the log is told as if it had been there."""
+    agent, taker = await start(here, registration(0x40))
+    await agent.send([rec(EXIT, 1)])
+    await taker.until_events(1)
+    await taker.leave()
+    await agent.lose(2)
+    await until(lambda: here.log.end == 2)
+    agent.total = 0
+    await restart_in_epoch(agent, 8)
+    await taker.open()
+    await taker.until("registered")
+    assert lost(taker) == {EXIT: 2}
+
+
 # -- retention
 
 
@@ -487,6 +502,31 @@ async def test_somebody_elses_place_is_kept_for_him(here: Here) -> None:
     await stays.until("registered")
     assert slots(stays) == [0, 1, 2, 3]
     assert stays.gaps == []
+
+
+async def test_somebody_elses_beginning_is_not_its_own(here: Here) -> None:
+    """A monitor whose own place is gone, and that has taken nothing of a node: that another one wants the same, and came earlier, does
+    not give it what happened before it came."""
+    agent, early = await start(here, registration(0x40))
+    await agent.send([rec(EXIT, 1)])
+    await early.until_events(1)
+    await agent.acknowledged()
+    await agent.leave()
+    late = Taker(here, [registration(0x40)])
+    await late.open()
+    await late.until("registered")
+    assert late.positions == {}
+    late.call.cancel()
+    await until(lambda: len(here.broker.lingering) == 1)
+    outstay(here)
+    await agent.serve()
+    await agent.acknowledged()
+    await late.open()
+    await late.until("registered")
+    await agent.send([rec(EXIT, 2)])
+    await late.until_events(1)
+    assert slots(late) == [1]
+    assert [(gap.reason, gap.from_position, gap.to_position) for gap in late.gaps] == [(LOG, 0, SLOT_SIZE)]
 
 
 async def test_many_registrations_come_back(here: Here) -> None:

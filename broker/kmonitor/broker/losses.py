@@ -47,7 +47,14 @@ def told(mark: Mark, matcher: Matcher, log_id: int) -> bytes | None:
 
 def _counts(mark: Mark, matcher: Matcher) -> dict[int, int]:
     """By type, what was lost that may have been this session's."""
-    spans = matcher.spans_between(mark.node, mark.epoch, mark.position, mark.end)
+    # Also those that have ended since, at the very position where it stands: told live, they would have been open.
+    spans = [
+        span
+        for span in matcher.spans_on(mark.node)
+        if span.epoch == mark.epoch
+        and span.first <= mark.end
+        and (span.end is None or span.end > mark.position or (span.end == mark.position and span.end_offset > mark.offset))
+    ]
     own, wide, follows = 0, 0, False
     for span in spans:
         follows |= span.follow
