@@ -74,6 +74,8 @@ class SqliteLog:
         """The writer has something: it may be an empty batch."""
         self._busy = False
         """Something will call `_hand_over`: the event loop, the writer's answer, or the timer."""
+        self._delivering = False
+        """An entry is among what waits: those whom it is for are being served."""
         self._group: asyncio.TimerHandle | None = None
         """When what waits is handed over."""
         self._timer: asyncio.TimerHandle | None = None
@@ -229,10 +231,13 @@ class SqliteLog:
 
     def _order(self, order: Order) -> None:
         self._waiting.append(order)
+        self._delivering |= isinstance(order, Add)
+        # What was registered is answered soon, and then it has to be known: it does not wait for blocks to gather.
+        soon = not self._delivering or isinstance(order, Flush | Next)
         if not self._busy:
             self._busy = True
-            self._group = self._loop.call_later(GROUP_S, self._hand_over)
-        if self._group is not None and isinstance(order, Flush | Next):
+            self._group = self._loop.call_later(0 if soon else GROUP_S, self._hand_over)
+        elif soon and self._group is not None:
             self._group.cancel()
             self._group = self._loop.call_later(0, self._hand_over)
 
@@ -254,6 +259,7 @@ class SqliteLog:
                 break
             count += 1
         self._flying, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._delivering = bool(self._waiting)
         self._at_work = True
         self._set_timer(SLOW_S, self._slow)
         self._writer.submit(self._flying)
@@ -280,10 +286,12 @@ class SqliteLog:
             self._evict(outcome.eviction)
         if not outcome.error:
             self._busy = bool(self._waiting)
-            if len(batch) >= BATCH_ORDERS // 2 or any(isinstance(order, Flush | Next) for order in self._waiting):
-                self._hand_over()
-            elif self._waiting:
-                self._group = self._loop.call_later(GROUP_S, self._hand_over)
+            if self._waiting:
+                urged = len(batch) >= BATCH_ORDERS // 2 or any(isinstance(order, Flush | Next) for order in self._waiting)
+                if urged or not self._delivering:
+                    self._hand_over()
+                else:
+                    self._group = self._loop.call_later(GROUP_S, self._hand_over)
         self._answered.set()
 
     def _commit(self) -> None:
