@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from kmonitor.clients.cli import ha, lab
 from kmonitor.clients.cli.doctor import doctor
 from kmonitor.clients.cli.nodes import nodes, ps
 from kmonitor.clients.cli.options import silence_closed_stdout
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 for _command in (watch, wait, nodes, ps, up, doctor):
     app.command()(_command)
+for _group in (ha.app, lab.app):
+    app.add_typer(_group)
 
 
 def main() -> None:
