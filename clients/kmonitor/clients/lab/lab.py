@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lab: a broker, and nodes that can be cut off, killed and started, all on this machine.
+
+Nothing of it runs in the program that makes it. What is changed is changed under one lock (`state.locked`), which callers hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+
+from kmonitor.clients.lab import subnets, tools
+from kmonitor.clients.lab.detached import Started
+from kmonitor.clients.lab.machine import READY, Machine, init_command
+from kmonitor.clients.lab.network import Network, inode_of, is_in, pids_in
+from kmonitor.clients.lab.processes import Process, first_child, send
+from kmonitor.clients.lab.state import Folder, State, check_name, names
+from kmonitor.wire.errors import KmonitorError, UsageError
+
+BROKER = "broker"
+"""What can be killed, started, paused and resumed as a node can, and is none."""
+MOST_NODES = 26
+PORT = 7221
+_PREFIX = "kmlab-"
+_READY_S = 30.0
+_END_S = 10.0
+_WORKLOAD = Path(__file__).with_name("workload.sh")
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Where those of this installation are."""
+
+    broker: str
+    agent: str
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """How a node is, as this machine sees it: what the broker makes of that, `kmon nodes` tells."""
+
+    node: str
+    state: str
+    """UP, CUT (its link is down), KILLED; AGENT KILLED, AGENT PAUSED (and its link is up)."""
+    address: str
+    init_pid: int | None
+    """Process 1 of the node, as this machine has it; None if there is none."""
+    agent_pid: int | None
+
+
+class Lab:
+    """By its name. Making the object makes nothing; all methods raise KmonitorError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = check_name(name)
+        self.folder = Folder(name)
+        self._link = f"{_PREFIX}{name}"
+
+    # ---- the whole
+
+    def up(self, nodes: int, programs: Programs, *, subnet: str | None = None, lease: str = "3s", workload: bool = False) -> State:
+        """Make it: a broker and so many nodes, named a, b, c ..., which are connected. What was made is removed again if that fails."""
+        if not 1 <= nodes <= MOST_NODES:
+            raise UsageError(f"--nodes {nodes}: from 1 to {MOST_NODES}, as they are named a to z")
+        tools.check()
+        if self.folder.path.exists() or self._network(None).namespaces():
+            raise UsageError(f"there is a lab {self.name} already: kmon lab down --name {self.name} ends it, another --name makes another")
+        chosen = subnets.choose(nodes) if subnet is None else subnets.check(subnet, nodes)
+        try:
+            return self._make(State(str(chosen), lease, workload), [chr(ord("a") + number) for number in range(nodes)], programs)
+        except BaseException:
+            with _uninterrupted():
+                self.down()
+            raise
+
+    def _make(self, state: State, nodes: list[str], programs: Programs) -> State:
+        self.folder.make()
+        self.folder.save(state)
+        network = self._network(state)
+        network.make()
+        host = network.connect_host(self._link, subnets.parts(IPv4Network(state.subnet))[1])
+        broker = self._start_broker(state, programs)
+        inits = {node: self._start_node(state, node, number + 2, first=True) for number, node in enumerate(nodes)}
+        broker.wait_said("listening on", _READY_S)
+        self._finish(state, inits, programs)
+        state.broker = f"{host}:{PORT}"
+        self.folder.save(state)
+        return state
+
+    def down(self) -> None:
+        """Remove all of it, in whatever condition it is; nothing is fine too. Whatever runs in its namespaces is ended."""
+        tools.check()
+        network = self._network(None)
+        namespaces = network.namespaces()
+        state = self.folder.load()
+        if state is not None:
+            for node in state.addresses:  # all that is in the node goes with it
+                init = state.alive(f"{node} init")
+                if init is not None:
+                    init.send(signal.SIGKILL, limit=_END_S)
+        for namespace in namespaces:
+            _end_all_in(namespace)
+        if any(link["ifname"] == self._link for link in tools.ip_json("link", "show")):
+            tools.ip("link", "del", self._link)
+        network.close()
+        self.folder.remove()
+
+    # ---- what can be done to a part of it
+
+    def cut(self, node: str) -> None:
+        """Take a node's link down. Cut off it may be already."""
+        self._network(self._with_node(node)).link(node, "down")
+
+    def heal(self, node: str) -> None:
+        """Bring a node's link up again."""
+        self._network(self._with_node(node)).link(node, "up")
+
+    def kill(self, node: str, *, agent: bool = False) -> None:
+        """A power cut: all of a node ends at once, and nothing says good-bye. With `agent`, or for the broker: kill -9 of that alone."""
+        state = self._state()
+        if agent or node == BROKER:
+            process = self._running(state, node)
+            process.send(signal.SIGKILL, limit=_END_S)
+            return
+        self._check_node(state, node)
+        network = self._network(state)
+        # Cables first: the kernel would send on its own that connections are over, which a machine without power does not.
+        if network.is_there(node):
+            with contextlib.suppress(KmonitorError):
+                network.unplug(node)
+        init = state.alive(f"{node} init")
+        if init is not None:
+            init.send(signal.SIGKILL, limit=_END_S)
+        _end_all_in(network.namespace(node))
+        if network.is_there(node):
+            network.remove(node)
+
+    def start(self, node: str, programs: Programs) -> None:
+        """Bring back what is not there: a node that was killed, in another boot; else its agent; or the broker."""
+        state = self._state()
+        if node == BROKER:
+            if state.alive(BROKER) is None:
+                self._start_broker(state, programs).wait_said("listening on", _READY_S)
+            return
+        self._check_node(state, node)
+        if state.alive(f"{node} init") is None:
+            self.kill(node)  # the rest of it, if it did not go by our hand
+            init = self._start_node(state, node, list(state.addresses).index(node) + 2, first=False)
+            self._finish(state, {node: init}, programs)
+        elif state.alive(f"{node} agent") is None:
+            started = self._start_agent(state, node, programs)
+            if self._network(state).is_up(node):
+                self._connected(state, node, started)
+            else:  # it tries until the link is up
+                self._found_agent(state, node, started)
+
+    def pause(self, node: str) -> None:
+        """SIGSTOP of a node's agent, or of the broker: it is there, and does nothing."""
+        process = self._running(self._state(), node)
+        outside = [] if node == BROKER else [_parent(process)]
+        process.send(signal.SIGSTOP)
+        # nsenter(1) stops itself when its child does. To be continued before that it would not notice.
+        for each in (process, *outside):
+            until = time.monotonic() + _END_S
+            while each.state not in ("T", "") and time.monotonic() < until:
+                time.sleep(0.001)
+
+    def resume(self, node: str) -> None:
+        """SIGCONT."""
+        process = self._running(self._state(), node)
+        process.send(signal.SIGCONT)
+        if node != BROKER:
+            _parent(process).send(signal.SIGCONT)
+
+    # ---- what it is
+
+    def state(self) -> State:
+        """Of a lab that is up, or was left half-made."""
+        return self._state()
+
+    def status(self) -> list[NodeStatus]:
+        """Of each node."""
+        state = self._state()
+        return [self._status(state, node) for node in state.addresses]
+
+    def machine(self, node: str) -> Machine:
+        """A node that runs."""
+        state = self._with_node(node)
+        return Machine(state.processes[f"{node} init"].pid)
+
+    def broker_inside(self, state: State) -> str:
+        """Where nodes reach the broker, HOST:PORT."""
+        return f"{self._network(state).hub_address}:{PORT}"
+
+    def log(self, node: str) -> Path:
+        """The file with what the broker, or a node's agent, said."""
+        state = self._state()
+        if node != BROKER:
+            self._check_node(state, node)
+        return self.folder.log(node)
+
+    def _status(self, state: State, node: str) -> NodeStatus:
+        init, agent = state.alive(f"{node} init"), state.alive(f"{node} agent")
+        if init is None:
+            word = "KILLED"
+        elif not self._network(state).is_up(node):
+            word = "CUT"
+        elif agent is None:
+            word = "AGENT KILLED"
+        else:
+            word = "AGENT PAUSED" if agent.state == "T" else "UP"
+        return NodeStatus(node, word, state.addresses[node], *(process.pid if process else None for process in (init, agent)))
+
+    # ---- parts
+
+    def _network(self, state: State | None) -> Network:
+        nodes = IPv4Network("0.0.0.0/1") if state is None else subnets.parts(IPv4Network(state.subnet))[0]
+        return Network(f"{_PREFIX}{self.name}", nodes)
+
+    def _state(self) -> State:
+        tools.check()
+        state = self.folder.load()
+        if state is not None:
+            return state
+        if self.folder.path.exists() or self._network(None).namespaces():
+            raise UsageError(f"lab {self.name} was left half-made: kmon lab down --name {self.name} removes the rest")
+        others = [name for name in names() if name != self.name]
+        raise UsageError(f"there is no lab {self.name}: {'there is ' + ', '.join(others) if others else 'kmon lab up makes one'}")
+
+    def _check_node(self, state: State, node: str) -> None:
+        if node not in state.addresses:
+            more = ": that can be done to its nodes only" if node == BROKER else ""
+            raise UsageError(f"lab {self.name} has no node {node}{more or ': it has ' + ', '.join(state.addresses)}")
+
+    def _with_node(self, node: str) -> State:
+        state = self._state()
+        self._check_node(state, node)
+        if state.alive(f"{node} init") is None:
+            raise UsageError(f"node {node} does not run: kmon lab start {node} brings it back")
+        return state
+
+    def _running(self, state: State, node: str) -> Process:
+        if node != BROKER:
+            state = self._with_node(node)
+        process = state.alive(BROKER if node == BROKER else f"{node} agent")
+        if process is None:
+            what = "the broker" if node == BROKER else f"the agent of node {node}"
+            raise UsageError(f"{what} does not run: kmon lab start {node} brings it back")
+        return process
+
+    def _note(self, state: State, name: str, process: Process) -> None:
+        state.processes[name] = process
+        self.folder.save(state)
+
+    def _start_broker(self, state: State, programs: Programs) -> Started:
+        log = f"sqlite:{self.folder.path / 'broker.sqlite'}"
+        options = ["--listen", f"0.0.0.0:{PORT}", "--log", log, "--log-bytes", "64M", "--lease", state.lease]
+        started = Started("the broker", [*self._network(state).prefix, programs.broker, *options], self.folder.log(BROKER))
+        self._note(state, BROKER, started.process)
+        return started
+
+    def _start_node(self, state: State, node: str, number: int, *, first: bool) -> Started:
+        network = self._network(state)
+        state.addresses[node] = network.add(node, number)
+        options = ["--alone"]
+        if not first:  # the first boot's is the kernel's own
+            boot_id = self.folder.path / f"{node}.boot_id"
+            boot_id.write_text(f"{uuid.uuid4()}\n", encoding="ascii")
+            options += ["--boot-id", str(boot_id)]
+        return Started(f"node {node}", init_command(node, network.namespace(node), *options), self.folder.log(node))
+
+    def _finish(self, state: State, inits: dict[str, Started], programs: Programs) -> None:
+        """Nodes that begin: what runs in them, until they are connected."""
+        agents = {}
+        for node, started in inits.items():
+            said = started.wait_said("init: ", _READY_S)
+            init = _child_of(started)
+            if said != READY or init is None:
+                raise KmonitorError(f"node {node}: {said}")
+            self._note(state, f"{node} init", init)
+            agents[node] = self._start_agent(state, node, programs)
+        for node, started in agents.items():
+            self._connected(state, node, started)
+            if state.workload:
+                Started("the workload", Machine(state.processes[f"{node} init"].pid).within(["sh", _WORKLOAD]), Path(os.devnull))
+
+    def _start_agent(self, state: State, node: str, programs: Programs) -> Started:
+        command = [programs.agent, "--broker", self.broker_inside(state), "--node", node, "--scope", "pidns", "--label", f"lab={self.name}"]
+        machine = Machine(state.processes[f"{node} init"].pid)
+        return Started(f"the agent of node {node}", machine.within(command), self.folder.log(node))
+
+    def _connected(self, state: State, node: str, started: Started) -> None:
+        started.wait_said(f"kmonitor-agent: {node} is connected to", _READY_S)
+        self._found_agent(state, node, started)
+
+    def _found_agent(self, state: State, node: str, started: Started) -> None:
+        until = time.monotonic() + _READY_S
+        while (agent := _child_of(started)) is None:
+            if not started.process.state or time.monotonic() > until:
+                raise KmonitorError(f"the agent of node {node} did not start: kmon lab logs {node} tells what it said")
+            time.sleep(0.001)
+        self._note(state, f"{node} agent", agent)
+
+
+def _child_of(started: Started) -> Process | None:
+    """The one that nsenter(1) or unshare(1) started."""
+    pid = first_child(started.process.pid)
+    return None if pid is None else Process.of(pid)
+
+
+def _parent(process: Process) -> Process:
+    """Of an agent: nsenter(1)."""
+    parent = Process.of(process.parent())
+    if parent is None:
+        raise KmonitorError(f"process {process.pid} has no parent: it has just ended")
+    return parent
+
+
+def _end_all_in(namespace: str) -> None:
+    """Kill all processes of a network namespace. Raises KmonitorError if one does not end."""
+    inode = inode_of(namespace)
+    until = time.monotonic() + _END_S
+    while pids := pids_in(namespace):
+        for pid in pids:
+            send(pid, signal.SIGKILL, functools.partial(is_in, pid, inode), limit=_END_S)
+        if time.monotonic() > until:
+            raise KmonitorError(f"processes come again and again in {namespace}: {', '.join(map(str, pids))}")
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within, nobody's impatience leaves half of it behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
