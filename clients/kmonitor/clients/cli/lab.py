@@ -134,15 +134,10 @@ def status(*, json: Json = False, name: Name = _DEFAULT) -> None:
         for node in found:
             print(json_module.dumps({**dataclasses.asdict(node), "lab": name, "broker": state.broker}, separators=(",", ":")))
         return
-    broker = state.alive("broker")
-    how = "KILLED" if broker is None else "PAUSED" if broker.state == "T" else "UP"
-    _print_columns(
-        [
-            ("node", "state", "address", "init", "agent"),
-            *map(_row, found),
-            ("broker", how, state.broker, "", str(broker.pid) if broker else ""),
-        ]
-    )
+    rows = [("node", "state", "address", "init", "agent"), *map(_row, found), _broker_row(state)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
