@@ -38,20 +38,19 @@ def up(
     lease: Annotated[
         str, typer.Option(metavar="TIME", help="A node is unreachable when nothing came from it for so long (kmonitor-broker --lease).")
     ] = "3s",
-    subnet: Annotated[
-        str | None, typer.Option(metavar="A.B.C.0/24", help="Addresses for it; else some that this machine has no route for.")
-    ] = None,
     name: Name = _DEFAULT,
 ) -> None:
     """Make a lab: a broker, and nodes that are connected to it. It runs until `kmon lab down`.
 
-    Exit status: 0 done, 2 usage, or what it takes is missing here. What was made until then is removed again, also on Ctrl-C.
+    It prints where the broker is, for the shell: eval "$(kmon lab up)".
+
+    Exit status: 0 done, 2 usage, or what it takes is missing here, 4 not root. What was made until then is removed again, also on Ctrl-C.
     """
     parse_duration(lease)
     lab = _lab(name)
     with _ending_in_order(), _alone():
-        state = lab.up(nodes, _programs(), subnet=subnet, lease=lease, workload=workload)
-    say(f"lab {name} is up: {len(state.addresses)} nodes, {' '.join(state.addresses)}; what happens on them: kmon watch")
+        state = lab.up(nodes, _programs(), lease=lease, workload=workload)
+    say(f"lab {name} is up, with nodes {' '.join(state.addresses)}")
     print(f"export KMONITOR_BROKER={state.broker}")
 
 
@@ -114,12 +113,11 @@ def exec_(
 ) -> None:
     """Run a command in a node. Exit status: that of the command, 2 if there is no such node."""
     lab = _lab(name)
-    machine, state = lab.machine(node), lab.state()
+    machine = lab.machine(node)
     folder = Path.cwd()
     there = folder if (machine.root / folder.relative_to("/")).is_dir() else Path("/")
     words = [os.fspath(word) for word in machine.within(command[command[0] == "--" :], there)]
-    hub = lab.broker_inside(state)
-    os.execvpe(words[0], words, {**os.environ, "KMONITOR_BROKER": hub})
+    os.execvpe(words[0], words, {**os.environ, "KMONITOR_BROKER": lab.broker_inside})
 
 
 @app.command()

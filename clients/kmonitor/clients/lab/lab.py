@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 
-from kmonitor.clients.lab import subnets, tools
+from kmonitor.clients.lab import tools
 from kmonitor.clients.lab.detached import Started
 from kmonitor.clients.lab.machine import READY, Machine, init_command
 from kmonitor.clients.lab.network import Network, inode_of, is_in, pids_in
@@ -30,10 +31,13 @@ BROKER = "broker"
 """What can be killed, started, paused and resumed as a node can, and is none."""
 MOST_NODES = 26
 PORT = 7221
+_SUBNET = IPv4Network("10.213.0.0/24")
+"""Of every lab: it is in none but the lab's own namespaces."""
 _PREFIX = "kmlab-"
 _READY_S = 30.0
 _END_S = 10.0
 _WORKLOAD = Path(__file__).with_name("workload.sh")
+_RELAY = Path(__file__).with_name("relay.py")
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,19 @@ class Lab:
     def __init__(self, name: str) -> None:
         self.name = check_name(name)
         self.folder = Folder(name)
-        self._link = f"{_PREFIX}{name}"
+        self._network = Network(f"{_PREFIX}{name}", _SUBNET)
 
     # ---- the whole
 
-    def up(self, nodes: int, programs: Programs, *, subnet: str | None = None, lease: str = "3s", workload: bool = False) -> State:
+    def up(self, nodes: int, programs: Programs, *, lease: str = "3s", workload: bool = False) -> State:
         """Make it: a broker and so many nodes, named a, b, c ..., which are connected. What was made is removed again if that fails."""
         if not 1 <= nodes <= MOST_NODES:
             raise UsageError(f"--nodes {nodes}: from 1 to {MOST_NODES}, as they are named a to z")
         tools.check()
-        if self.folder.path.exists() or self._network(None).namespaces():
+        if self.folder.path.exists() or self._network.namespaces():
             raise UsageError(f"there is a lab {self.name} already: kmon lab down --name {self.name} ends it, another --name makes another")
-        chosen = subnets.choose(nodes) if subnet is None else subnets.check(subnet, nodes)
         try:
-            return self._make(State(str(chosen), lease, workload), [chr(ord("a") + number) for number in range(nodes)], programs)
+            return self._make(State(lease, workload), [chr(ord("a") + number) for number in range(nodes)], programs)
         except BaseException:
             with _uninterrupted():
                 self.down()
@@ -85,44 +88,42 @@ class Lab:
     def _make(self, state: State, nodes: list[str], programs: Programs) -> State:
         self.folder.make()
         self.folder.save(state)
-        network = self._network(state)
-        network.make()
-        host = network.connect_host(self._link, subnets.parts(IPv4Network(state.subnet))[1])
+        self._network.make()
         broker = self._start_broker(state, programs)
+        relay = self._start_relay(state, f"{PORT}?")
         inits = {node: self._start_node(state, node, number + 2, first=True) for number, node in enumerate(nodes)}
         broker.wait_said("listening on", _READY_S)
         self._finish(state, inits, programs)
-        state.broker = f"{host}:{PORT}"
+        state.broker = relay.wait_said("listening on", _READY_S).split()[-1]
         self.folder.save(state)
         return state
 
     def down(self) -> None:
         """Remove all of it, in whatever condition it is; nothing is fine too. Whatever runs in its namespaces is ended."""
         tools.check()
-        network = self._network(None)
-        namespaces = network.namespaces()
+        _end_all_in(self._network.hub)  # first: monitors need not be told how the rest ends
         state = self.folder.load()
         if state is not None:
-            for node in state.addresses:  # all that is in the node goes with it
-                init = state.alive(f"{node} init")
-                if init is not None:
-                    init.send(signal.SIGKILL, limit=_END_S)
-        for namespace in namespaces:
+            for name in state.processes:  # a node's first takes all others of the node along
+                process = state.alive(name)
+                if process is not None:
+                    process.send(signal.SIGKILL, limit=_END_S)
+        for namespace in self._network.namespaces():
             _end_all_in(namespace)
-        if any(link["ifname"] == self._link for link in tools.ip_json("link", "show")):
-            tools.ip("link", "del", self._link)
-        network.close()
+        self._network.close()
         self.folder.remove()
 
     # ---- what can be done to a part of it
 
     def cut(self, node: str) -> None:
         """Take a node's link down. Cut off it may be already."""
-        self._network(self._with_node(node)).link(node, "down")
+        self._with_node(node)
+        self._network.link(node, "down")
 
     def heal(self, node: str) -> None:
         """Bring a node's link up again."""
-        self._network(self._with_node(node)).link(node, "up")
+        self._with_node(node)
+        self._network.link(node, "up")
 
     def kill(self, node: str, *, agent: bool = False) -> None:
         """A power cut: all of a node ends at once, and nothing says good-bye. With `agent`, or for the broker: kill -9 of that alone."""
@@ -132,7 +133,7 @@ class Lab:
             process.send(signal.SIGKILL, limit=_END_S)
             return
         self._check_node(state, node)
-        network = self._network(state)
+        network = self._network
         # Cables first: the kernel would send on its own that connections are over, which a machine without power does not.
         if network.is_there(node):
             with contextlib.suppress(KmonitorError):
@@ -148,6 +149,8 @@ class Lab:
         """Bring back what is not there: a node that was killed, in another boot; else its agent; or the broker."""
         state = self._state()
         if node == BROKER:
+            if state.alive("relay") is None:
+                self._start_relay(state, state.broker.rpartition(":")[2]).wait_said("listening on", _READY_S)
             if state.alive(BROKER) is None:
                 self._start_broker(state, programs).wait_said("listening on", _READY_S)
             return
@@ -158,7 +161,7 @@ class Lab:
             self._finish(state, {node: init}, programs)
         elif state.alive(f"{node} agent") is None:
             started = self._start_agent(state, node, programs)
-            if self._network(state).is_up(node):
+            if self._network.is_up(node):
                 self._connected(state, node, started)
             else:  # it tries until the link is up
                 self._found_agent(state, node, started)
@@ -197,9 +200,10 @@ class Lab:
         state = self._with_node(node)
         return Machine(state.processes[f"{node} init"].pid)
 
-    def broker_inside(self, state: State) -> str:
+    @property
+    def broker_inside(self) -> str:
         """Where nodes reach the broker, HOST:PORT."""
-        return f"{self._network(state).hub_address}:{PORT}"
+        return f"{self._network.hub_address}:{PORT}"
 
     def log(self, node: str) -> Path:
         """The file with what the broker, or a node's agent, said."""
@@ -212,7 +216,7 @@ class Lab:
         init, agent = state.alive(f"{node} init"), state.alive(f"{node} agent")
         if init is None:
             word = "KILLED"
-        elif not self._network(state).is_up(node):
+        elif not self._network.is_up(node):
             word = "CUT"
         elif agent is None:
             word = "AGENT KILLED"
@@ -222,17 +226,15 @@ class Lab:
 
     # ---- parts
 
-    def _network(self, state: State | None) -> Network:
-        nodes = IPv4Network("0.0.0.0/1") if state is None else subnets.parts(IPv4Network(state.subnet))[0]
-        return Network(f"{_PREFIX}{self.name}", nodes)
-
     def _state(self) -> State:
         tools.check()
         state = self.folder.load()
-        if state is not None:
+        if state is not None and state.broker:
             return state
-        if self.folder.path.exists() or self._network(None).namespaces():
-            raise UsageError(f"lab {self.name} was left half-made: kmon lab down --name {self.name} removes the rest")
+        if self.folder.path.exists() or self._network.namespaces():
+            raise UsageError(
+                f"lab {self.name} is not up, or not yet: if nobody makes it now, kmon lab down --name {self.name} removes what there is"
+            )
         others = [name for name in names() if name != self.name]
         raise UsageError(f"there is no lab {self.name}: {'there is ' + ', '.join(others) if others else 'kmon lab up makes one'}")
 
@@ -263,13 +265,19 @@ class Lab:
 
     def _start_broker(self, state: State, programs: Programs) -> Started:
         log = f"sqlite:{self.folder.path / 'broker.sqlite'}"
-        options = ["--listen", f"0.0.0.0:{PORT}", "--log", log, "--log-bytes", "64M", "--lease", state.lease]
-        started = Started("the broker", [*self._network(state).prefix, programs.broker, *options], self.folder.log(BROKER))
+        options = ["--listen", self.broker_inside, "--log", log, "--log-bytes", "64M", "--lease", state.lease]
+        started = Started("the broker", [*self._network.prefix, programs.broker, *options], self.folder.log(BROKER))
         self._note(state, BROKER, started.process)
         return started
 
+    def _start_relay(self, state: State, port: str) -> Started:
+        command = [sys.executable, "-I", str(_RELAY), self._network.hub, self.broker_inside, port]
+        started = Started("the broker's port", command, self.folder.log("relay"))
+        self._note(state, "relay", started.process)
+        return started
+
     def _start_node(self, state: State, node: str, number: int, *, first: bool) -> Started:
-        network = self._network(state)
+        network = self._network
         state.addresses[node] = network.add(node, number)
         options = ["--alone"]
         if not first:  # the first boot's is the kernel's own
@@ -294,7 +302,7 @@ class Lab:
                 Started("the workload", Machine(state.processes[f"{node} init"].pid).within(["sh", _WORKLOAD]), Path(os.devnull))
 
     def _start_agent(self, state: State, node: str, programs: Programs) -> Started:
-        command = [programs.agent, "--broker", self.broker_inside(state), "--node", node, "--scope", "pidns", "--label", f"lab={self.name}"]
+        command = [programs.agent, "--broker", self.broker_inside, "--node", node, "--scope", "pidns", "--label", f"lab={self.name}"]
         machine = Machine(state.processes[f"{node} init"].pid)
         return Started(f"the agent of node {node}", machine.within(command), self.folder.log(node))
 

@@ -72,21 +72,6 @@ class Network:
         """A node's namespace, and the cable with it. What runs there must have ended."""
         ip("netns", "del", self.namespace(node))
 
-    def connect_host(self, link: str, subnet: IPv4Network) -> str:
-        """A cable between the hub and this machine, which reaches the hub alone; the hub's address there.
-
-        `subnet` has two addresses for it: the machine's, the hub's. `link` is the name of this machine's end.
-        """
-        near, far = subnet[1], subnet[2]
-        # A namespace takes the machine's own setting over, which is on where containers run: nodes are not to reach the machine through us.
-        ip("netns", "exec", self.hub, "sh", "-c", "echo 0 > /proc/sys/net/ipv4/ip_forward")
-        ip("link", "add", link, "type", "veth", "peer", "name", "host", "netns", self.hub)
-        ip("-n", self.hub, "addr", "add", f"{far}/{subnet.prefixlen}", "dev", "host")
-        ip("-n", self.hub, "link", "set", "host", "up")
-        ip("addr", "add", f"{near}/{subnet.prefixlen}", "dev", link)
-        ip("link", "set", link, "up")
-        return str(far)
-
     def namespaces(self) -> list[str]:
         """Those that are there, the hub last: also those that another process made under this name."""
         if not NETNS.is_dir():

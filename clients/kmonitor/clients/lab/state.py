@@ -22,7 +22,7 @@ from kmonitor.clients.lab.processes import Process
 from kmonitor.wire.errors import KmonitorError, UsageError
 
 BASE = Path("/run/kmonitor-lab")
-_NAME = re.compile(r"[a-z][a-z0-9]{0,8}")
+_NAME = re.compile(r"[a-z][a-z0-9]{0,19}")
 _FILE = "lab.json"
 _LOCK_S = 60.0
 
@@ -31,7 +31,6 @@ _LOCK_S = 60.0
 class State:
     """Of one lab."""
 
-    subnet: str
     lease: str
     workload: bool
     addresses: dict[str, str] = field(default_factory=dict)
@@ -39,7 +38,7 @@ class State:
     broker: str = ""
     """Where this machine reaches it, HOST:PORT. Empty until the lab is up."""
     processes: dict[str, Process] = field(default_factory=dict)
-    """As this machine has them: "broker"; "NODE init", process 1 of a node; "NODE agent"."""
+    """As this machine has them: "broker"; "relay", its port here; "NODE init", process 1 of a node; "NODE agent"."""
 
     def alive(self, name: str) -> Process | None:
         """One of `processes`, if it has not ended."""
@@ -48,9 +47,9 @@ class State:
 
 
 def check_name(name: str) -> str:
-    """Raises UsageError unless it can be a lab's: interfaces' names are made of it, which are short."""
+    """Raises UsageError unless it can be a lab's, and is told from another one's where names are made of it."""
     if _NAME.fullmatch(name) is None:
-        raise UsageError(f"--name {name!r}: take one to nine small letters and digits, a letter first")
+        raise UsageError(f"--name {name!r}: take small letters and digits, at most 20, a letter first")
     return name
 
 

@@ -9,16 +9,16 @@ import shutil
 import subprocess
 from typing import Any
 
-from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.errors import KmonitorError, NotAuthorisedError, UsageError
 
 PACKAGES = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 """What is needed, and the Debian package that has it."""
 
 
 def check() -> None:
-    """Raises UsageError if there can be no lab here."""
+    """Raises NotAuthorisedError or UsageError if there can be no lab here."""
     if os.geteuid() != 0:
-        raise UsageError("a lab is made of namespaces, which takes root: run it with sudo")
+        raise NotAuthorisedError("a lab is made of namespaces, which takes root: run it with sudo")
     missing = [name for name in PACKAGES if shutil.which(name) is None]
     if missing:
         packages = " ".join(dict.fromkeys(PACKAGES[name] for name in missing))
