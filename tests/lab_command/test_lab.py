@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from kmonitor.clients.lab.processes import Process
+from tests.bad_input.refusal import refused, run_all
 from tests.lab.services import Lab
 from tests.lab.watch import Watch
 from tests.lab_command.conftest import Made, Maker
@@ -22,8 +28,15 @@ def made(make_lab: Maker) -> Iterator[Made]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def second(make_lab: Maker) -> Iterator[Made]:
+    """Another one at the same time, of one node that has something to do."""
+    with make_lab("x", "--nodes", "1", "--workload") as second:
+        yield second
+
+
 def wait_state(watch: Watch, node: str, state: str, start: int = 0) -> int:
-    """Until a node is said to be in a state."""
+    """Until a node is said to be in a state; where that is said."""
     return watch.wait_for(
         lambda line: line["kind"] == "node" and (line["node"], line["state"]) == (node, state), f"{node} {state}", start=start
     )
@@ -105,14 +118,16 @@ def test_a_node_loses_its_power(made: Made, lab: Lab) -> None:
     [answer] = watch.wait_registered(1, "RUNNING")
     assert answer["process"]["comm"] == "sleep"
     made.done("kill", "b")
-    down = watch.records[wait_state(watch, "b", "UNREACHABLE")]
+    at = wait_state(watch, "b", "UNREACHABLE")
+    down = watch.records[at]
     assert down["reason"] == "nothing came from its agent for 1 s"
     status = made.status()["b"]
     assert (status["state"], status["init_pid"], status["agent_pid"]) == ("KILLED", None, None)
     made.done("kill", "b")  # it is dead
     assert made.run("exec", "b", "true").code == 2
     made.done("start", "b")
-    up = watch.records[wait_state(watch, "b", "REBOOTED")]
+    at = wait_state(watch, "b", "REBOOTED", at)
+    up = watch.records[at]
     assert up["boot_id"] != down["boot_id"]
     assert watch.wait() == 0
     assert [(line["pid"], line["inferred"]) for line in watch.events()] == [(answer["process"]["pid"], True)]
@@ -142,15 +157,45 @@ def test_the_broker_is_killed(made: Made, lab: Lab) -> None:
     assert "a is connected to" in made.done("logs", "a")
 
 
-def test_a_second_lab(made: Made, make_lab: Maker, lab: Lab) -> None:
+def test_a_second_lab(made: Made, second: Made, lab: Lab) -> None:
     """Has the same names and addresses, and nothing to do with the first. Its workload fails now and then."""
-    with make_lab("x", "--nodes", "1", "--workload") as second:
-        assert second.broker != made.broker
-        assert second.status()["a"]["address"] == made.status()["a"]["address"]
-        watch = lab.watch(second.broker, "--events", "exit", "--failed")
-        [answer] = lab.watch(second.broker, "--pidfile", "/run/workload.pid", "--events", "exit").wait_registered(1, "RUNNING")
-        assert answer["process"]["comm"] == "sh"
-        assert {line["name"] for line in lab.json_lines("nodes", "--json", "--broker", second.broker)} == {"a"}
-        watch.wait_for(lambda line: line.get("exit_code") == 3, "a failure")
-        lab.stop(*(process for process in lab.running if isinstance(process, Watch)))
-    assert made.states() == {"a": "UP", "b": "UP"}
+    assert second.broker != made.broker
+    assert second.status()["a"]["address"] == made.status()["a"]["address"]
+    failures = lab.watch(second.broker, "--events", "exit", "--failed")
+    workload = lab.watch(second.broker, "--pidfile", "/run/workload.pid", "--events", "exit")
+    [answer] = workload.wait_registered(1, "RUNNING")
+    assert (answer["node"], answer["process"]["comm"]) == ("a", "sh")
+    wait_code(failures, 3)
+    lab.stop(failures, workload)
+
+
+def test_nobody_elses_process_is_killed(second: Made, lab: Lab) -> None:
+    """A pid that is written down and is another's now, as when the lab's own process ended long ago."""
+    sleeper = lab.command("sleep", "1000")
+    known = Process.of(sleeper.pid)
+    assert known is not None
+    os.kill(second.status()["a"]["agent_pid"], signal.SIGKILL)
+    file = Path("/run/kmonitor-lab", second.name, "lab.json")
+    state = json.loads(file.read_text())
+    state["processes"]["a agent"] = {"pid": sleeper.pid, "start": known.start - 1}
+    file.write_text(json.dumps(state))
+    refused(second.run("kill", "--agent", "a"), 2, "the agent of node a does not run")
+    second.done("kill", "a")
+    assert sleeper.process.poll() is None
+
+
+def test_what_cannot_be_asked_of_a_lab(second: Made, lab: Lab) -> None:
+    second.done("kill", "a", "broker")
+    asked = {
+        ("up",): f"there is a lab {second.name} already: kmon lab down",
+        ("cut", "z"): "has no node z: it has a",
+        ("cut", "broker"): "has no node broker",
+        ("logs", "z"): "has no node z",
+        ("heal", "a"): "node a does not run: kmon lab start a",
+        ("kill", "--agent", "a"): "node a does not run",
+        ("exec", "a", "true"): "node a does not run",
+        ("pause", "broker"): "the broker does not run",
+    }
+    commands = [("kmon", "lab", command, "--name", second.name, *words) for command, *words in asked]
+    for done, said in zip(run_all(lab, commands), asked.values(), strict=True):
+        refused(done, 2, said)

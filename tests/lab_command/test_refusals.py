@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from kmonitor.clients.lab.processes import Process
-from tests.bad_input.refusal import refused
+from tests.bad_input.refusal import refused, run_all
 from tests.lab.namespaces import namespaces_lack
 from tests.lab.privileges import as_nobody, need_another_user
 from tests.lab.process import LabError
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import BIN, Done, Lab
-from tests.lab_command.conftest import LIMIT, Made, Maker, inodes, namespaces, rest
+from tests.lab_command.conftest import LIMIT, inodes, namespaces, rest
 
 NAME = f"r{os.getpid()}"
 FOLDER = Path("/run/kmonitor-lab", NAME)
@@ -49,45 +47,27 @@ def until(wanted: Callable[[], object], what: str) -> None:
         time.sleep(0.002)
 
 
-def test_what_cannot_be_asked_of_a_lab(make_lab: Maker, lab: Lab) -> None:
-    with make_lab("y", "--nodes", "1") as made:
-        refused(made.run("up"), 2, f"there is a lab {made.name} already", "kmon lab down")
-        refused(made.run("cut", "z"), 2, "has no node z: it has a")
-        refused(made.run("cut", "broker"), 2, "has no node broker")
-        refused(made.run("logs", "z"), 2, "has no node z")
-        made.done("kill", "a")
-        for command in ("cut", "heal", "pause", "resume"):
-            refused(made.run(command, "a"), 2, "node a does not run: kmon lab start a")
-        refused(made.run("kill", "--agent", "a"), 2, "node a does not run")
-        made.done("kill", "broker")
-        refused(made.run("pause", "broker"), 2, "the broker does not run")
-        refused(lab.run("kmon", "lab", "status", "--name", "nosuch"), 2, "there is no lab nosuch", made.name)
-
-
-def test_what_cannot_be_asked_at_all(name: str, lab: Lab) -> None:
-    refused(lab.run("kmon", "lab", "status", "--name", name), 2, f"there is no lab {name}")
-    refused(lab.run("kmon", "lab", "exec", "--name", name, "a", "true"), 2, f"there is no lab {name}")
-    refused(lab.run("kmon", "lab", "up", "--name", "../x"), 2, "--name '../x'")
-    refused(lab.run("kmon", "lab", "up", "--name", name, "--nodes", "27"), 2, "from 1 to 26")
-    refused(lab.run("kmon", "lab", "up", "--name", name, "--lease", "soon"), 2, "'soon' is no duration")
-    assert rest(name) == []
-
-
-def test_without_root(name: str, lab: Lab) -> None:
-    need_another_user()
-    for command in ("up", "status", "down"):
-        refused(lab.run("kmon", "lab", command, "--name", name, prefix=as_nobody()), 4, "takes root")
-
-
-def test_without_its_tools(name: str, lab: Lab, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_at_all(name: str, lab: Lab, tmp_path: Path) -> None:
+    asked = {
+        ("status", "--name", name): f"there is no lab {name}",
+        ("exec", "--name", name, "a", "true"): f"there is no lab {name}",
+        ("up", "--name", "../x"): "--name '../x'",
+        ("up", "--name", name, "--nodes", "27"): "from 1 to 26",
+        ("up", "--name", name, "--lease", "soon"): "'soon' is no duration",
+    }
+    for done, said in zip(run_all(lab, [("kmon", "lab", *words) for words in asked]), asked.values(), strict=True):
+        refused(done, 2, said)
     found = shutil.which("ip")
     assert found is not None
     (tmp_path / "ip").symlink_to(found)
-    refused(
-        lab.run("kmon", "lab", "up", "--name", name, env={"PATH": str(tmp_path)}),
-        2,
-        "unshare and nsenter is not on the PATH: install util-linux",
-    )
+    done = lab.run("kmon", "lab", "up", "--name", name, env={"PATH": str(tmp_path)})
+    refused(done, 2, "unshare and nsenter is not on the PATH: install util-linux")
+    assert rest(name) == []
+
+
+def test_without_root(lab: Lab) -> None:
+    need_another_user()
+    refused(lab.run("kmon", "lab", "up", "--name", NAME, prefix=as_nobody()), 4, "takes root")
 
 
 def other_programs(folder: Path, **scripts: str) -> Path:
@@ -121,7 +101,7 @@ def test_a_program_that_fails(name: str, lab: Lab, tmp_path: Path, scripts: dict
     assert rest(name) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_interrupted(name: str, lab: Lab, tmp_path: Path, number: signal.Signals) -> None:
     """With an agent that never connects, so that it is half made for as long as we like. It removes what it made."""
     kmon = other_programs(tmp_path, agent="exec sleep 1000")
@@ -147,20 +127,3 @@ def test_killed_half_way(name: str, lab: Lab, tmp_path: Path) -> None:
     refused(lab.run("kmon", "lab", "up", "--name", name), 2, f"there is a lab {name} already")
     (FOLDER / "lab.json").write_text("{", encoding="utf-8")
     refused(lab.run("kmon", "lab", "status", "--name", name), 2, f"kmon lab down --name {name}")
-
-
-def test_nobody_elses_process_is_killed(make_lab: Maker, lab: Lab) -> None:
-    """A pid that is written down and is another's now, as after a crash of the lab's own process."""
-    sleeper = lab.command("sleep", "1000")
-    known = Process.of(sleeper.pid)
-    assert known is not None
-    with make_lab("z", "--nodes", "1") as made:
-        file = Path("/run/kmonitor-lab", made.name, "lab.json")
-        state = json.loads(file.read_text())
-        was = Made.status(made)["a"]["agent_pid"]
-        os.kill(was, signal.SIGKILL)
-        state["processes"]["a agent"] = {"pid": sleeper.pid, "start": known.start - 1}
-        file.write_text(json.dumps(state))
-        refused(made.run("kill", "--agent", "a"), 2, "the agent of node a does not run")
-        made.done("kill", "a")
-    assert sleeper.process.poll() is None
