@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kmonitor.clients.lab.network import inode_of, is_in
+from kmonitor.clients.lab.network import NETNS, Identity, identity, is_in
 from tests.lab.namespaces import namespaces_lack
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import Done, Lab
@@ -64,13 +64,13 @@ def namespaces(name: str) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(f"kmlab-{name}-")) if folder.is_dir() else []
 
 
-def inodes(name: str) -> list[int]:
+def identities(name: str) -> list[Identity]:
     """Of its namespaces: processes may be in them when they have no names any more."""
-    return [inode_of(namespace) for namespace in namespaces(name)]
+    return [found for namespace in namespaces(name) if (found := identity(NETNS / namespace)) is not None]
 
 
-def rest(name: str, were: list[int] = []) -> list[str]:  # noqa: B006 -- it is not changed
-    """What there is of a lab. `were` are the `inodes` from before its end."""
+def rest(name: str, were: list[Identity] = []) -> list[str]:  # noqa: B006 -- it is not changed
+    """What there is of a lab. `were` are the `identities` from before its end."""
     mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     found = [*namespaces(name), *(line for line in mounts if f"kmlab-{name}-" in line or f"kmonitor-lab/{name}/" in line)]
     if Path("/run/kmonitor-lab", name).exists():
@@ -102,7 +102,7 @@ def make_lab() -> Maker:
                 assert made.up.code == 0, made.up
                 yield made
             finally:
-                were = inodes(name)
+                were = identities(name)
                 made.done("down")
                 assert rest(name, were) == []
         finally:

@@ -19,7 +19,7 @@ from tests.lab.privileges import as_nobody, need_another_user
 from tests.lab.process import LabError
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import BIN, Done, Lab
-from tests.lab_command.conftest import LIMIT, inodes, namespaces, rest
+from tests.lab_command.conftest import LIMIT, identities, namespaces, rest
 
 NAME = f"r{os.getpid()}"
 FOLDER = Path("/run/kmonitor-lab", NAME)
@@ -31,7 +31,7 @@ def name() -> Iterator[str]:
     need(capture_lack, namespaces_lack)
     yield NAME
     own = Lab(Path("/nowhere"))
-    were = inodes(NAME)
+    were = identities(NAME)
     done = own.run("kmon", "lab", "down", "--name", NAME, limit=LIMIT)
     own.close()
     assert (done.code, done.stdout, done.stderr) == (0, "", ""), done
@@ -107,7 +107,7 @@ def test_interrupted(name: str, lab: Lab, tmp_path: Path, number: signal.Signals
     kmon = other_programs(tmp_path, agent="exec sleep 1000")
     making = lab.command("env", kmon, "lab", "up", "--name", name)
     until(lambda: (FOLDER / "c.log").exists() and b"ready" in (FOLDER / "c.log").read_bytes(), "node c")
-    were = inodes(name)
+    were = identities(name)
     assert len(were) == 4
     making.send(number)
     making.send(number)  # impatience

@@ -20,7 +20,7 @@ from tests.lab.namespaces import namespaces_lack
 from tests.lab.process import Running
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import BIN, Lab
-from tests.lab_command.conftest import LIMIT, inodes, rest
+from tests.lab_command.conftest import LIMIT, identities, rest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "lab-without-docker.md"
 NAME = f"tour{os.getpid()}"
@@ -96,7 +96,7 @@ def shell() -> Iterator[Shell]:
     need(capture_lack, namespaces_lack)
     shell = Shell()
     yield shell
-    were = inodes(NAME)
+    were = identities(NAME)
     subprocess.run([BIN / "kmon", "lab", "down", "--name", NAME], check=True)
     shell.close_input()
     shell.wait()
@@ -104,6 +104,7 @@ def shell() -> Iterator[Shell]:
     assert rest(NAME, were) == []
 
 
+@pytest.mark.timeout(180)
 def test_the_tour(shell: Shell, lab: Lab) -> None:
     watches: dict[str, Running] = {}
     seen: dict[str, int] = {}

@@ -33,9 +33,7 @@ class Started:
             pid = os.posix_spawnp(words[0], words, os.environ, file_actions=actions, setsid=True)
         except OSError as error:
             raise KmonitorError(f"cannot start {words[0]}: {error.strerror}") from None
-        process = Process.of(pid)
-        assert process is not None  # nobody but us can wait for it
-        self.process = process
+        self.process = Process.of(pid) or Process(pid, 0)  # the latter has ended, and the kernel was told not to keep such for us
 
     def wait_said(self, word: str, limit: float) -> str:
         """Until a line with this word comes; the line. UsageError with its last words if it ends, or KmonitorError if the time is up."""

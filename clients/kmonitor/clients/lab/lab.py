@@ -22,7 +22,7 @@ from pathlib import Path
 from kmonitor.clients.lab import tools
 from kmonitor.clients.lab.detached import Started
 from kmonitor.clients.lab.machine import READY, Machine, init_command
-from kmonitor.clients.lab.network import Network, inode_of, is_in, pids_in
+from kmonitor.clients.lab.network import NETNS, Network, identity, is_in, pids_in
 from kmonitor.clients.lab.processes import Process, first_child, send
 from kmonitor.clients.lab.state import Folder, State, check_name, names
 from kmonitor.wire.errors import KmonitorError, UsageError
@@ -335,11 +335,15 @@ def _parent(process: Process) -> Process:
 
 def _end_all_in(namespace: str) -> None:
     """Kill all processes of a network namespace. Raises KmonitorError if one does not end."""
-    inode = inode_of(namespace)
+    found = identity(NETNS / namespace)
+    if found is None:
+        return
+    if is_in(os.getpid(), found):
+        raise UsageError(f"this very command runs in {namespace}, which is to be removed: run it outside of the lab")
     until = time.monotonic() + _END_S
-    while pids := pids_in(namespace):
+    while pids := pids_in(found):
         for pid in pids:
-            send(pid, signal.SIGKILL, functools.partial(is_in, pid, inode), limit=_END_S)
+            send(pid, signal.SIGKILL, functools.partial(is_in, pid, found), limit=_END_S)
         if time.monotonic() > until:
             raise KmonitorError(f"processes come again and again in {namespace}: {', '.join(map(str, pids))}")
 

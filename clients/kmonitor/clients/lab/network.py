@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -95,25 +94,24 @@ class Network:
         ip("-n", name, "link", "set", "lo", "up")
 
 
-def pids_in(namespace: str) -> list[int]:
-    """The processes that are in a network namespace now; none if it is not there."""
+Identity = tuple[int, int]
+"""Of a network namespace: device and inode. No two that are there at the same time have the same."""
+
+
+def identity(file: Path) -> Identity | None:
+    """Of the namespace that a file stands for; None if there is none, or one may not know."""
     try:
-        wanted = (NETNS / namespace).stat().st_ino
+        status = file.stat()
     except OSError:
-        return []
-    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit() and is_in(int(entry.name), wanted)]
+        return None
+    return status.st_dev, status.st_ino
 
 
-def is_in(pid: int, inode: int) -> bool:
-    """Whether a process is in the network namespace that has this inode. One that has ended is in none."""
-    with contextlib.suppress(OSError):
-        return (PROC / str(pid) / "ns" / "net").stat().st_ino == inode
-    return False
+def is_in(pid: int, namespace: Identity) -> bool:
+    """Whether a process is in a network namespace. One that has ended is in none."""
+    return identity(PROC / str(pid) / "ns" / "net") == namespace
 
 
-def inode_of(namespace: str) -> int:
-    """What `is_in` takes; 0 if there is no such namespace."""
-    try:
-        return (NETNS / namespace).stat().st_ino
-    except OSError:
-        return 0
+def pids_in(namespace: Identity) -> list[int]:
+    """The processes that are in a network namespace now."""
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit() and is_in(int(entry.name), namespace)]
