@@ -19,7 +19,8 @@ from kmonitor.clients.cli.options import Json, parse_duration, say
 if TYPE_CHECKING:
     from types import FrameType
 
-    from kmonitor.clients.lab.lab import Lab, NodeStatus, Programs
+    from kmonitor.clients.lab.lab import Lab, NodeStatus
+    from kmonitor.clients.lab.starting import Programs
     from kmonitor.clients.lab.state import State
 
 app = typer.Typer(name="lab", help="A cluster on this machine, of network and pid namespaces (root).", no_args_is_help=True)
@@ -162,7 +163,7 @@ def _lab(name: str) -> Lab:
 
 
 def _programs() -> Programs:
-    from kmonitor.clients.lab.lab import Programs  # noqa: PLC0415
+    from kmonitor.clients.lab.starting import Programs  # noqa: PLC0415
 
     return Programs(program("kmonitor-broker"), program("kmonitor-agent"))
 
@@ -189,6 +190,8 @@ def _ending_in_order() -> Iterator[None]:
     """Within, Ctrl-C and the like are exceptions that undo what was done."""
 
     def end(number: int, _: FrameType | None) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)  # what is undone now is not to be disturbed
         raise SystemExit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

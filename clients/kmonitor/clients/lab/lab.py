@@ -10,42 +10,27 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 
 from kmonitor.clients.lab import tools
-from kmonitor.clients.lab.detached import Started
-from kmonitor.clients.lab.machine import READY, Machine, init_command
+from kmonitor.clients.lab.machine import Machine
 from kmonitor.clients.lab.network import NETNS, Network, identity, is_in, pids_in
-from kmonitor.clients.lab.processes import Process, first_child, send
+from kmonitor.clients.lab.processes import Process, send
+from kmonitor.clients.lab.starting import BROKER, READY_S, RELAY, Programs, Starter
 from kmonitor.clients.lab.state import Folder, State, check_name, names
 from kmonitor.wire.errors import KmonitorError, UsageError
 
-BROKER = "broker"
-"""What can be killed, started, paused and resumed as a node can, and is none."""
 MOST_NODES = 26
 PORT = 7221
 _SUBNET = IPv4Network("10.213.0.0/24")
 """Of every lab: it is in none but the lab's own namespaces."""
 _PREFIX = "kmlab-"
-_READY_S = 30.0
 _END_S = 10.0
-_WORKLOAD = Path(__file__).with_name("workload.sh")
-_RELAY = Path(__file__).with_name("relay.py")
-
-
-@dataclass(frozen=True)
-class Programs:
-    """Where those of this installation are."""
-
-    broker: str
-    agent: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class NodeStatus:
 
     node: str
     state: str
-    """UP, CUT (its link is down), KILLED; AGENT KILLED, AGENT PAUSED (and its link is up)."""
+    """UP, KILLED, CUT (its link is down), AGENT KILLED, AGENT PAUSED; "CUT, AGENT PAUSED"."""
     address: str
     init_pid: int | None
     """Process 1 of the node, as this machine has it; None if there is none."""
@@ -68,6 +53,8 @@ class Lab:
         self.name = check_name(name)
         self.folder = Folder(name)
         self._network = Network(f"{_PREFIX}{name}", _SUBNET)
+        self.broker_inside = f"{self._network.hub_address}:{PORT}"
+        """Where nodes reach the broker, HOST:PORT."""
 
     # ---- the whole
 
@@ -89,12 +76,13 @@ class Lab:
         self.folder.make()
         self.folder.save(state)
         self._network.make()
-        broker = self._start_broker(state, programs)
-        relay = self._start_relay(state, f"{PORT}?")
-        inits = {node: self._start_node(state, node, number + 2, first=True) for number, node in enumerate(nodes)}
-        broker.wait_said("listening on", _READY_S)
-        self._finish(state, inits, programs)
-        state.broker = relay.wait_said("listening on", _READY_S).split()[-1]
+        starter = self._starter(state, programs)
+        broker = starter.broker()
+        relay = starter.relay(f"{PORT}?")
+        inits = {node: starter.node(node, number + 2, first=True) for number, node in enumerate(nodes)}
+        broker.wait_said("listening on", READY_S)
+        starter.within(inits)
+        state.broker = relay.wait_said("listening on", READY_S).split()[-1]
         self.folder.save(state)
         return state
 
@@ -148,23 +136,20 @@ class Lab:
     def start(self, node: str, programs: Programs) -> None:
         """Bring back what is not there: a node that was killed, in another boot; else its agent; or the broker."""
         state = self._state()
+        starter = self._starter(state, programs)
         if node == BROKER:
-            if state.alive("relay") is None:
-                self._start_relay(state, state.broker.rpartition(":")[2]).wait_said("listening on", _READY_S)
+            if state.alive(RELAY) is None:
+                starter.relay(state.broker.rpartition(":")[2]).wait_said("listening on", READY_S)
             if state.alive(BROKER) is None:
-                self._start_broker(state, programs).wait_said("listening on", _READY_S)
+                starter.broker().wait_said("listening on", READY_S)
             return
         self._check_node(state, node)
         if state.alive(f"{node} init") is None:
             self.kill(node)  # the rest of it, if it did not go by our hand
-            init = self._start_node(state, node, list(state.addresses).index(node) + 2, first=False)
-            self._finish(state, {node: init}, programs)
+            starter.within({node: starter.node(node, list(state.addresses).index(node) + 2, first=False)})
         elif state.alive(f"{node} agent") is None:
-            started = self._start_agent(state, node, programs)
-            if self._network.is_up(node):
-                self._connected(state, node, started)
-            else:  # it tries until the link is up
-                self._found_agent(state, node, started)
+            # One that is cut off tries until its link is up.
+            starter.started_agent(node, starter.agent(node), connected=self._network.is_up(node))
 
     def pause(self, node: str) -> None:
         """SIGSTOP of a node's agent, or of the broker: it is there, and does nothing."""
@@ -200,11 +185,6 @@ class Lab:
         state = self._with_node(node)
         return Machine(state.processes[f"{node} init"].pid)
 
-    @property
-    def broker_inside(self) -> str:
-        """Where nodes reach the broker, HOST:PORT."""
-        return f"{self._network.hub_address}:{PORT}"
-
     def log(self, node: str) -> Path:
         """The file with what the broker, or a node's agent, said."""
         state = self._state()
@@ -215,16 +195,18 @@ class Lab:
     def _status(self, state: State, node: str) -> NodeStatus:
         init, agent = state.alive(f"{node} init"), state.alive(f"{node} agent")
         if init is None:
-            word = "KILLED"
-        elif not self._network.is_up(node):
-            word = "CUT"
-        elif agent is None:
-            word = "AGENT KILLED"
+            words = ["KILLED"]
         else:
-            word = "AGENT PAUSED" if agent.state == "T" else "UP"
+            words = [] if self._network.is_up(node) else ["CUT"]
+            if agent is None or agent.state == "T":
+                words.append("AGENT PAUSED" if agent else "AGENT KILLED")
+        word = ", ".join(words) or "UP"
         return NodeStatus(node, word, state.addresses[node], *(process.pid if process else None for process in (init, agent)))
 
     # ---- parts
+
+    def _starter(self, state: State, programs: Programs) -> Starter:
+        return Starter(self.name, self.folder, self._network, self.broker_inside, state, programs)
 
     def _state(self) -> State:
         tools.check()
@@ -258,71 +240,6 @@ class Lab:
             what = "the broker" if node == BROKER else f"the agent of node {node}"
             raise UsageError(f"{what} does not run: kmon lab start {node} brings it back")
         return process
-
-    def _note(self, state: State, name: str, process: Process) -> None:
-        state.processes[name] = process
-        self.folder.save(state)
-
-    def _start_broker(self, state: State, programs: Programs) -> Started:
-        log = f"sqlite:{self.folder.path / 'broker.sqlite'}"
-        options = ["--listen", self.broker_inside, "--log", log, "--log-bytes", "64M", "--lease", state.lease]
-        started = Started("the broker", [*self._network.prefix, programs.broker, *options], self.folder.log(BROKER))
-        self._note(state, BROKER, started.process)
-        return started
-
-    def _start_relay(self, state: State, port: str) -> Started:
-        command = [sys.executable, "-I", str(_RELAY), self._network.hub, self.broker_inside, port]
-        started = Started("the broker's port", command, self.folder.log("relay"))
-        self._note(state, "relay", started.process)
-        return started
-
-    def _start_node(self, state: State, node: str, number: int, *, first: bool) -> Started:
-        network = self._network
-        state.addresses[node] = network.add(node, number)
-        options = ["--alone"]
-        if not first:  # the first boot's is the kernel's own
-            boot_id = self.folder.path / f"{node}.boot_id"
-            boot_id.write_text(f"{uuid.uuid4()}\n", encoding="ascii")
-            options += ["--boot-id", str(boot_id)]
-        return Started(f"node {node}", init_command(node, network.namespace(node), *options), self.folder.log(node))
-
-    def _finish(self, state: State, inits: dict[str, Started], programs: Programs) -> None:
-        """Nodes that begin: what runs in them, until they are connected."""
-        agents = {}
-        for node, started in inits.items():
-            said = started.wait_said("init: ", _READY_S)
-            init = _child_of(started)
-            if said != READY or init is None:
-                raise KmonitorError(f"node {node}: {said}")
-            self._note(state, f"{node} init", init)
-            agents[node] = self._start_agent(state, node, programs)
-        for node, started in agents.items():
-            self._connected(state, node, started)
-            if state.workload:
-                Started("the workload", Machine(state.processes[f"{node} init"].pid).within(["sh", _WORKLOAD]), Path(os.devnull))
-
-    def _start_agent(self, state: State, node: str, programs: Programs) -> Started:
-        command = [programs.agent, "--broker", self.broker_inside, "--node", node, "--scope", "pidns", "--label", f"lab={self.name}"]
-        machine = Machine(state.processes[f"{node} init"].pid)
-        return Started(f"the agent of node {node}", machine.within(command), self.folder.log(node))
-
-    def _connected(self, state: State, node: str, started: Started) -> None:
-        started.wait_said(f"kmonitor-agent: {node} is connected to", _READY_S)
-        self._found_agent(state, node, started)
-
-    def _found_agent(self, state: State, node: str, started: Started) -> None:
-        until = time.monotonic() + _READY_S
-        while (agent := _child_of(started)) is None:
-            if not started.process.state or time.monotonic() > until:
-                raise KmonitorError(f"the agent of node {node} did not start: kmon lab logs {node} tells what it said")
-            time.sleep(0.001)
-        self._note(state, f"{node} agent", agent)
-
-
-def _child_of(started: Started) -> Process | None:
-    """The one that nsenter(1) or unshare(1) started."""
-    pid = first_child(started.process.pid)
-    return None if pid is None else Process.of(pid)
 
 
 def _parent(process: Process) -> Process:
