@@ -13,7 +13,7 @@ import pytest
 
 from kmonitor.clients.lab.processes import Process
 from tests.bad_input.refusal import refused, run_all
-from tests.lab.services import Lab
+from tests.lab.services import BIN, Lab
 from tests.lab.watch import Watch
 from tests.lab_command.conftest import Made, Maker
 
@@ -60,7 +60,8 @@ def test_processes_of_a_node(made: Made, lab: Lab) -> None:
         watch.wait_registered(1, "ARMED")
     done = made.run("exec", "a", "--", "sh", "-c", "echo $$; hostname; ls -A /run; exit 7")
     pid, *words = done.stdout.split()
-    assert (done.code, words) == (7, ["a"]), done
+    assert (done.code, words) == (7, ["a", "kmonitor-node"]), done
+    refused(made.run("exec", "a", "--", str(BIN / "kmon"), "lab", "down", "--name", made.name), 2, "this is a node of a lab")
     assert made.run("exec", "b", "sh", "-c", "kill -9 $$").code == -9
     here.wait_end_of(int(pid))
     wait = there.wait_for(lambda line: line.get("exit_signal") == 9, "its end")

@@ -18,6 +18,8 @@ import signal
 import sys
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+NODE = "/run/kmonitor-node"
+"""By this file programs know that they are in a node."""
 MS_BIND = 4096  # sys/mount.h
 
 
@@ -35,6 +37,7 @@ def become_a_node(name: str, boot_id: str) -> None:
     if boot_id:
         mount(boot_id, BOOT_ID, "", MS_BIND)
     mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
+    os.close(os.open(NODE, os.O_CREAT | os.O_WRONLY, 0o644))
     if os.path.isdir("/sys/fs/bpf"):  # noqa: PTH112 -- pathlib takes as long to import as all the rest
         mount("bpf", "/sys/fs/bpf", "bpf")  # what is pinned in it goes when the node does
     write("/proc/self/comm", "init")

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
+from kmonitor.clients.lab.init import NODE
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError, UsageError
 
 PACKAGES = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
@@ -19,6 +21,8 @@ def check() -> None:
     """Raises NotAuthorisedError or UsageError if there can be no lab here."""
     if os.geteuid() != 0:
         raise NotAuthorisedError("a lab is made of namespaces, which takes root: run it with sudo")
+    if Path(NODE).exists():
+        raise UsageError("this is a node of a lab, from which labs cannot be seen: run it on the machine outside")
     missing = [name for name in PACKAGES if shutil.which(name) is None]
     if missing:
         packages = " ".join(dict.fromkeys(PACKAGES[name] for name in missing))
