@@ -57,7 +57,7 @@ def steps(page: str) -> Iterator[Step]:
 def plain(line: str) -> str:
     """A line without what differs from run to run: numbers, the length of rules and columns, the time that something took."""
     line = line.replace("its agent ended the stream", "its agent's stream broke")  # which of them a kill is, the broker's luck decides
-    line = re.sub(r"\s+after [\dhms.µ ]+$", " after N", line)
+    line = re.sub(r"\s+after [\d.hmsun ]+$", " after N", line)
     line = re.sub(r"\d[\d:.]*", "N", line)
     return re.sub(r"[─\s]+", " ", line).strip()
 
