@@ -7,6 +7,7 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,7 @@ if pid == 1:
     watching = await kmon("watch", "--json", "--resume", str(path), "--count", "6", "--exec", command, "--exec-jobs", "3")
     session = await broker.session()
     session.send(batch("web1", *(event(100 + number, EXIT, number) for number in range(1, 7))), progress(200))
-    while len(list(here.glob("ended *"))) < 5:
-        await asyncio.sleep(0.01)
+    await files(lambda: len(list(here.glob("ended *"))) == 5)
     assert saved(path) == 99  # the first has not ended, though all others have
     (here / "go").touch()
     assert (await ended(watching))[0] == 0
@@ -101,8 +101,7 @@ async def test_exec_and_who_insists(broker: FakeBroker, kmon: Kmon, tmp_path: Pa
     options = ("--resume", str(path), "--exec", f"sh -c 'sleep 60 & echo $$ $! >{pids}; wait'")
     watching = await kmon("watch", "--json", *options)
     (await broker.session()).send(batch("web1", event(128, EXIT, 1)))
-    while not (pids.exists() and pids.read_text()):
-        await asyncio.sleep(0.01)
+    await files(lambda: pids.exists() and pids.read_text() != "")
     watching.send_signal(signal.SIGINT)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(watching.wait(), 0.3)
@@ -112,6 +111,13 @@ async def test_exec_and_who_insists(broker: FakeBroker, kmon: Kmon, tmp_path: Pa
     assert (status, err) == (0, "kmon: --exec: the command was cut off for pid 1 on web1\n")
     assert not any(lives(pid) for pid in pids.read_text().split())
     assert saved(path) < 128
+
+
+async def files(are_there: Callable[[], bool]) -> None:
+    """Nobody is told of files."""
+    async with asyncio.timeout(20):
+        while not are_there():  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
 
 
 def lives(pid: str) -> bool:

@@ -42,9 +42,7 @@ class Command:
         if not self._argv:
             raise UsageError("--exec: name a program to run")
         if shutil.which(self._argv[0]) is None:
-            raise UsageError(
-                f"--exec: there is no program {self._argv[0]!r}. No shell runs the command; for one write --exec \"sh -c '...'\""
-            )
+            raise UsageError(f"--exec: there is no program {self._argv[0]!r}. No shell runs the command: for one write \"sh -c '...'\"")
         self._limit = limit
 
     async def act(self, source: Batch, event: events_pb2.Event) -> None:

@@ -28,7 +28,8 @@ class Jobs(Generic[T]):
         self._failure: KmonitorError | None = None
 
     async def begin(self, item: T, work: Coroutine[Any, Any, None]) -> None:
-        """Returns when there is room for the next. If it is cancelled the work goes on: see `finish`. Raises what earlier work has raised."""
+        """Returns when there is room for the next. If it is cancelled the work goes on: see `finish`. Raises what earlier work has
+        raised."""
         task = asyncio.create_task(work)
         self._running.add(task)
         self._pending.append((item, task))
