@@ -267,8 +267,10 @@ def test_a_broker_that_does_not_know_the_node_is_asked_again() -> None:
 
 
 def test_a_node_that_was_removed() -> None:
-    guarded = running()
+    guarded = running(FILE)
     assert short(play(guarded, change(NodeState.GONE), CUT)) == ["alive (gone)"]
+    guarded.refused("there is no such node")
+    assert not guarded.wants_something
 
 
 # ---- a group
