@@ -504,31 +504,6 @@ async def test_somebody_elses_place_is_kept_for_him(here: Here) -> None:
     assert stays.gaps == []
 
 
-async def test_somebody_elses_beginning_is_not_its_own(here: Here) -> None:
-    """A monitor whose own place is gone, and that has taken nothing of a node: that another one wants the same, and came earlier, does
-    not give it what happened before it came."""
-    agent, early = await start(here, registration(0x40))
-    await agent.send([rec(EXIT, 1)])
-    await early.until_events(1)
-    await agent.acknowledged()
-    await agent.leave()
-    late = Taker(here, [registration(0x40)])
-    await late.open()
-    await late.until("registered")
-    assert late.positions == {}
-    late.call.cancel()
-    await until(lambda: len(here.broker.lingering) == 1)
-    outstay(here)
-    await agent.serve()
-    await agent.acknowledged()
-    await late.open()
-    await late.until("registered")
-    await agent.send([rec(EXIT, 2)])
-    await late.until_events(1)
-    assert slots(late) == [1]
-    assert [(gap.reason, gap.from_position, gap.to_position) for gap in late.gaps] == [(LOG, 0, SLOT_SIZE)]
-
-
 async def test_many_registrations_come_back(here: Here) -> None:
     """More answers than are held for a slow reader wait for the last registration to be brought: it is taken all the same."""
     count = 1500

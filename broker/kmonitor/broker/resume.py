@@ -128,22 +128,10 @@ class Lingering:
         its_own = theirs.stream_id == session.stream_id
         if not its_own and not _reach_back(session.cursor, copied):
             return False  # of what was before they came nobody knows anything: it is registered anew, behind a gap
-        strange: set[str] = set()
-        if not its_own and session.cursor.stream_id:
-            # Certainly somebody else's, who may have come before this monitor did: where it has taken nothing its own beginning is
-            # not known, and it is registered anew there.
-            strange = {span.node for span in copied} - session.cursor.positions.keys()
-            known = [span for span in copied if span.node not in strange]
-            if copied and not known:
-                return False
-            copied = known
         kept = {span.node for span in copied}
         for arm in donor.arms:
             name = arm.node
             mine = registration.make_arm(name)
-            if name in strange:
-                mine.absent = 0, 0
-                continue
             mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
             if its_own:
