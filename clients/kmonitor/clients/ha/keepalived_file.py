@@ -91,7 +91,8 @@ class TrackFile:
 
     def _unwritable(self, error: OSError) -> UsageError:
         return UsageError(
-            f"cannot write {self.path}: {error.strerror}: keepalived goes by what the file says now; make its folder one that this user may write to"
+            f"cannot write {self.path}: {error.strerror}; keepalived goes by what it says now: "
+            "its folder must be there, have room, and be one that this user may write to"
         )
 
 
