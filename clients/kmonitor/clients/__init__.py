@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WaitTimeoutError,
     )
     from kmonitor.clients.events import Batch, Event, KilledBy
+    from kmonitor.clients.guard import ProcessGuard
     from kmonitor.clients.monitor import Monitor, Registration, connect
     from kmonitor.clients.notifications import (
         Deregistered,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Stale,
     )
     from kmonitor.clients.selection import Selection
+    from kmonitor.clients.verdict import Blindness, Certainty, Death, Life, Subject, Verdict
     from kmonitor.wire.errors import (
         BadMaskError,
         BadSelectorError,
@@ -72,6 +74,8 @@ _HOME = {
     "EventType": "kmonitor.wire.masks",
     "Cursor": "kmonitor.clients.cursor",
     "Selection": "kmonitor.clients.selection",
+    "ProcessGuard": "kmonitor.clients.guard",
+    **dict.fromkeys(("Blindness", "Certainty", "Death", "Life", "Subject", "Verdict"), "kmonitor.clients.verdict"),
     **dict.fromkeys(("Batch", "Event", "KilledBy"), "kmonitor.clients.events"),
     **dict.fromkeys(("Monitor", "Registration", "connect"), "kmonitor.clients.monitor"),
     **dict.fromkeys(_WIRE_ERRORS.split(), "kmonitor.wire.errors"),
@@ -83,10 +87,13 @@ __all__ = [
     "BadMaskError",
     "BadSelectorError",
     "Batch",
+    "Blindness",
     "BrokerError",
     "BrokerUnreachableError",
+    "Certainty",
     "ClosedError",
     "Cursor",
+    "Death",
     "Deregistered",
     "Disconnected",
     "Event",
@@ -97,6 +104,7 @@ __all__ = [
     "GapReason",
     "KilledBy",
     "KmonitorError",
+    "Life",
     "LostCount",
     "Monitor",
     "NoSuchRegistrationError",
@@ -110,6 +118,7 @@ __all__ = [
     "Process",
     "ProcessExitedError",
     "ProcessGoneError",
+    "ProcessGuard",
     "ProcessNotFoundError",
     "Progress",
     "Reconnected",
@@ -119,7 +128,9 @@ __all__ = [
     "RegistrationState",
     "Selection",
     "Stale",
+    "Subject",
     "UsageError",
+    "Verdict",
     "WaitTimeoutError",
     "connect",
 ]
