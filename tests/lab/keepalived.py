@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
+import time
+from pathlib import Path
 
-from tests.lab.namespaces import PREFIX, Inside, Machine
+from tests.lab.namespaces import PREFIX, Idler, Inside, Machine
 from tests.lab.process import END_LIMIT
 from tests.lab.requires import Lack, tools_lack
-from tests.lab.services import Lab
+from tests.lab.services import BIN, Lab
 
 VIRTUAL = f"{PREFIX}.200"
 """The address that the pair has together."""
@@ -61,7 +65,7 @@ def prepare(machine: Machine) -> None:
     """Give it a /run of its own, with the notify script, and the folder of the track file."""
     machine.shell.do("mount -t tmpfs -o mode=755 none /run")
     (machine.root / "run/kmonitor").mkdir()
-    script = machine.root / NOTIFY.lstrip("/")
+    script = machine.root / "run/notify"
     script.write_text(_SCRIPT, encoding="ascii")
     script.chmod(0o755)
     machine.shell.do("mkfifo /run/notified")
@@ -128,6 +132,62 @@ def has_address(machine: Machine, address: str = VIRTUAL) -> bool:
     return any(each["local"] == address for link in json.loads(done.stdout) for each in link["addr_info"])
 
 
+class Tool(Inside):
+    """`kmon ha keepalived` in a machine."""
+
+    def __init__(self, machine: Machine, *options: str) -> None:
+        command: list[str | Path] = [BIN / "kmon", "ha", "keepalived", *options]
+        super().__init__(f"kmon ha keepalived {machine.name}", [*machine.prefix, "--", *command])
+        self._read_to = 0
+
+    def wait_said(self, pattern: str, limit: float = 20.0) -> re.Match[str]:
+        """Until it says a line that matches, after the one that was waited for before."""
+        until = time.monotonic() + limit
+        while True:
+            text = self.stderr_text()
+            for match in re.finditer(r"^kmon: (.*)\n", text[self._read_to :], re.MULTILINE):
+                if found := re.search(pattern, match[1]):
+                    self._read_to += match.end()
+                    return found
+            if time.monotonic() > until or self.process.poll() is not None:
+                raise self.failure(f"said nothing like {pattern!r} after {text[: self._read_to][-200:]!r}")
+            time.sleep(0.005)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = END_LIMIT) -> int:
+        """143 after SIGTERM is an end in order."""
+        code = super().stop(number, limit)
+        return 0 if code == 128 + signal.SIGTERM else code
+
+
+class Service:
+    """A process in a machine, and the pidfile that names it."""
+
+    def __init__(self, lab: Lab, machine: Machine, folder: Path) -> None:
+        self._lab = lab
+        self.machine = machine
+        self.pidfile = folder / f"{machine.name}.pid"
+        self._runs: Idler | None = None
+
+    def start(self) -> Idler:
+        """As a daemon does: it runs, then the file is there."""
+        self._runs = self.machine.idler(self._lab)
+        beside = self.pidfile.with_suffix(".new")
+        beside.write_text(f"{self._runs.pid}\n", encoding="ascii")
+        beside.rename(self.pidfile)
+        return self._runs
+
+    def kill(self) -> int:
+        """SIGKILL. When it was sent, in nanoseconds of the wall clock."""
+        runs, self._runs = self._runs, None
+        assert runs is not None
+        pid = runs.host_pid
+        at = time.time_ns()
+        os.kill(pid, signal.SIGKILL)
+        runs.wait()
+        self._lab.stop(runs)
+        return at
+
+
 class Balancer:
     """A machine of a pair: keepalived, and what its notify script was told."""
 
@@ -136,18 +196,26 @@ class Balancer:
         self.machine = machine
         prepare(machine)
         self.notified = lab.keep(Notified(machine))
+        self.notified.wait_exec()
         self.seen = 0
-        self.track = machine.root / TRACK.lstrip("/")
 
-    def start(self, priority: int, **options: str) -> Keepalived:
+    def start(self, priority: int, *, weight: str = "0", interval: float = 0.1) -> Keepalived:
         """keepalived."""
-        return self.lab.keep(Keepalived(self.machine, priority=priority, **options))  # type: ignore[arg-type]
+        return self.lab.keep(Keepalived(self.machine, priority=priority, weight=weight, interval=interval))
+
+    def tool(self, *options: str) -> Tool:
+        """kmon ha keepalived, with these options."""
+        return self.lab.keep(Tool(self.machine, *options))
 
     def wait_state(self, state: str) -> int:
         """Until the notify script is called with it, after what was waited for before. When, in nanoseconds of the wall clock."""
         when, self.seen = self.notified.wait_state(state, self.seen)
         return when
 
-    def said(self) -> str:
-        """The track file."""
-        return self.track.read_text(encoding="ascii")
+    def path(self, name: str) -> Path:
+        """A file of its /run, as the test can reach it."""
+        return self.machine.root / "run" / name
+
+    def said(self, name: str = "kmonitor/web.track") -> str:
+        """A track file."""
+        return self.path(name).read_text(encoding="ascii")

@@ -36,7 +36,7 @@ class TrackFile:
             raise UsageError(f"{self.path} is a folder: name a file in it for keepalived's track_file")
         try:
             lock = os.open(
-                self.path.with_name(f".{self.path.name}.kmon-lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                self.path.with_name(f".{self.path.name}.kmon-lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
             )
         except OSError as error:
             raise self._unwritable(error) from None

@@ -52,6 +52,7 @@ class Writer:
         self.file = TrackFile(config.file)
         self._say = say
         self._track: Track | None = None
+        self._untold: list[str] = []
 
     def start(self) -> None:
         """Lock it, and write what is to be said before the first verdict. Raises UsageError."""
@@ -67,15 +68,21 @@ class Writer:
             self._track.take(verdict.subject.name, sight(verdict), time.monotonic())
 
     def look(self) -> float:
-        """Write what is due. Returns in how many seconds to look again. Raises UsageError."""
+        """Write what is due; `tell` says why. Returns in how many seconds to look again. Raises UsageError."""
         track = self._track
         assert track is not None  # started
         before = track.up
         due = track.look(time.monotonic())
         if track.up is not before:
             self._write(track.up)
-            self._say(f"{self.file.path}: {self.config.value(before)} -> {self.config.value(track.up)}: {self._why(track)}")
+            self._untold.append(f"{self.file.path}: {self.config.value(before)} -> {self.config.value(track.up)}: {self._why(track)}")
         return due - time.monotonic()
+
+    def tell(self) -> None:
+        """Say what was written. Not before: a reader of the log can wait."""
+        for line in self._untold:
+            self._say(line)
+        self._untold.clear()
 
     def mend(self) -> None:
         """Write again what somebody else wrote. Raises UsageError."""
@@ -142,6 +149,8 @@ async def serve(guard: ProcessGuard, writers: Sequence[Writer], manager: Service
     try:
         while True:
             due = min(mend_at - time.monotonic(), *(writer.look() for writer in writers))
+            for writer in writers:
+                writer.tell()
             done, _ = await asyncio.wait({following, *waiting}, timeout=max(due, 0.0), return_when=asyncio.FIRST_COMPLETED)
             manager.alive()
             for each in done & waiting:
@@ -152,8 +161,8 @@ async def serve(guard: ProcessGuard, writers: Sequence[Writer], manager: Service
                 following = asyncio.ensure_future(anext(guard))
                 for writer in writers:
                     writer.take(verdict)
-                    writer.look()  # first of all
-                say(in_words(verdict))
+                    writer.look()
+                say(in_words(verdict))  # the files come first
             if time.monotonic() >= mend_at:
                 mend_at = time.monotonic() + _MEND_EVERY_S
                 for writer in writers:
