@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.lab import storm
+from tests.lab.control_groups import Group, control_group, hierarchy_lack
 from tests.lab.keepalived import Balancer, Keepalived, Service, Tool, has_address, keepalived_lack
-from tests.lab.namespaces import HUB, InsideAgent, Machine, namespaces_lack, network
+from tests.lab.namespaces import HUB, Inside, InsideAgent, Machine, namespaces_lack, network
 from tests.lab.relay import relay
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import Broker, Lab
@@ -51,18 +53,26 @@ quorum = 2
 when-blind = "keep"
 up-value = 7
 down-value = -7
+
+[[track]]
+file = "/run/kmonitor/group.track"
+processes = ["web3:cgroup={group},comm=sleep"]
+when-blind = "keep"
 """
-WEB, STATIC, HASTY, QUORUM = (f"kmonitor/{name}.track" for name in ("web", "static", "hasty", "two-of-three"))
+WEB, STATIC, HASTY, QUORUM, GROUP = (f"kmonitor/{name}.track" for name in ("web", "static", "hasty", "two-of-three", "group"))
 
 
 class Site:
     """Machines web1 to web3 with an agent and a process each; balancers lb1 and lb2, of which lb1 goes by the processes."""
 
-    def __init__(self, lab: Lab, machines: dict[str, Machine], balancers: list[Balancer], folder: Path, prefix: list[str]) -> None:
+    def __init__(
+        self, lab: Lab, machines: dict[str, Machine], balancers: list[Balancer], folder: Path, prefix: list[str], group: Group
+    ) -> None:
         self.lab = lab
         self.machines = machines
         self.lb1, self.lb2 = balancers
         self.folder = folder
+        self.group = group
         self._prefix = prefix
         self._broker: Broker | None = None
         self.address = ""
@@ -77,7 +87,7 @@ class Site:
             service.start()
             self.start_agent(name)
         places = {name: f'"{name}:pidfile={service.pidfile}"' for name, service in self.services.items()}
-        self.lb1.path("tracks.toml").write_text(TRACKS.format(**places), encoding="utf-8")
+        self.lb1.path("tracks.toml").write_text(TRACKS.format(**places, group=group.path), encoding="utf-8")
         self.lb2.path("kmonitor/web.track").write_text("0\n", encoding="ascii")
 
     def start_broker(self) -> None:
@@ -97,6 +107,13 @@ class Site:
         self.agents[name].send(signal.SIGKILL)
         self.agents[name].wait()
         self.lab.stop(self.agents[name])
+
+    def record(self, name: str) -> None:
+        """Have something recorded there: a node whose ring was never written to is taken for one that cannot list a group."""
+        watch = self.lab.command("kmon", "watch", "--json", "--broker", self.outside, "--node", name, "--count", "1")
+        watch.wait_line(lambda line: b'"ARMED"' in line, "its registration")
+        self.lab.stop(self.machines[name].idler(self.lab))
+        self.lab.expect(watch, 0)
 
     def start_tool(self) -> None:
         """Until all is well, and lb1 has the address."""
@@ -119,13 +136,13 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(pins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    need(capture_lack, namespaces_lack, keepalived_lack)
-    with network() as net:
+    need(capture_lack, namespaces_lack, keepalived_lack, hierarchy_lack)
+    with network() as net, control_group(f"kmonitor-keepalived-{os.getpid()}") as group:
         lab = Lab(pins)
         try:
             machines = {name: net.machine(lab, name) for name in ("web1", "web2", "web3")}
             balancers = [Balancer(lab, net.machine(lab, name)) for name in ("lb1", "lb2")]
-            made = Site(lab, machines, balancers, tmp_path_factory.mktemp("site"), net.prefix)
+            made = Site(lab, machines, balancers, tmp_path_factory.mktemp("site"), net.prefix, group)
             with relay(net.hub, made.address) as outside:
                 made.outside = outside
                 made.keepalived = made.lb1.start(150)
@@ -165,6 +182,23 @@ def test_two_of_three(site: Site) -> None:
     site.services["web3"].start()
     site.tool.wait_said(r"web3:.* is alive")
     assert (site.lb1.said(WEB), site.lb1.said(QUORUM)) == ("0\n", "7\n")
+
+
+def test_a_control_group(site: Site, lab: Lab) -> None:
+    """Alive as long as anything of that name runs in it."""
+    machine = site.machines["web3"]
+    words = f"echo 0 > {site.group.folder}/cgroup.procs && exec sleep 1000"
+    assert site.lb1.said(GROUP) == "1\n"
+    first = lab.keep(Inside("first", [*machine.prefix, "--", "sh", "-c", words]))
+    site.tool.wait_said(r"group\.track: 1 -> 0: 1 alive")
+    second = lab.keep(Inside("second", [*machine.prefix, "--", "sh", "-c", words]))
+    site.tool.wait_said(r"web3:cgroup=\S+ is alive: pid \d+, and 1 more")
+    lab.kill(first)
+    site.tool.wait_said(r"web3:cgroup=\S+ is alive: pid \d+$")
+    assert site.lb1.said(GROUP) == "0\n"
+    lab.kill(second)
+    site.tool.wait_said(r"web3:cgroup=\S+ has ended: killed by SIGKILL")
+    site.tool.wait_said(r"group\.track: 0 -> 1: 1 dead")
 
 
 def test_the_broker_is_killed(site: Site) -> None:
@@ -274,19 +308,6 @@ def test_what_somebody_else_writes_does_not_stay(site: Site) -> None:
     assert site.lb1.said(STATIC) == "0\n"
 
 
-def test_a_weight_lowers_the_priority(site: Site) -> None:
-    site.lab.stop(site.keepalived)
-    site.lb1.wait_state("STOP")
-    site.lb2.wait_state("MASTER")
-    site.keepalived = site.lb1.start(150, weight="-60")
-    site.wait_back()
-    site.services["web1"].kill()
-    site.wait_moved(site.lb2, site.lb1, "BACKUP")
-    assert site.lb1.said(WEB) == "1\n"
-    site.services["web1"].start()
-    site.wait_back()
-
-
 def test_a_file_that_cannot_be_written_ends_it(site: Site) -> None:
     site.lb1.machine.shell.do("mount --bind /run/kmonitor /run/kmonitor && mount -o remount,bind,ro /run/kmonitor")
     site.services["web1"].kill()
@@ -299,4 +320,17 @@ def test_a_file_that_cannot_be_written_ends_it(site: Site) -> None:
     site.services["web1"].start()
     site.start_tool()
     site.wait_moved(site.lb2, site.lb1, "FAULT")
+    site.wait_back()
+
+
+def test_a_weight_lowers_the_priority(site: Site) -> None:
+    site.lab.stop(site.keepalived)
+    site.lb1.wait_state("STOP")
+    site.lb2.wait_state("MASTER")
+    site.keepalived = site.lb1.start(150, weight="-60")
+    site.wait_back()
+    site.services["web1"].kill()
+    site.wait_moved(site.lb2, site.lb1, "BACKUP")
+    assert site.lb1.said(WEB) == "1\n"
+    site.services["web1"].start()
     site.wait_back()
