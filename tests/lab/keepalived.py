@@ -37,7 +37,7 @@ track_file web {{
 {more}
 vrrp_instance web {{
     state BACKUP
-    interface eth0
+    interface {interface}
     virtual_router_id 77
     version 3
     priority {priority}
@@ -102,6 +102,7 @@ class Keepalived(Inside):
         priority: int,
         weight: str = "0",
         interval: float = 0.1,
+        interface: str = "eth0",
         more: str = "",
         tracked: str = "track_file {\n        web\n    }",
     ) -> None:
@@ -114,6 +115,7 @@ class Keepalived(Inside):
                 more=more,
                 priority=priority,
                 interval=interval,
+                interface=interface,
                 virtual=VIRTUAL,
                 tracked=tracked,
                 notify=NOTIFY,
