@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kmonitor.clients.ha.keepalived_file import TrackFile
-from tests.lab.keepalived import TRACK, Balancer, Keepalived, Service, keepalived_lack
+from tests.lab.keepalived import TRACK, Balancer, Keepalived, Service, config, keepalived_lack
 from tests.lab.namespaces import HUB, Inside, Machine, Shell, ip, network
 from tests.lab.process import Running
 from tests.lab.services import Lab
@@ -161,10 +161,11 @@ def _process(lab: Lab, folder: Path) -> Iterator[Once]:
             ip("-n", net.hub, "link", "set", "far", "up")
             ip("addr", "add", f"{_ADDRESS}/24", "dev", _INTERFACE)
             ip("link", "set", _INTERFACE, "up")
-            balancer = Balancer(inside, _Host(inside))
+            machine = _Host(inside)
+            balancer = Balancer(inside, machine)
             runs = [inside.command(program, "1000")]
             tracked = "track_process {\n        served\n    }"
-            inside.keep(Keepalived(balancer.machine, priority=150, more=_BY_PROCESS, tracked=tracked, interface=_INTERFACE))
+            inside.keep(Keepalived(machine, config(machine, priority=150, more=_BY_PROCESS, tracked=tracked, interface=_INTERFACE)))
             balancer.wait_state("MASTER")
 
             def once() -> float:
@@ -199,7 +200,8 @@ def _script(lab: Lab, folder: Path) -> Iterator[Once]:
                 runs.append(idler)
 
             start()
-            inside.keep(Keepalived(machine, priority=150, more=_BY_SCRIPT, tracked="track_script {\n        served\n    }"))
+            tracked = "track_script {\n        served\n    }"
+            inside.keep(Keepalived(machine, config(machine, priority=150, more=_BY_SCRIPT, tracked=tracked)))
             balancer.wait_state("MASTER")
 
             def once() -> float:

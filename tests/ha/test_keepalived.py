@@ -14,7 +14,7 @@ import pytest
 
 from tests.lab import storm
 from tests.lab.control_groups import Group, control_group, hierarchy_lack
-from tests.lab.keepalived import Balancer, Keepalived, Service, Tool, has_address, keepalived_lack
+from tests.lab.keepalived import NOTIFY, VIRTUAL, Balancer, Keepalived, Service, Tool, has_address, keepalived_lack
 from tests.lab.namespaces import HUB, Inside, InsideAgent, Machine, namespaces_lack, network
 from tests.lab.relay import relay
 from tests.lab.requires import capture_lack, need
@@ -25,6 +25,8 @@ from tests.lab.workload import Programs
 pytestmark = pytest.mark.capture
 
 UNIT = Path(__file__).resolve().parents[2] / "deploy/systemd/kmonitor-keepalived.service"
+DOCUMENT = UNIT.parents[2] / "docs/ha-keepalived.md"
+LATE = ("--file", "/run/kmonitor/late.track", "--when-blind", "down", "--down-value", "5")
 LEASE = ("--lease", "2s", "--progress-interval", "200ms")
 TRACKS = """\
 [[track]]                      # keepalived's
@@ -81,7 +83,7 @@ class Site:
         self.agents: dict[str, InsideAgent] = {}
         self.services = {name: Service(lab, machine, folder) for name, machine in machines.items()}
         self.tool: Tool
-        self.keepalived: Keepalived
+        self.keepalived: list[Keepalived]
         self.start_broker()
         for name, service in self.services.items():
             service.start()
@@ -107,13 +109,6 @@ class Site:
         self.agents[name].send(signal.SIGKILL)
         self.agents[name].wait()
         self.lab.stop(self.agents[name])
-
-    def record(self, name: str) -> None:
-        """Have something recorded there: a node whose ring was never written to is taken for one that cannot list a group."""
-        watch = self.lab.command("kmon", "watch", "--json", "--broker", self.outside, "--node", name, "--count", "1")
-        watch.wait_line(lambda line: b'"ARMED"' in line, "its registration")
-        self.lab.stop(self.machines[name].idler(self.lab))
-        self.lab.expect(watch, 0)
 
     def start_tool(self) -> None:
         """Until all is well, and lb1 has the address."""
@@ -145,8 +140,7 @@ def site(pins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
             made = Site(lab, machines, balancers, tmp_path_factory.mktemp("site"), net.prefix, group)
             with relay(net.hub, made.address) as outside:
                 made.outside = outside
-                made.keepalived = made.lb1.start(150)
-                made.lb2.start(100)
+                made.keepalived = [made.lb1.start(150), made.lb2.start(100)]
                 made.lb2.wait_state("MASTER")  # lb1 begins with FAULT, as keepalived's init_file says so
                 made.start_tool()
                 made.wait_back()
@@ -324,13 +318,48 @@ def test_a_file_that_cannot_be_written_ends_it(site: Site) -> None:
 
 
 def test_a_weight_lowers_the_priority(site: Site) -> None:
-    site.lab.stop(site.keepalived)
+    site.lab.stop(site.keepalived[0])
     site.lb1.wait_state("STOP")
     site.lb2.wait_state("MASTER")
-    site.keepalived = site.lb1.start(150, weight="-60")
+    site.keepalived[0] = site.lb1.start(150, weight="-60")
     site.wait_back()
     site.services["web1"].kill()
     site.wait_moved(site.lb2, site.lb1, "BACKUP")
     assert site.lb1.said(WEB) == "1\n"
     site.services["web1"].start()
     site.wait_back()
+
+
+def test_a_node_that_joins_later(site: Site, lab: Lab) -> None:
+    tool = lab.keep(Tool(site.lb2.machine, *LATE, "--process", f"late:pidfile={site.services['web3'].pidfile}", "--broker", site.address))
+    tool.wait_said(r"late:pidfile=\S+ is out of sight: .*late.*; it is asked for again")
+    assert site.lb2.said("kmonitor/late.track") == "5\n"
+    agent = site.machines["web3"].agent(lab, site.address, node="late")
+    tool.wait_said(r"late\.track: 5 -> 0: 1 alive")
+    lab.stop(tool, agent)
+
+
+def test_the_example_of_the_documents(site: Site) -> None:
+    """docs/ha-keepalived.md as it stands there, but for addresses, paths and a notify script."""
+    toml, conf = re.findall(r"^```(?:toml)?\n(.+?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for name, service in site.services.items():
+        toml = toml.replace(f"{name}:pidfile=/run/nginx.pid", f"{name}:pidfile={service.pidfile}")
+    toml, conf = (text.replace("/run/kmonitor-keepalived/web", "/run/kmonitor/web.track") for text in (toml, conf))
+    conf = conf.replace("192.0.2.10", VIRTUAL).replace("interface eth0", f"interface eth0\n    notify {NOTIFY}")
+    site.lab.stop(site.tool, *site.keepalived)
+    for balancer in (site.lb1, site.lb2):
+        balancer.wait_state("STOP")
+        balancer.path(WEB).unlink()
+    site.lb1.path("tracks.toml").write_text(toml, encoding="utf-8")
+    site.lb1.start(150, text=conf)
+    site.lb1.wait_state("FAULT")  # init_file
+    site.lb2.start(100, text=conf.replace("priority 150", "priority 100").replace("init_file 1", "init_file 0"))
+    site.lb2.wait_state("MASTER")
+    site.tool = site.lb1.tool("--config", "/run/tracks.toml", "--broker", site.address)
+    site.wait_back()
+    site.services["web1"].kill()
+    site.tool.wait_said(r"web1:.* has ended")
+    assert site.lb1.said(WEB) == "0\n"
+    site.services["web2"].kill()
+    site.wait_moved(site.lb2, site.lb1, "FAULT")
+    site.tool.wait_said(r"web\.track: 0 -> 1: 1 alive, 2 dead; 2 must be alive")

@@ -92,38 +92,38 @@ class Notified(Inside):
         return int(self.lines[at].split()[0]), at + 1
 
 
-class Keepalived(Inside):
-    """Of one machine. `machine` must be prepared."""
+def config(
+    machine: Machine,
+    *,
+    priority: int,
+    weight: str = "0",
+    interval: float = 0.1,
+    interface: str = "eth0",
+    more: str = "",
+    tracked: str = "track_file {\n        web\n    }",
+) -> str:
+    """A keepalived.conf."""
+    return _CONFIG.format(
+        name=machine.name,
+        track=TRACK,
+        weight=weight,
+        more=more,
+        priority=priority,
+        interval=interval,
+        interface=interface,
+        virtual=VIRTUAL,
+        tracked=tracked,
+        notify=NOTIFY,
+    )
 
-    def __init__(
-        self,
-        machine: Machine,
-        *,
-        priority: int,
-        weight: str = "0",
-        interval: float = 0.1,
-        interface: str = "eth0",
-        more: str = "",
-        tracked: str = "track_file {\n        web\n    }",
-    ) -> None:
-        config = machine.root / "run/keepalived.conf"
-        config.write_text(
-            _CONFIG.format(
-                name=machine.name,
-                track=TRACK,
-                weight=weight,
-                more=more,
-                priority=priority,
-                interval=interval,
-                interface=interface,
-                virtual=VIRTUAL,
-                tracked=tracked,
-                notify=NOTIFY,
-            ),
-            encoding="ascii",
-        )
-        config.chmod(0o644)
-        self.machine = machine
+
+class Keepalived(Inside):
+    """Of one machine, which must be prepared. `text` is its keepalived.conf."""
+
+    def __init__(self, machine: Machine, text: str) -> None:
+        file = machine.root / "run/keepalived.conf"
+        file.write_text(text, encoding="ascii")
+        file.chmod(0o644)
         options = ["--dont-fork", "--log-console", "--log-detail", "--vrrp", "--use-file", "/run/keepalived.conf"]
         super().__init__(f"keepalived {machine.name}", [*machine.prefix, "--", "keepalived", *options])
 
@@ -201,9 +201,9 @@ class Balancer:
         self.notified.wait_exec()
         self.seen = 0
 
-    def start(self, priority: int, *, weight: str = "0", interval: float = 0.1) -> Keepalived:
-        """keepalived."""
-        return self.lab.keep(Keepalived(self.machine, priority=priority, weight=weight, interval=interval))
+    def start(self, priority: int, *, weight: str = "0", text: str = "") -> Keepalived:
+        """keepalived. `text`: its whole configuration, instead."""
+        return self.lab.keep(Keepalived(self.machine, text or config(self.machine, priority=priority, weight=weight)))
 
     def tool(self, *options: str) -> Tool:
         """kmon ha keepalived, with these options."""
