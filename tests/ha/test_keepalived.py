@@ -263,8 +263,9 @@ def test_a_ring_runs_full(site: Site, programs: Programs, lab: Lab, tmp_path: Pa
     assert site.lb1.said(QUORUM) == "7\n"
 
 
-def test_sigterm_leaves_what_is_right_for_one_who_sees_nothing(site: Site) -> None:
-    site.tool.send(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_its_end_leaves_what_is_right_for_one_who_sees_nothing(site: Site, number: signal.Signals) -> None:
+    site.tool.send(number)
     assert site.tool.wait() == 143
     site.lab.stop(site.tool)
     site.wait_moved(site.lb2, site.lb1, "FAULT")

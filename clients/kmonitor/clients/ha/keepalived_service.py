@@ -64,7 +64,7 @@ class Writer:
 
     def take(self, verdict: Verdict) -> None:
         """Of one of its processes, or of another."""
-        if self._track is not None and verdict.subject.name in self._track.sights:
+        if self._track is not None and verdict.subject in self.config.subjects:
             self._track.take(verdict.subject.name, sight(verdict), time.monotonic())
 
     def look(self) -> float:
