@@ -69,8 +69,8 @@ def keepalived(
 
     The values go with `weight 0` in keepalived.conf, where all but 0 is FAULT, and with a negative weight, which lowers the priority.
 
-    Exit status: 0 Ctrl-C, 143 SIGTERM or SIGHUP, 2 usage, or a file that cannot be written, 3 no broker at the start, 4 not authorised. A broker
-    that goes away later is waited for.
+    Exit status: 0 Ctrl-C, 143 SIGTERM or SIGHUP, 2 usage, or a file that cannot be written, 3 no broker at the start, 4 not
+    authorised. A broker that goes away later is waited for.
     """
     if config is None:
         tracks = [_from_options(file, process, when_blind, quorum, (blind_after, up_delay, down_delay), (up_value, down_value))]
