@@ -158,7 +158,7 @@ def test_gone_while_nobody_looked_and_its_exit_is_in_the_log() -> None:
 
 def test_gone_while_nobody_looked_and_nobody_knows_how() -> None:
     guarded = running()
-    assert short(play(guarded, CUT, BACK, answer(State.EXITED), progress())) == ["alive (disconnected)", "alive"]
+    assert short(play(guarded, CUT, BACK, answer(State.EXITED), progress())) == ["alive (disconnected)", "alive (gap)"]
     assert short(play(guarded, progress())) == ["dead inferred"]
     assert str(guarded.verdict.death) == "end not seen"
     # An exit that comes after all says more of the same death.
@@ -261,7 +261,7 @@ def test_a_gap_hides_an_end_until_it_was_looked_for() -> None:
     guarded = running()
     assert short(play(guarded, GAP, progress())) == ["alive (gap)"]
     assert guarded.look is Look.NOW
-    assert short(play(guarded, answer(State.EXITED), progress(), progress())) == ["alive", "dead inferred"]
+    assert short(play(guarded, answer(State.EXITED), progress(), progress())) == ["dead inferred"]
 
 
 def test_nobody_has_answered() -> None:

@@ -92,6 +92,8 @@ class GuardedProcess(Guarded):
     def _not_there(self, no_such: bool) -> None:
         if self.life is Life.ALIVE:
             self._ending = self._ending or _PROGRESSES
+            # It is not alive, that much is seen; it is not told as dead before it is known how. Nobody shall take it for alive meanwhile.
+            self.sight.lost(Blindness.GAP, "the node does not find it any more; how it ended is not known yet")
             return
         if self.subject.pidfile is not None:
             self._absent("there is no such pidfile" if no_such else "the process that the pidfile names has ended")
@@ -120,6 +122,7 @@ class GuardedProcess(Guarded):
 
     def _died(self, death: Death) -> None:
         self._ending = 0
+        self.sight.back(Blindness.GAP)
         self.alive = 0
         self.death = death
         self._lives(Life.DEAD, death.time_unix_nano, Certainty.INFERRED if death.inferred else Certainty.SEEN)
