@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import itertools
 import os
 import random
 import shutil
@@ -26,9 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kmonitor.clients.ha.keepalived_file import TrackFile
+from kmonitor.clients.lab.tools import ip
 from tests.lab.keepalived import TRACK, Balancer, Keepalived, Service, config, keepalived_lack
-from tests.lab.namespaces import HUB, Inside, Machine, Shell, ip, network
-from tests.lab.process import Running
+from tests.lab.namespaces import HUB, Inside, Machine, network
+from tests.lab.process import END_LIMIT, Running
 from tests.lab.services import Lab
 
 _INTERFACE, _ADDRESS = "kmkeepalived", "10.213.78.1"
@@ -54,18 +54,25 @@ class _Host(Machine):
 
     def __init__(self, lab: Lab) -> None:
         shell = lab.keep(_HostShell())
-        shell.do(":")
+        shell.wait_line(lambda _: True, "a word")
         pid = str(shell.process.pid)
-        self.name, self.namespace, self.address, self.shell = "host", "", _ADDRESS, shell
+        self.name, self.namespace, self.address = "host", "", _ADDRESS
+        self.beside = ["nsenter", "--target", pid, "--mount", "--"]
         # --pid, though it is the same: nsenter stays then, as it does in the other machines.
         self.prefix = ["nsenter", "--target", pid, "--mount", "--pid"]
         self.root = Path(f"/proc/{pid}/root")
 
 
-class _HostShell(Shell):
+class _HostShell(Running):
+    """Holds the mounts until the end of its input."""
+
     def __init__(self) -> None:
-        Running.__init__(self, "host", ["unshare", "--mount", "sh"])
-        self._numbers = itertools.count()
+        super().__init__("host", ["unshare", "--mount", "sh", "-c", "echo ready; read end; :"])
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = END_LIMIT) -> int:
+        """As it is held."""
+        self.close_input()
+        return super().stop(number, limit)
 
 
 def _settled(balancer: Balancer, change: Callable[[], object]) -> None:

@@ -307,13 +307,13 @@ def test_what_somebody_else_writes_does_not_stay(site: Site) -> None:
 
 
 def test_a_file_that_cannot_be_written_ends_it(site: Site) -> None:
-    site.lb1.machine.shell.do("mount --bind /run/kmonitor /run/kmonitor && mount -o remount,bind,ro /run/kmonitor")
+    site.lb1.machine.do("mount --bind /run/kmonitor /run/kmonitor && mount -o remount,bind,ro /run/kmonitor")
     site.services["web1"].kill()
     assert site.tool.wait() == 2
     assert re.fullmatch(r"kmon: cannot write /run/kmonitor/\S+\.track: Read-only file system; .*", site.tool.stderr_text().splitlines()[-1])
     assert "Traceback" not in site.tool.stderr_text()
     site.lab.stop(site.tool)
-    site.lb1.machine.shell.do("umount /run/kmonitor")
+    site.lb1.machine.do("umount /run/kmonitor")
     assert site.lb1.said(WEB) == "0\n"  # as it was: that is why it ended with a status
     site.services["web1"].start()
     site.start_tool()

@@ -11,12 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.lab.namespaces import PREFIX, Idler, Inside, Machine
+from tests.lab.namespaces import SUBNET, Idler, Inside, Machine
 from tests.lab.process import END_LIMIT
 from tests.lab.requires import Lack, tools_lack
 from tests.lab.services import BIN, Lab
 
-VIRTUAL = f"{PREFIX}.200"
+VIRTUAL = str(SUBNET[200])
 """The address that the pair has together."""
 TRACK = "/run/kmonitor/web.track"
 NOTIFY = "/run/notify"
@@ -63,12 +63,12 @@ def keepalived_lack() -> Lack | None:
 
 def prepare(machine: Machine) -> None:
     """Give it a /run of its own, with the notify script, and the folder of the track file."""
-    machine.shell.do("mount -t tmpfs -o mode=755 none /run")
+    machine.do("mount -t tmpfs -o mode=755 none /run")
     (machine.root / "run/kmonitor").mkdir()
     script = machine.root / "run/notify"
     script.write_text(_SCRIPT, encoding="ascii")
     script.chmod(0o755)
-    machine.shell.do("mkfifo /run/notified")
+    machine.do("mkfifo /run/notified")
 
 
 class Notified(Inside):

@@ -179,6 +179,10 @@ class Machine(lab_machine.Machine):
         if done.returncode != 0:
             raise LabError(f"{argv[0]} in machine {self.name}: {done.stderr}")
 
+    def do(self, command: str) -> None:
+        """The same for a line of the shell's."""
+        self.beside_it("sh", "-c", command)
+
     def link(self, state: str) -> None:
         """Take its network "down", or bring it "up"."""
         self._network.link(self.name, state)
