@@ -200,7 +200,7 @@ def test_a_pidfile_that_is_written_again_and_again() -> None:
     guarded = GuardedProcess(FILE, CLOCKS)
     assert short(play(guarded, answer(State.NOT_FOUND))) == ["absent"]
     assert guarded.look is Look.LATER
-    assert guarded.refused("node web1: pidfile '/run/x.pid' is empty") == []
+    assert guarded.refused("node web1: pidfile '/run/x.pid' is empty", by_node=True) == []
     assert guarded.verdict.reason == "node web1: pidfile '/run/x.pid' is empty"
     assert short(play(guarded, answer(State.RUNNING, process(11)), event(EXIT, 11, exit_code=1))) == ["alive", "dead"]
     guarded.look = Look.NO
@@ -274,14 +274,16 @@ def test_nobody_has_answered() -> None:
 
 def test_a_broker_that_does_not_know_the_node_is_asked_again() -> None:
     guarded = running()
-    assert short(guarded.refused("there is no node web1")) == ["alive (unreachable)"]
+    assert short(guarded.refused("there is no node web1", by_node=False)) == ["alive (unreachable)"]
     assert guarded.look is Look.LATER
+    # A pidfile that was not looked at is not a missing one.
+    assert short(GuardedProcess(FILE, CLOCKS).refused("there is no node web1", by_node=False)) == ["unknown (unreachable)"]
 
 
 def test_a_node_that_was_removed() -> None:
     guarded = running(FILE)
     assert short(play(guarded, change(NodeState.GONE), CUT)) == ["alive (gone)"]
-    guarded.refused("there is no such node")
+    guarded.refused("there is no such node", by_node=False)
     assert not guarded.wants_something
 
 
@@ -370,9 +372,21 @@ def test_an_exit_that_comes_after_the_list() -> None:
     guarded.told()
     guarded.listing()
     guarded.listed(listed())
-    assert str(play(guarded, event(EXIT, 11, exit_code=3))[0].death) == "exit code 3"
+    assert short(guarded.told()) == ["alive (gap)"]  # it is not there any more, and nobody knows how it ended
+    [ended] = play(guarded, event(EXIT, 11, exit_code=3))
+    assert (short([ended]), str(ended.death)) == (["dead"], "exit code 3")
     assert play(guarded, progress()) == []
     assert guarded.wants_pids == ()
+
+
+def test_a_gap_is_not_over_when_the_missing_are_accounted_for() -> None:
+    guarded = group(process(11), process(12))
+    guarded.told()
+    guarded.listing()
+    assert short(play(guarded, GAP)) == ["alive (gap)"]
+    guarded.listed(listed())
+    assert short(play(guarded, event(FORK, 12, child_pid=13, child_start_time=13000))) == ["alive (gap)"]  # one more
+    assert guarded.look is Look.NOW
 
 
 def test_a_unit_that_is_started_again() -> None:

@@ -167,7 +167,7 @@ class ProcessGuard:
             if isinstance(result, BaseException):
                 if each.subject.pidfile is None or not isinstance(result, errors.RegistrationError) or not _of_the_file(result):
                     raise result
-                self._put(each, each.refused(str(result)))
+                self._put(each, each.refused(str(result), by_node=True))
 
     def _check_not_refused(self, fresh: Sequence[Guarded]) -> None:
         for each in fresh:
@@ -286,7 +286,7 @@ class ProcessGuard:
         try:
             await self._monitor.register(**guarded.wanted)
         except errors.RegistrationError as refusal:
-            self._put(guarded, guarded.refused(str(refusal)))
+            self._put(guarded, guarded.refused(str(refusal), by_node=_of_the_file(refusal)))
 
     async def _list(self, group: GuardedGroup) -> None:
         subject = group.subject

@@ -128,10 +128,10 @@ class Guarded:
                 self.sight.back(Blindness.STALE)
         return self.told()
 
-    def refused(self, reason: str) -> list[Verdict]:
-        """The node, or the broker, could not take the registration."""
+    def refused(self, reason: str, *, by_node: bool) -> list[Verdict]:
+        """The node could not take the registration; or, if not `by_node`, the broker."""
         if not self.over:
-            self._refused(reason)
+            self._refused(reason, by_node=by_node)
         return self.told()
 
     def told(self) -> list[Verdict]:
@@ -152,7 +152,7 @@ class Guarded:
         """The node has answered: what stood in the way so far may do so no more."""
         raise NotImplementedError
 
-    def _refused(self, reason: str) -> None:
+    def _refused(self, reason: str, *, by_node: bool) -> None:
         """Asked again later: the node may not be known yet to a broker that was just started."""
         self.sight.back(Blindness.STARTING, Blindness.DISCONNECTED)
         self._lost(Blindness.UNREACHABLE, reason)
@@ -172,7 +172,7 @@ class Guarded:
 
     def _registered(self, answer: Registered) -> None:
         if answer.error:
-            self._refused(answer.error)
+            self._refused(answer.error, by_node=bool(answer.node))
             return
         self.registration_id = answer.registration_id
         if answer.state in (RegistrationState.NODE_UNREACHABLE, RegistrationState.NO_NODE):

@@ -57,6 +57,10 @@ class GuardedGroup(Guarded):
         self._clears: frozenset[Blindness] = frozenset()
         """What the next list takes away."""
         self._heartbeats = 0
+        self._after_gap = False
+        """Events of the node were lost, and no list was made since."""
+        self._unaccounted = False
+        """All that counted are missing."""
         self._main: Identity | None = None
         """The oldest that counted when it came to life."""
         self._main_death: Death | None = None
@@ -87,6 +91,7 @@ class GuardedGroup(Guarded):
             self._missing.setdefault(who, (members.epoch, members.position))
         meanwhile = self._no_more_listing()
         self.sight.back(*self._clears)
+        self._after_gap = self._after_gap and Blindness.GAP not in self._clears
         self._clears = frozenset()
         for event in meanwhile:
             self._event(event)
@@ -177,6 +182,7 @@ class GuardedGroup(Guarded):
         super()._lost(why, reason)
 
     def _gap(self, gap: Gap) -> None:
+        self._after_gap = True
         self._lost(Blindness.GAP, f"events of the node are missing ({gap.reason.name.lower()})")
         self.look = Look.NOW
 
@@ -230,6 +236,7 @@ class GuardedGroup(Guarded):
 
     def _count(self, why_not: str, *, died: bool = False, at: int = 0) -> None:
         """`died`: one that counted has just done so. `why_not`: why there is none, if nobody died."""
+        self._look_out(unaccounted=bool(self._counted) and self._counted <= self._missing.keys())
         self.alive = len(self._counted)
         if self._counted:
             oldest = self._oldest()
@@ -248,6 +255,14 @@ class GuardedGroup(Guarded):
             self.absence = why_not
             if self.life is not Life.ABSENT:
                 self._lives(Life.ABSENT, at or self.now())
+
+    def _look_out(self, *, unaccounted: bool) -> None:
+        """While the node finds none of those that count, and it is not known how they ended, nobody shall take them for alive."""
+        if unaccounted:
+            self.sight.lost(Blindness.GAP, "the node does not find its processes any more; how they ended is not known yet")
+        elif self._unaccounted and not self._after_gap:
+            self.sight.back(Blindness.GAP)
+        self._unaccounted = unaccounted
 
     def _oldest(self) -> Process:
         """Of those that count. A newcomer is younger, as a rule, so mostly it is the one of before."""

@@ -107,9 +107,9 @@ class GuardedProcess(Guarded):
         if self.life is Life.UNKNOWN:
             self._lives(Life.ABSENT, self.now())
 
-    def _refused(self, reason: str) -> None:
-        if self.subject.pidfile is None or self.life is Life.ALIVE:
-            super()._refused(reason)
+    def _refused(self, reason: str, *, by_node: bool) -> None:
+        if self.subject.pidfile is None or self.life is Life.ALIVE or not by_node:
+            super()._refused(reason, by_node=by_node)
             return
         # A file that is empty for the moment is as good as none.
         self.sight.back(*ANSWERED)
