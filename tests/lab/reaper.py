@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a command and, as the init of a machine would, waits for all processes that lose their parent below it.
 
-Process 1 of a machine of the lab is a shell that reads and does not wait for strangers: what daemons leave to it stays there as a zombie, and a
-resource agent that asks with `kill -0` takes that for alive.
+Process 1 of a machine of the lab is a shell that reads and does not wait for strangers: what daemons leave to it stays there as a zombie,
+and a resource agent that asks with `kill -0` takes that for alive.
 
     python reaper.py COMMAND ...
 """

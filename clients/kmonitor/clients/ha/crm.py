@@ -139,7 +139,7 @@ class Crm:
 
 
 class _in_memory:  # noqa: N801 - a context manager that is used as a function
-    """A text as a file that has a path for the programs that are started with its descriptor, and lies on no disk: a CIB may hold passwords."""
+    """A text as a file with a path, for programs that get its descriptor. It lies on no disk: a CIB may hold passwords."""
 
     def __init__(self, text: str) -> None:
         self._fd = os.memfd_create("cib", 0)

@@ -2,10 +2,11 @@
 """Is a death to be told to the cluster? A decision without side effects: from what the cluster has, whether it is at work, and what
 the resource's present process is.
 
-Two mistakes are possible. To fail a resource that the cluster itself, or somebody who may, has just stopped: it would be started again, or its
-failure counted, for nothing. And to say nothing where nothing else will for as long as a monitor's interval. The order of the
-questions follows how Pacemaker works: its DC is idle only when each operation that it asked for was answered, and the answer is in the CIB. So a CIB that
-was read after the DC was found idle has every stop that had begun before: what is active there was not ended by the cluster.
+Two mistakes are possible. To fail a resource that the cluster itself, or somebody who may, has just stopped: it would be started
+again, or a failure counted, for nothing. And to say nothing where nothing else will for as long as a monitor's interval. The order of
+the questions follows how Pacemaker works: its DC is idle only when each operation that it asked for was answered, and the answer is in
+the CIB. So a CIB that was read after the DC was found idle has the result of every stop that had begun before: what is active there was
+not ended by the cluster.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def before_asking(case: Case, settings: Settings) -> Decision | None:
 
 
 def judge(case: Case, state: ClusterState, *, idle: bool, planned: bool | None = None) -> Decision:
-    """From a `state` that was read after the DC was asked, and was `idle` or not. `planned`: the scheduler would not leave this resource as it
-    is; None if it was not asked, which is needed only where the cluster is at work for long."""
+    """From a `state` that was read after the DC was asked, and was `idle` or not. `planned`: the scheduler would not leave this resource
+    as it is; None if it was not asked, which is needed only where the cluster is at work for long."""
     node = state.nodes.get(case.node)
     if node is None or not node.online or node.unclean:
         return Decision(Act.LEAVE, "the cluster does not have the node online: what is on it is Corosync's to say")

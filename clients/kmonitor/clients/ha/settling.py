@@ -47,8 +47,8 @@ class Settling:
         """Resource and node -> the process whose death was told last."""
 
     async def settle(self, place: tuple[str, str], death: Death | None, verdict: Callable[[], Verdict], grace: float) -> Outcome | None:
-        """See a death through; the outcome, which was reported, or None where there was nothing to report. `verdict` is the guard's, as it is
-        when it is asked for. `death` None: its process was found gone, in a place where it was not seen alive."""
+        """See a death through; the outcome, which was reported, or None where there was nothing to report. `verdict` is the guard's,
+        as it is when it is asked for. `death` None: its process was found gone, in a place where it was not seen alive."""
         began = time.monotonic()
         died = None if death is None else death.process
         if died is not None and self._acted.get(place) == died:
