@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Gap,
         GapReason,
         LostCount,
+        Members,
         NodeChange,
         NodeProgress,
         NodeState,
@@ -66,7 +67,7 @@ _ERRORS = (
     "RegistrationError WaitTimeoutError"
 )
 _NOTIFICATIONS = (
-    "Deregistered Disconnected Fresh Gap GapReason LostCount NodeChange NodeProgress NodeState Notice Notification "
+    "Deregistered Disconnected Fresh Gap GapReason LostCount Members NodeChange NodeProgress NodeState Notice Notification "
     "Process Progress Reconnected Registered RegistrationState Stale"
 )
 # Imported when first used: `kmon --help`, which passes through here, must not wait for gRPC.
@@ -106,6 +107,7 @@ __all__ = [
     "KmonitorError",
     "Life",
     "LostCount",
+    "Members",
     "Monitor",
     "NoSuchRegistrationError",
     "NodeChange",

@@ -7,18 +7,20 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from kmonitor.clients import errors, selection
 from kmonitor.clients.events import Event
 from kmonitor.clients.guarded import Clocks, Guarded, Look, own_offset
+from kmonitor.clients.guarded_group import GuardedGroup
 from kmonitor.clients.guarded_process import GuardedProcess
 from kmonitor.clients.monitor import Monitor
 from kmonitor.clients.notifications import Deregistered, Disconnected, Fresh, Gap, NodeChange, Notification, Reconnected, Registered, Stale
 from kmonitor.clients.verdict import Subject, Verdict
 from kmonitor.wire import selectors
-from kmonitor.wire.errors import BadSelectorError, KmonitorError, UsageError
+from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, UsageError
 
 LOOK_AGAIN_S = 0.2
 DEREGISTER_S = 1.0
@@ -34,7 +36,8 @@ class ProcessGuard:
             ...
 
     Iteration gives a verdict whenever `life`, `process`, `alive` or `blind` of a subject has changed, in the order in which that
-    became known. A consumer that is slow misses none: the queue is of changes, and those are few.
+    became known. A consumer that is slow misses none: the queue is of changes, and those are few. But of a group's number of living
+    processes it is told the last, if nothing else has changed meanwhile.
 
     A pid is followed to its end, which is final. A pidfile, unit or control group goes on: DEAD is followed by ALIVE, with another
     process, when it is back. (For a pidfile that means that the agent reads it again every `look_again` seconds while it is not ALIVE;
@@ -57,11 +60,17 @@ class ProcessGuard:
         self._of_pid: dict[tuple[str, int], set[Guarded]] = {}
         """Those that want the exit of this process of a node, as far as its pid tells."""
         self._pid_of: dict[Guarded, int] = {}
-        self._looking: dict[Guarded, asyncio.Task[None]] = {}
+        self._groups_of: dict[str, list[GuardedGroup]] = {}
+        """By node: those that want all events of it."""
+        self._serving: dict[Guarded, asyncio.Task[None]] = {}
+        self._refusals: dict[Guarded, KmonitorError] = {}
+        """Of those that are being added."""
         self._leaving: set[asyncio.Task[None]] = set()
         self._blinding: dict[str | None, Disconnected | Stale] = {}
         """What stands in the way of all ("" is a connection that is lost, None a broker that says nothing), and of nodes, now."""
-        self._verdicts: deque[Verdict] = deque()
+        self._verdicts: deque[tuple[Guarded, list[Verdict]]] = deque()
+        self._waiting: dict[Guarded, list[Verdict]] = {}
+        """The last one of each that waits there, in its place."""
         self._news = asyncio.Event()
         """Set when there may be something for whoever iterates."""
         self._known = asyncio.Condition()
@@ -80,13 +89,16 @@ class ProcessGuard:
         for each in fresh:
             self._guarded[each.subject.name] = each
             self._of_key.setdefault(each.key, set()).add(each)
+            if isinstance(each, GuardedGroup):
+                self._groups_of.setdefault(each.subject.node, []).append(each)
             for item in self._blinding.values():
                 if _concerns(item, each):
                     each.take(item)
         try:
             await self._register(fresh)
             async with self._known:
-                await self._known.wait_for(lambda: self._failure is not None or all(each.answered for each in fresh))
+                await self._known.wait_for(lambda: self._failure is not None or all(map(self._is_known, fresh)))
+            self._check_not_refused(fresh)
         except BaseException:
             for each in fresh:
                 self._forget(each)
@@ -123,18 +135,22 @@ class ProcessGuard:
                 raise self._failure
             self._news.clear()
             await self._news.wait()
-        return self._verdicts.popleft()
+        guarded, place = self._verdicts.popleft()
+        if self._waiting.get(guarded) is place:
+            del self._waiting[guarded]
+        return place[0]
 
     async def close(self) -> None:
         """End the guard; the monitor is the caller's. Its registrations stay until that is closed."""
         if self._closed:
             return
         self._closed = True
-        tasks = [*self._looking.values(), *self._leaving, *([] if self._reader is None else [self._reader])]
+        tasks = [*self._serving.values(), *self._leaving, *([] if self._reader is None else [self._reader])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._verdicts.clear()
+        self._waiting.clear()
         await self._notify()
 
     async def __aenter__(self) -> Self:
@@ -167,6 +183,14 @@ class ProcessGuard:
                     raise result
                 self._put(each, each.refused(str(result)))
 
+    def _check_not_refused(self, fresh: Sequence[Guarded]) -> None:
+        for each in fresh:
+            if each in self._refusals:
+                raise self._refusals[each]
+
+    def _is_known(self, guarded: Guarded) -> bool:
+        return guarded.answered or guarded in self._refusals
+
     def _leave(self, guarded: Guarded) -> asyncio.Task[None]:
         task = asyncio.create_task(self._deregister(guarded), name=f"kmonitor guard leaves {guarded.subject.name}")
         self._leaving.add(task)
@@ -180,17 +204,21 @@ class ProcessGuard:
                 await self._monitor.deregister(**guarded.wanted)
 
     def _forget(self, guarded: Guarded) -> None:
-        name = guarded.subject.name
-        self._guarded.pop(name, None)
-        self._verdicts = deque(verdict for verdict in self._verdicts if verdict.subject.name != name)
+        if self._guarded.get(guarded.subject.name) is guarded:
+            del self._guarded[guarded.subject.name]
+        self._waiting.pop(guarded, None)
+        self._verdicts = deque(item for item in self._verdicts if item[0] is not guarded)
         same = self._of_key.get(guarded.key, set())
         same.discard(guarded)
         if not same:
             self._of_key.pop(guarded.key, None)
         self._index(guarded, None)
-        looking = self._looking.pop(guarded, None)
-        if looking is not None:
-            looking.cancel()
+        if isinstance(guarded, GuardedGroup) and guarded in (groups := self._groups_of.get(guarded.subject.node, [])):
+            groups.remove(guarded)
+        self._refusals.pop(guarded, None)
+        serving = self._serving.pop(guarded, None)
+        if serving is not None:
+            serving.cancel()
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -238,7 +266,7 @@ class ProcessGuard:
 
     def _concerned(self, item: Notification) -> list[Guarded]:
         if isinstance(item, Event):
-            return list(self._of_pid.get((item.node, item.pid), ()))
+            return [*self._of_pid.get((item.node, item.pid), ()), *self._groups_of.get(item.node, ())]
         if isinstance(item, Registered):
             if item.registration is not None:
                 return list(self._of_key.get(selection.key(item.registration), ()))
@@ -252,14 +280,21 @@ class ProcessGuard:
             return
         self._index(guarded, guarded.pid if isinstance(guarded, GuardedProcess) else None)
         for verdict in verdicts:
-            self._verdicts.append(verdict)
-            self._news.set()
+            self._queue(guarded, verdict)
         if guarded.leave:
             guarded.leave = False
             self._leave(guarded)
-        if guarded.look is not Look.NO and guarded not in self._looking:
-            task = asyncio.create_task(self._look(guarded), name=f"kmonitor guard looks at {guarded.subject.name}")
-            self._looking[guarded] = task
+        if guarded.wants_something and guarded not in self._serving:
+            self._serving[guarded] = asyncio.create_task(self._serve(guarded), name=f"kmonitor guard serves {guarded.subject.name}")
+
+    def _queue(self, guarded: Guarded, verdict: Verdict) -> None:
+        self._news.set()
+        waiting = self._waiting.get(guarded)
+        if waiting is not None and replace(waiting[0], alive=verdict.alive) == verdict:
+            waiting[0] = verdict  # a unit that forks a thousand times a second must not fill the memory of one who does not look
+            return
+        place = self._waiting[guarded] = [verdict]
+        self._verdicts.append((guarded, place))
 
     def _index(self, guarded: Guarded, pid: int | None) -> None:
         before = self._pid_of.get(guarded)
@@ -277,21 +312,57 @@ class ProcessGuard:
 
     # ---- looking again
 
-    async def _look(self, guarded: Guarded) -> None:
-        """Ask for it, for as long as it wants that. The answers come in the stream."""
+    async def _serve(self, guarded: Guarded) -> None:
+        """Do what it wants, one thing after the other, until it wants nothing. Answers to registrations come in the stream."""
+        group = guarded if isinstance(guarded, GuardedGroup) else None
         try:
-            while guarded.look is not Look.NO:
-                if guarded.look is Look.LATER:
-                    await asyncio.sleep(self._look_again)
-                guarded.look = Look.NO
-                try:
-                    await self._monitor.register(**guarded.wanted)
-                except errors.RegistrationError as refusal:
-                    self._put(guarded, guarded.refused(str(refusal)))
+            while guarded.wants_something:
+                if guarded.look is not Look.NO:
+                    await self._delay(guarded.look)
+                    guarded.look = Look.NO
+                    await self._register_again(guarded)
+                elif group is not None and group.wants_list is not Look.NO:
+                    await self._delay(group.wants_list)
+                    await self._list(group)
+                elif group is not None:
+                    await self._look_up(group)
         except KmonitorError:
             pass  # the stream has ended: whoever iterates is told
         finally:
-            self._looking.pop(guarded, None)
+            self._serving.pop(guarded, None)
+
+    async def _delay(self, look: Look) -> None:
+        if look is Look.LATER:
+            await asyncio.sleep(self._look_again)
+
+    async def _register_again(self, guarded: Guarded) -> None:
+        try:
+            await self._monitor.register(**guarded.wanted)
+        except errors.RegistrationError as refusal:
+            self._put(guarded, guarded.refused(str(refusal)))
+
+    async def _list(self, group: GuardedGroup) -> None:
+        subject = group.subject
+        group.listing()
+        try:
+            members = await self._monitor.list_group(subject.node, cgroup=subject.cgroup, unit=subject.unit)
+        except KmonitorError as error:
+            group.not_listed()
+            if not isinstance(error, BrokerUnreachableError) and not group.answered:
+                self._refusals[group] = error  # an agent that cannot do it: whoever adds it is to know
+            await asyncio.sleep(self._look_again)
+        else:
+            group.listed(members)
+            self._put(group, group.told())
+        await self._notify()
+
+    async def _look_up(self, group: GuardedGroup) -> None:
+        pids, group.wants_pids = group.wants_pids, ()
+        try:
+            group.found(await self._monitor.list_processes(group.subject.node, pids=pids))
+        except KmonitorError:
+            group.not_found()
+        self._put(group, group.told())
 
 
 def _guarded(subject: Subject, its_clocks: Clocks) -> Guarded:
@@ -303,7 +374,9 @@ def _guarded(subject: Subject, its_clocks: Clocks) -> Guarded:
     if (subject.start_time or subject.boot_id) and subject.pid is None:
         raise BadSelectorError(f"subject {subject.name!r}: start_time and boot_id belong to a pid")
     if subject.unit is not None or subject.cgroup is not None:
-        raise NotImplementedError
+        for glob in subject.comms:
+            selectors.check_glob(glob, "comm")
+        return GuardedGroup(subject, its_clocks)
     if subject.comms:
         raise BadSelectorError(f"subject {subject.name!r}: comms belong to a unit or cgroup")
     return GuardedProcess(subject, its_clocks)

@@ -30,6 +30,9 @@ from kmonitor.clients.sight import Sight
 from kmonitor.clients.verdict import Blindness, Certainty, Death, Life, Subject, Verdict
 from kmonitor.wire import clocks
 
+ANSWERED = frozenset((Blindness.STARTING, Blindness.DISCONNECTED, Blindness.UNREACHABLE, Blindness.GAP))
+"""What a node's answer takes away: when it was given all from before had been told."""
+
 
 class Look(enum.Enum):
     """Whether the broker is to be asked again."""
@@ -94,7 +97,12 @@ class Guarded:
     @property
     def answered(self) -> bool:
         """Whether there is something to say of it."""
-        return Blindness.STARTING not in self.sight
+        return Blindness.STARTING not in self.sight or Blindness.UNREACHABLE in self.sight
+
+    @property
+    def wants_something(self) -> bool:
+        """Whether there is something to be done for it."""
+        return self.look is not Look.NO
 
     def take(self, item: Notification) -> list[Verdict]:
         """What has become known by it: verdicts, in order; mostly none."""
@@ -111,11 +119,11 @@ class Guarded:
             elif isinstance(item, Gap):
                 self._gap(item)
             elif isinstance(item, Disconnected):
-                self.sight.lost(Blindness.DISCONNECTED, f"the broker at {item.address} does not answer: {item.reason}")
+                self._lost(Blindness.DISCONNECTED, f"the broker at {item.address} does not answer: {item.reason}")
             elif isinstance(item, Reconnected):
                 self._reconnected()
             elif isinstance(item, Stale):
-                self.sight.lost(Blindness.STALE, _stale(item))
+                self._lost(Blindness.STALE, _stale(item))
             elif isinstance(item, Fresh):
                 self.sight.back(Blindness.STALE)
         return self.told()
@@ -141,17 +149,21 @@ class Guarded:
         raise NotImplementedError
 
     def _answer(self, answer: Registered) -> None:
-        """The node has answered."""
+        """The node has answered: what stood in the way so far may do so no more."""
         raise NotImplementedError
 
     def _refused(self, reason: str) -> None:
         """Asked again later: the node may not be known yet to a broker that was just started."""
         self.sight.back(Blindness.STARTING, Blindness.DISCONNECTED)
-        self.sight.lost(Blindness.UNREACHABLE, reason)
+        self._lost(Blindness.UNREACHABLE, reason)
         self.look = Look.LATER
 
     def _rebooted(self) -> None:
         """All that ran there has ended."""
+
+    def _lost(self, why: Blindness, reason: str) -> None:
+        """This stands in the way from now on."""
+        self.sight.lost(why, reason)
 
     # ---- what they have in common
 
@@ -160,19 +172,18 @@ class Guarded:
             self._refused(answer.error)
             return
         self.registration_id = answer.registration_id
-        self.sight.back(Blindness.DISCONNECTED)
         if answer.state in (RegistrationState.NODE_UNREACHABLE, RegistrationState.NO_NODE):
-            self.sight.back(Blindness.STARTING)
+            self.sight.back(Blindness.STARTING, Blindness.DISCONNECTED)
             known = answer.state is RegistrationState.NODE_UNREACHABLE
-            self.sight.lost(Blindness.UNREACHABLE, "the broker does not hear the node" if known else "the broker knows no such node yet")
+            self._lost(Blindness.UNREACHABLE, "the broker does not hear the node" if known else "the broker knows no such node yet")
             return
         self._answer(answer)
 
     def _node_changed(self, change: NodeChange) -> None:
         if change.state is NodeState.UNREACHABLE:
-            self.sight.lost(Blindness.UNREACHABLE, change.reason or "the broker does not hear the node")
+            self._lost(Blindness.UNREACHABLE, change.reason or "the broker does not hear the node")
         elif change.state is NodeState.GONE:
-            self.sight.lost(Blindness.GONE, change.reason or "it was removed from the broker")
+            self._lost(Blindness.GONE, change.reason or "it was removed from the broker")
         elif change.state in (NodeState.UP, NodeState.REBOOTED):
             if change.state is NodeState.REBOOTED:
                 self._rebooted()
@@ -180,7 +191,7 @@ class Guarded:
 
     def _gap(self, gap: Gap) -> None:
         if self.life is Life.ALIVE:
-            self.sight.lost(Blindness.GAP, f"events of the node are missing ({gap.reason.name.lower()})")
+            self._lost(Blindness.GAP, f"events of the node are missing ({gap.reason.name.lower()})")
             self.look = Look.NOW
 
     def _reconnected(self) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from kmonitor.clients.events import Event
-from kmonitor.clients.guarded import Clocks, Guarded, Look, identity
+from kmonitor.clients.guarded import ANSWERED, Clocks, Guarded, Look, identity
 from kmonitor.clients.identity import Identity
 from kmonitor.clients.notifications import Process, Progress, Registered, RegistrationState
 from kmonitor.clients.selection import Selection
@@ -54,7 +54,7 @@ class GuardedProcess(Guarded):
                 self._ended_unseen()
 
     def _answer(self, answer: Registered) -> None:
-        self.sight.back(Blindness.STARTING, Blindness.UNREACHABLE, Blindness.GAP)
+        self.sight.back(*ANSWERED)
         if answer.state is RegistrationState.RUNNING and answer.process is not None:
             self._runs(answer.process)
         elif answer.state in (RegistrationState.EXITED, RegistrationState.NOT_FOUND):
@@ -96,7 +96,7 @@ class GuardedProcess(Guarded):
             super()._refused(reason)
             return
         # A file that is empty for the moment is as good as none.
-        self.sight.back(Blindness.STARTING, Blindness.DISCONNECTED, Blindness.UNREACHABLE, Blindness.GAP)
+        self.sight.back(*ANSWERED)
         self._absent(reason)
         self.look = Look.LATER
 
