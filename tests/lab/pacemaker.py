@@ -8,6 +8,7 @@ seen outside, and nothing is left when the machine ends.
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import subprocess
 import sys
@@ -33,6 +34,8 @@ FIRST_CIB = """<cib crm_feature_set="3.16.1" validate-with="pacemaker-3.9" epoch
 </cluster_property_set></crm_config><nodes/><resources/><constraints/></configuration><status/></cib>
 """
 """What every node begins with. `dc-deadtime` is for how long a node looks for a DC before it calls an election: 20 s unless told."""
+QUIET = ("sh", "-c", 'exec "$@" </dev/null >/dev/null 2>&1', "sh")
+"""What to run a daemon with: it has a log of its own, and what it starts inherits its output and outlives it."""
 START_LIMIT = 60.0
 COMMAND_LIMIT = 30.0
 
@@ -81,9 +84,8 @@ class Node:
         do("mkdir -p /var/lib/pacemaker/cib /var/lib/pacemaker/pengine /var/lib/pacemaker/cores /var/lib/pacemaker/blackbox")
         do("chown -R hacluster:haclient /var/lib/pacemaker /var/log/pacemaker && chmod -R u=rwX,g=rX,o= /var/lib/pacemaker")
         # Agents of the tests lie beside the distribution's: Pacemaker looks nowhere else.
-        do(
-            "mkdir -p /run/ocf/kmonitor /run/ocf-upper && for d in /usr/lib/ocf/resource.d/*; do ln -s /run/ocf-upper/${d##*/} /run/ocf/; done"
-        )
+        do("mkdir -p /run/ocf/kmonitor /run/ocf-upper")
+        do("for d in /usr/lib/ocf/resource.d/*; do ln -s /run/ocf-upper/${d##*/} /run/ocf/; done")
         do("mount --bind /usr/lib/ocf/resource.d /run/ocf-upper && mount --bind /run/ocf /usr/lib/ocf/resource.d")
         for agent in sorted(OWN_AGENTS.iterdir()):
             do(f"install -m 755 {shlex.quote(str(agent))} /run/ocf/kmonitor/{agent.name}")
@@ -95,10 +97,10 @@ class Node:
 
     def start(self) -> None:
         """Both daemons, without waiting for the cluster."""
-        self.corosync = self.lab.keep(Inside(f"corosync {self.name}", [*self.prefix, "corosync", "-f"]))
+        self.corosync = self.lab.keep(Inside(f"corosync {self.name}", [*self.prefix, *QUIET, "corosync", "-f"]))
         self.until(lambda: self.call("corosync-cfgtool", "-s").returncode == 0, "corosync answers")
-        reaper = [sys.executable, "-I", Path(__file__).parent / "reaper.py"]
-        self.pacemaker = self.lab.keep(Inside(f"pacemakerd {self.name}", [*self.prefix, *reaper, "pacemakerd", "-f"]))
+        reaper: list[str | Path] = [sys.executable, "-I", Path(__file__).parent / "reaper.py"]
+        self.pacemaker = self.lab.keep(Inside(f"pacemakerd {self.name}", [*self.prefix, *QUIET, *reaper, "pacemakerd", "-f"]))
 
     def kill(self) -> None:
         """Both daemons, at once: what they started ends with the machine."""
@@ -185,10 +187,8 @@ class PacemakerCluster:
 
     def failures(self, resource: str) -> int:
         """How often a resource was failed with `crm_resource --fail`, as the controllers of all nodes logged it."""
-        asked = "Simulated failure"
-        return sum(
-            1 for node in self.nodes for line in node.log().splitlines() if asked in line and "asyncmon" in line and resource in line
-        )
+        logged = re.compile(rf"Result of asyncmon operation for {re.escape(resource)} on \S+: error \(Simulated failure\)")
+        return sum(len(logged.findall(node.log())) for node in self.nodes)
 
 
 def primitive(name: str, agent: str, parameters: Mapping[str, str], *, interval: str = "10s", meta: Mapping[str, str] | None = None) -> str:
@@ -232,7 +232,9 @@ quorum {{
     wait_for_all: 0
 }}
 logging {{
-    to_stderr: yes
+    to_stderr: no
+    to_logfile: yes
+    logfile: /var/log/corosync/corosync.log
     to_syslog: no
 }}
 """

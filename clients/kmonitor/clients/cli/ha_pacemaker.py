@@ -106,13 +106,14 @@ async def _guard(broker: str, plan: _Plan, crm: Crm) -> None:
     report = JsonLines() if plan.json else Lines()
     async with connect(broker) as monitor, connect(broker) as beside, ProcessGuard(monitor) as guard:
         drain = asyncio.create_task(_drain(beside))
-        settling = Settling(crm, view, Lookup(beside), report, plan.options)
+        lookup = Lookup(beside)
+        settling = Settling(crm, view, lookup, report, plan.options)
 
         def grace_of(resource_id: str, primitive: str) -> float:
             own = plan.rules.of(resource_id, primitive).grace
             return plan.grace if own is None else own
 
-        work = Pacemaker(guard, view, Processes(crm, plan.rules), settling, report, poll=plan.poll, grace_of=grace_of)
+        work = Pacemaker(guard, view, Processes(crm, plan.rules), settling, lookup, report, poll=plan.poll, grace_of=grace_of)
         try:
             await work.run()
         except* BaseException as group:  # noqa: BLE001 - the first is the cause; the others were cancelled for it

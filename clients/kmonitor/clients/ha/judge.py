@@ -82,7 +82,9 @@ def judge(case: Case, state: ClusterState, *, idle: bool, planned: bool | None =
         return Decision(Act.LEAVE, "the cluster does not have the node online: what is on it is Corosync's to say")
     resource = state.on(case.resource, case.node)
     if resource is None:
-        return Decision(Act.LEAVE, "the cluster has stopped it there" if idle else "the cluster has it not there (any more)")
+        if idle or planned is not None:
+            return Decision(Act.LEAVE, "the cluster has stopped it there")
+        return Decision(Act.WAIT, "the cluster has it not there, and is at work: it may be starting it")
     hands_off = _hands_off(resource, state)
     if hands_off:
         return Decision(Act.LEAVE, hands_off)
@@ -109,12 +111,16 @@ def judge(case: Case, state: ClusterState, *, idle: bool, planned: bool | None =
     return Decision(Act.FAIL, "the cluster has it active; it is at work, but not on this")
 
 
-def present(decision: Decision, found: Present, pid: int = 0) -> Decision:
-    """A decision to fail, in the light of what is there now."""
+def present(decision: Decision, case: Case, found: Present, process: Identity | None = None) -> Decision:
+    """A decision to fail, in the light of what is there now: `process`, if it is ALIVE."""
     if decision.act is not Act.FAIL:
         return decision
+    if found is Present.ALIVE and process is not None and case.died is not None and process.pid == case.died.pid:
+        if process.start_time == case.died.start_time:
+            return Decision(Act.WAIT, "it is said to have ended, and to be alive")
+        return Decision(Act.FAIL, "its pid is a stranger's by now")  # a new daemon would hardly have got the same one
     if found is Present.ALIVE:
-        return Decision(Act.LEAVE, f"another process is there already (pid {pid})")
+        return Decision(Act.LEAVE, f"another process is there already (pid {process.pid if process else 0})")
     if found is Present.UNKNOWN:
         return Decision(Act.WAIT, "its present process cannot be looked up")
     return decision

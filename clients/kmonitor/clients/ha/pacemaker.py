@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from kmonitor.clients.errors import RegistrationError
 from kmonitor.clients.guard import ProcessGuard
-from kmonitor.clients.ha.cluster_state import ClusterState, Resource
+from kmonitor.clients.ha.cluster_state import Resource
 from kmonitor.clients.ha.crm import CrmAwayError, CrmError
+from kmonitor.clients.ha.lookup import Lookup
 from kmonitor.clients.ha.processes import Processes
 from kmonitor.clients.ha.report import Report
 from kmonitor.clients.ha.settling import Settling
@@ -55,6 +56,7 @@ class Pacemaker:
         view: View,
         processes: Processes,
         settling: Settling,
+        lookup: Lookup,
         report: Report,
         *,
         poll: float,
@@ -65,6 +67,7 @@ class Pacemaker:
         self._view = view
         self._processes = processes
         self._settling = settling
+        self._lookup = lookup
         self._report = report
         self._poll = poll
         self._grace_of = grace_of
@@ -128,9 +131,10 @@ class Pacemaker:
             await asyncio.wait([before])
         start = kept.start
         if death is None:
+            was = self._guard.verdict(kept.subject.name).process
             await asyncio.sleep(SETTLED_S)
-            if self._kept.get(place) is not kept or self._guard.verdict(kept.subject.name).life is Life.ALIVE:
-                return
+            if self._kept.get(place) is not kept or self._guard.verdict(kept.subject.name).process != was:
+                return  # it was seen after all, and if it has ended since, that is another case
         outcome = await self._settling.settle(place, death, lambda: self._guard.verdict(kept.subject.name), kept.grace)
         if death is None and outcome is None:
             self._note(
@@ -201,19 +205,31 @@ class Pacemaker:
                 self._of_name[subject.name] = place
             self._kept[place].resource = resource
         await asyncio.gather(*(self._add(place, kept) for place, kept in self._kept.items() if not kept.answered))
-        self._look_at_starts(state)
-
-    def _look_at_starts(self, state: ClusterState) -> None:
-        """A start that is over, of which the guard has seen no process: it may have died in between."""
         for place, kept in self._kept.items():
-            kept.start = state.starts.get(place, kept.start)
-            if not kept.answered:
-                continue
-            verdict = self._guard.verdict(kept.subject.name)
-            if verdict.life is Life.ALIVE:
-                kept.known.add(kept.start)
-            elif verdict.blind is None and kept.resource.active:
-                self._unseen(place, kept)
+            start = state.starts.get(place, kept.start)
+            if kept.answered and kept.resource.active:
+                await self._after_start(place, kept, start)
+            kept.start = start
+
+    async def _after_start(self, place: Place, kept: Kept, start: str) -> None:
+        """A start that is over: is it its process that is guarded?"""
+        verdict = self._guard.verdict(kept.subject.name)
+        if verdict.blind is not None:
+            return
+        if verdict.life is not Life.ALIVE:
+            kept.start = start
+            self._unseen(place, kept)
+            return
+        if start == kept.start:
+            return
+        kept.known.add(start)
+        found = await self._lookup.look(verdict)
+        guarded = verdict.process
+        if found.process and guarded and (found.process.pid, found.process.start_time) != (guarded.pid, guarded.start_time):
+            # What is guarded lives, and is not what the pidfile names any more: a stranger that got the pid, or a predecessor that stays.
+            await self._guard.remove(kept.subject.name)
+            kept.answered = False
+            await self._add(place, kept)
 
     async def _add(self, place: Place, kept: Kept) -> None:
         try:

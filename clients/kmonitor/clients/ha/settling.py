@@ -90,10 +90,9 @@ class Settling:
         found = await self._lookup.look(verdict)
         if case.died is None:
             return _of_unseen(decision, found)
-        pid = found.process.pid if found.process else 0
         if found.present is Present.UNKNOWN:
             return Decision(Act.WAIT, f"what runs there now cannot be looked up: {found.why}")
-        return judge.present(decision, found.present, pid)
+        return judge.present(decision, case, found.present, found.identity)
 
     async def _fail(self, place: tuple[str, str], death: Death | None, decision: Decision, began: float) -> Outcome:
         if not self._options.dry_run:

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kmon ha pacemaker` on a real cluster of two nodes. What it told Pacemaker is counted in the logs of Pacemaker's controllers.
+
+The resources are monitored once a minute: whatever is noticed within seconds was noticed by kmonitor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.namespaces import HUB, InsideAgent, Network, ip, namespaces_lack, network
+from tests.lab.pacemaker import Node, PacemakerCluster, pacemaker_lack, primitive
+from tests.lab.process import Running
+from tests.lab.requires import capture_lack, need
+from tests.lab.services import BIN, Broker, Lab
+
+pytestmark = [pytest.mark.capture, pytest.mark.timeout(120)]
+
+ROUNDS = int(os.environ.get("KMONITOR_HA_ROUNDS", "2"))
+"""How often the scenes that hunt a race are played."""
+BROKER = f"{HUB}:7221"
+MINUTE = "60s"
+
+
+class Tool:
+    """`kmon ha pacemaker --json` on a node."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    def said(self, kind: str, resource: str, start: int = 0) -> list[dict[str, Any]]:
+        """What it has said of a resource since line `start`."""
+        found = [json.loads(line) for line in self.running.lines[start:]]
+        return [each for each in found if each["kind"] == kind and each.get("resource") == resource]
+
+    def next(self, kind: str, resource: str, start: int, limit: float = 20.0, **what: Any) -> dict[str, Any]:
+        """The first that it says, from line `start` on."""
+
+        def wanted(line: bytes) -> bool:
+            each = json.loads(line)
+            return (
+                each["kind"] == kind and each.get("resource") == resource and all(each.get(name) == value for name, value in what.items())
+            )
+
+        at = self.running.wait_line(wanted, f"{kind} of {resource} {what or ''}", start=start, limit=limit)
+        found: dict[str, Any] = json.loads(self.running.lines[at])
+        return found
+
+    @property
+    def now(self) -> int:
+        """Where its next line will stand."""
+        return len(self.running.lines)
+
+
+class Stage:
+    """The cluster, kmonitor on it, and what happens there."""
+
+    def __init__(self, lab: Lab, net: Network, folder: Path) -> None:
+        self.lab = lab
+        self.net = net
+        self.log = folder / "broker.sqlite"
+        self.cluster = PacemakerCluster(lab, net, ["alpha", "beta"])
+        self.broker = self.start_broker()
+        self.agents = {node.name: self.start_agent(node) for node in self.cluster.nodes}
+        self.tool: Tool
+
+    def start_broker(self) -> Broker:
+        """At the hub, on its log."""
+        return self.lab.broker("--log", f"sqlite:{self.log}", prefix=self.net.prefix, listen=BROKER)
+
+    def start_agent(self, node: Node) -> InsideAgent:
+        """With pins, as agents run."""
+        return node.machine.agent(self.lab, BROKER, pin=True)
+
+    def start_tool(self, node: str = "alpha", *options: str) -> Tool:
+        """Until it says that it is ready."""
+        command: list[str | Path] = [*self.cluster[node].prefix, BIN / "kmon", "ha", "pacemaker", "--json", "--broker", BROKER, *options]
+        running = self.lab.command(*command)
+        running.wait_line(lambda line: b'"ready": true' in line, "that it is ready")
+        return Tool(running)
+
+    def pid(self, resource: str, node: str) -> int:
+        """What the pidfile of a resource says."""
+        return int(self.cluster[node].file(f"/run/{resource}.pid").read_text(encoding="ascii"))
+
+    def signal(self, resource: str, node: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send its process a signal, from a shell of the node; the pid."""
+        pid = self.pid(resource, node)
+        self.cluster[node].do("sh", "-c", f"kill -{number.value} {pid}")
+        return pid
+
+    def guarded(self, resource: str, node: str) -> int:
+        """Until the process of a resource is guarded; its pid."""
+        pid = 0
+
+        def reached() -> bool:
+            nonlocal pid
+            with contextlib.suppress(OSError, ValueError):
+                pid = self.pid(resource, node)
+                last = [each for each in self.tool.said("guarding", resource) if each["node"] == node][-1:]
+                return bool(last) and last[0]["pid"] == pid
+            return False
+
+        self.cluster.nodes[0].until(reached, f"{resource} guarded on {node}", 20)
+        return pid
+
+    def settled(self, resource: str, node: str) -> int:
+        """Until the cluster is idle, has it there, and it is guarded; its pid."""
+        self.cluster.wait_active(resource, node)
+        self.cluster.wait_idle()
+        return self.guarded(resource, node)
+
+    @contextlib.contextmanager
+    def failing(self, resource: str, times: int) -> Iterator[None]:
+        """What is done inside has it failed so often: not less, and not more."""
+        before = self.cluster.failures(resource)
+        yield
+        self.cluster.wait_idle()
+        found = self.cluster.failures(resource) - before
+        assert found == times, f"{resource}: failed {found} times, not {times}: {self.tool.said('outcome', resource)[-4:]}"
+
+
+@pytest.fixture(scope="module")
+def stage(pins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """A cluster with resources, all guarded."""
+    need(capture_lack, namespaces_lack, pacemaker_lack)
+    with network() as net:
+        lab = Lab(pins)
+        try:
+            made = Stage(lab, net, tmp_path_factory.mktemp("pacemaker"))
+            _resources(made.cluster)
+            for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
+                made.cluster.wait_active(resource, node)
+            made.tool = made.start_tool("alpha", "--attribute")
+            for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
+                made.settled(resource, node)
+            yield made
+            made.cluster.close()
+        finally:
+            lab.close()
+
+
+def _resources(cluster: PacemakerCluster) -> None:
+    daemon = {"journal": "/run/journal"}
+    cluster.configure("resources", primitive("web", "kmonitor:daemon", {**daemon, "pidfile": "/run/web.pid"}, interval=MINUTE))
+    sleeper = {"binfile": "/usr/bin/sleep", "cmdline_options": "1000000", "pidfile": "/run/any.pid"}
+    cluster.configure("resources", primitive("any", "heartbeat:anything", sleeper, interval=MINUTE))
+    slow = {**daemon, "pidfile": "/run/slow.pid", "start_takes": "0.5", "stop_takes": "0.5", "helper": "yes"}
+    cluster.configure("resources", primitive("slow", "kmonitor:daemon", slow, interval=MINUTE))
+    for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
+        cluster.configure("constraints", f'<rsc_location id="{resource}-likes" rsc="{resource}" node="{node}" score="100"/>')
+
+
+def _meta(stage: Stage, resource: str, name: str, value: str) -> None:
+    what = ("--set-parameter", name, "--parameter-value", value) if value else ("--delete-parameter", name)
+    stage.cluster.nodes[0].do("crm_resource", "--resource", resource, "--meta", *what)
+
+
+# ---- deaths
+
+
+@pytest.mark.parametrize(("resource", "node"), [("web", "alpha"), ("any", "beta")])
+def test_killed(stage: Stage, resource: str, node: str) -> None:
+    """It is told once, with its cause, and there is a new process."""
+    before, start = stage.settled(resource, node), stage.tool.now
+    with stage.failing(resource, 1):
+        stage.signal(resource, node)
+        outcome = stage.tool.next("outcome", resource, start)
+        assert (outcome["action"], outcome["node"], outcome["pid"], outcome["exit_signal"]) == ("failed", node, before, 9)
+        assert outcome["killed_by"]["comm"] == "sh"
+        assert stage.settled(resource, node) != before
+    attributes = stage.cluster.nodes[0].do("attrd_updater", "--query", "--all", "--name", f"kmonitor-{resource}")
+    assert f"({before}) killed by SIGKILL from pid" in attributes
+
+
+def test_dies_again_and_again(stage: Stage) -> None:
+    """As soon as the cluster is idle the next one is killed too."""
+    stage.settled("web", "alpha")
+    with stage.failing("web", 3):
+        for _ in range(3):
+            start = stage.tool.now
+            before = stage.signal("web", "alpha", signal.SIGTERM)
+            stage.tool.next("outcome", "web", start, action="failed", pid=before, exit_signal=15)
+            stage.settled("web", "alpha")
+
+
+# ---- what the cluster does
+
+
+def test_stopped_and_started(stage: Stage) -> None:
+    """By target-role."""
+    for _ in range(ROUNDS):
+        before, start = stage.settled("web", "alpha"), stage.tool.now
+        with stage.failing("web", 0):
+            _meta(stage, "web", "target-role", "Stopped")
+            assert stage.tool.next("outcome", "web", start, pid=before)["action"] == "left"
+            stage.cluster.wait_active("web")
+            _meta(stage, "web", "target-role", "")
+            stage.settled("web", "alpha")
+
+
+def test_moved_and_killed_there(stage: Stage) -> None:
+    """It is guarded where it is."""
+    before, start = stage.settled("web", "alpha"), stage.tool.now
+    with stage.failing("web", 1):
+        stage.cluster.nodes[0].do("crm_resource", "--move", "--resource", "web", "--node", "beta")
+        assert stage.tool.next("outcome", "web", start, pid=before)["action"] == "left"
+        there, start = stage.settled("web", "beta"), stage.tool.now
+        stage.signal("web", "beta")
+        assert stage.tool.next("outcome", "web", start, pid=there)["action"] == "failed"
+        stage.settled("web", "beta")
+        stage.cluster.nodes[0].do("crm_resource", "--clear", "--resource", "web")
+        stage.settled("web", "alpha")
+
+
+@pytest.mark.parametrize("resource", ["web", "slow"])
+def test_restarted(stage: Stage, resource: str) -> None:
+    """By crm_resource --restart; of `slow` a helper dies in the middle of the start, whose pid the pidfile had."""
+    node = "alpha" if resource == "web" else "beta"
+    for _ in range(ROUNDS):
+        before = stage.settled(resource, node)
+        with stage.failing(resource, 0):
+            stage.cluster.nodes[0].do("crm_resource", "--restart", "--resource", resource)
+            assert stage.settled(resource, node) != before
+
+
+def test_restarted_for_a_parameter(stage: Stage) -> None:
+    """A change of the configuration, without any word of a stop in it."""
+    for number in range(ROUNDS):
+        before = stage.settled("web", "alpha")
+        with stage.failing("web", 0):
+            stage.cluster.nodes[0].do(
+                "crm_resource", "--resource", "web", "--set-parameter", "start_takes", "--parameter-value", f"0.0{number + 1}"
+            )
+            stage.cluster.nodes[0].until(lambda old=before: _other(stage, "web", "alpha", old), "a new process")  # type: ignore[misc]
+            stage.settled("web", "alpha")
+
+
+def _other(stage: Stage, resource: str, node: str, before: int) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return stage.pid(resource, node) != before
+    return False
+
+
+def test_standby(stage: Stage) -> None:
+    """All of the node is stopped, and comes back."""
+    stage.settled("web", "alpha")
+    first = stage.cluster.nodes[0]
+    with stage.failing("web", 0), stage.failing("any", 0), stage.failing("slow", 0):
+        first.do("crm_attribute", "--node", "beta", "--name", "standby", "--update", "on")
+        for resource in ("any", "slow"):
+            stage.settled(resource, "alpha")
+        first.do("crm_attribute", "--node", "beta", "--name", "standby", "--delete")
+        for resource in ("any", "slow"):
+            stage.settled(resource, "beta")
+
+
+# ---- what others do
+
+
+@pytest.mark.parametrize("how", ["maintenance-mode", "unmanaged"])
+def test_hands_off(stage: Stage, how: str) -> None:
+    """Killed while the cluster does not look after it, and started again by hand: later it is guarded as before."""
+    before, start = stage.settled("web", "alpha"), stage.tool.now
+    first = stage.cluster.nodes[0]
+    with stage.failing("web", 1):
+        if how == "unmanaged":
+            _meta(stage, "web", "is-managed", "false")
+        else:
+            first.do("crm_attribute", "--name", how, "--update", "true")
+        stage.signal("web", "alpha")
+        outcome = stage.tool.next("outcome", "web", start, pid=before)
+        assert (outcome["action"], outcome["killed_by"]["comm"]) == ("left", "sh")
+        by_hand = _start_by_hand(stage, "web", "alpha")
+        if how == "unmanaged":
+            _meta(stage, "web", "is-managed", "")
+        else:
+            first.do("crm_attribute", "--name", how, "--delete")
+        assert stage.settled("web", "alpha") == by_hand
+        start = stage.tool.now
+        stage.signal("web", "alpha")
+        assert stage.tool.next("outcome", "web", start, pid=by_hand)["action"] == "failed"
+        stage.settled("web", "alpha")
+
+
+def _start_by_hand(stage: Stage, resource: str, node: str, kill: bool = False) -> int:
+    """As an administrator would; the pid. The shell stays, to wait for it."""
+    pidfile = f"/run/{resource}.pid"
+    killing = f"kill -9 $(cat {pidfile}); " if kill else ""
+    command = f"{killing}sleep 1000000 </dev/null >/dev/null 2>&1 & echo $! > {pidfile}.new; mv {pidfile}.new {pidfile}; echo $!; wait"
+    shell = stage.lab.command(*stage.cluster[node].prefix, "sh", "-c", command)
+    return int(shell.lines[shell.wait_line(lambda line: line.strip().isdigit(), "its pid")])
+
+
+def test_restarted_by_somebody_else(stage: Stage) -> None:
+    """Within milliseconds, and the pidfile names the new one."""
+    for _ in range(ROUNDS):
+        before, start = stage.settled("web", "alpha"), stage.tool.now
+        with stage.failing("web", 0):
+            by_hand = _start_by_hand(stage, "web", "alpha", kill=True)
+            outcome = stage.tool.next("outcome", "web", start, pid=before)
+            assert (outcome["action"], str(by_hand) in outcome["reason"]) == ("left", True)
+            assert stage.settled("web", "alpha") == by_hand
+
+
+def test_its_pid_is_given_again(stage: Stage) -> None:
+    """A stranger with the pid of the dead is not the resource; and the next one is guarded although the stranger lives."""
+    before, start = stage.settled("web", "alpha"), stage.tool.now
+    machine = stage.cluster["alpha"].machine
+    with stage.failing("web", 1):
+        machine.shell.do(f"kill -9 {before}")
+        machine.shell.do(f"until ! kill -0 {before} 2>/dev/null; do :; done")
+        stranger = machine.idler(stage.lab, before)
+        assert stranger.pid == before
+        stage.tool.next("outcome", "web", start, pid=before, action="failed")
+        stage.settled("web", "alpha")
+    stage.lab.kill(stranger)  # unless the agent's stop has taken it for its own process
+
+
+# ---- what happens to kmonitor itself
+
+
+def test_broker_restarts_in_the_middle(stage: Stage) -> None:
+    """It is told when the next broker is there."""
+    before, start = stage.settled("web", "alpha"), stage.tool.now
+    with stage.failing("web", 1):
+        stage.lab.kill(stage.broker)
+        stage.signal("web", "alpha")
+        stage.broker = stage.start_broker()
+        outcome = stage.tool.next("outcome", "web", start, pid=before, limit=40)
+        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9)
+        stage.settled("web", "alpha")
+
+
+def test_agent_killed_at_the_moment_of_death(stage: Stage) -> None:
+    """The next agent tells it from the ring."""
+    before, start = stage.settled("any", "beta"), stage.tool.now
+    with stage.failing("any", 1):
+        stage.lab.kill(stage.agents["beta"])
+        stage.signal("any", "beta")
+        stage.agents["beta"] = stage.start_agent(stage.cluster["beta"])
+        outcome = stage.tool.next("outcome", "any", start, pid=before, limit=40)
+        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9)
+        stage.settled("any", "beta")
+
+
+def test_node_cut_off_from_the_broker(stage: Stage) -> None:
+    """Not from the cluster. That it is not heard is no death; one that happens meanwhile is told afterwards."""
+    before, start = stage.settled("any", "beta"), stage.tool.now
+    namespace = stage.cluster["beta"].machine.namespace
+    ip("-n", namespace, "route", "add", "blackhole", f"{HUB}/32")
+    try:
+        with stage.failing("any", 0), stage.failing("slow", 0):
+            assert stage.tool.next("note", "any", start, blind="unreachable")
+        killed = stage.signal("any", "beta")
+        assert killed == before
+    finally:
+        ip("-n", namespace, "route", "del", "blackhole", f"{HUB}/32")
+    with stage.failing("any", 1):
+        stage.tool.next("outcome", "any", start, pid=before, action="failed", limit=40)
+        stage.settled("any", "beta")
+    assert stage.settled("slow", "beta")
+
+
+# ---- a race, hunted
+
+
+def test_the_books(stage: Stage) -> None:
+    """Over all scenes: what the tool says that it told is what Pacemaker was told."""
+    for resource in ("web", "any", "slow"):
+        told = [each for each in stage.tool.said("outcome", resource) if each["action"] == "failed"]
+        assert len(told) == stage.cluster.failures(resource)
+        ends = [(each["node"], each["pid"], each["start_time"]) for each in stage.tool.said("outcome", resource) if "pid" in each]
+        assert len(ends) == len(set(ends)), f"{resource}: a death was dealt with twice"
+    assert not [each for each in stage.tool.said("outcome", "slow") if each["action"] == "failed"]
+    assert "Traceback" not in stage.tool.running.stderr_text()
