@@ -174,7 +174,7 @@ def test_killed(stage: Stage, resource: str, node: str) -> None:
     with stage.failing(resource, 1):
         stage.signal(resource, node)
         outcome = stage.tool.next("outcome", resource, start)
-        assert (outcome["action"], outcome["node"], outcome["pid"], outcome["exit_signal"]) == ("failed", node, before, 9)
+        assert (outcome["action"], outcome["node"], outcome["pid"], outcome["exit_signal"]) == ("failed", node, before, 9), outcome
         assert outcome["killed_by"]["comm"] == "sh"
         assert stage.settled(resource, node) != before
     attributes = stage.cluster.nodes[0].do("attrd_updater", "--query", "--all", "--name", f"kmonitor-{resource}")
@@ -278,7 +278,7 @@ def test_hands_off(stage: Stage, how: str) -> None:
             first.do("crm_attribute", "--name", how, "--update", "true")
         stage.signal("web", "alpha")
         outcome = stage.tool.next("outcome", "web", start, pid=before)
-        assert (outcome["action"], outcome["killed_by"]["comm"]) == ("left", "sh")
+        assert (outcome["action"], outcome["killed_by"]["comm"]) == ("left", "sh"), outcome
         by_hand = _start_by_hand(stage, "web", "alpha")
         if how == "unmanaged":
             _meta(stage, "web", "is-managed", "")
@@ -307,7 +307,7 @@ def test_restarted_by_somebody_else(stage: Stage) -> None:
         with stage.failing("web", 0):
             by_hand = _start_by_hand(stage, "web", "alpha", kill=True)
             outcome = stage.tool.next("outcome", "web", start, pid=before)
-            assert (outcome["action"], str(by_hand) in outcome["reason"]) == ("left", True)
+            assert (outcome["action"], str(by_hand) in outcome["reason"]) == ("left", True), outcome
             assert stage.settled("web", "alpha") == by_hand
 
 
@@ -336,7 +336,7 @@ def test_broker_restarts_in_the_middle(stage: Stage) -> None:
         stage.signal("web", "alpha")
         stage.broker = stage.start_broker()
         outcome = stage.tool.next("outcome", "web", start, pid=before, limit=40)
-        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9)
+        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9), outcome
         stage.settled("web", "alpha")
 
 
@@ -348,7 +348,7 @@ def test_agent_killed_at_the_moment_of_death(stage: Stage) -> None:
         stage.signal("any", "beta")
         stage.agents["beta"] = stage.start_agent(stage.cluster["beta"])
         outcome = stage.tool.next("outcome", "any", start, pid=before, limit=40)
-        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9)
+        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9), outcome
         stage.settled("any", "beta")
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 from dataclasses import dataclass
 
 from kmonitor.clients.errors import RegistrationError
@@ -11,7 +12,7 @@ from kmonitor.clients.ha.judge import Present
 from kmonitor.clients.identity import Identity
 from kmonitor.clients.monitor import Monitor
 from kmonitor.clients.notifications import Process, RegistrationState
-from kmonitor.clients.verdict import Verdict
+from kmonitor.clients.verdict import Subject, Verdict
 from kmonitor.wire.errors import KmonitorError
 from kmonitor.wire.masks import EventType
 
@@ -51,7 +52,7 @@ class Lookup:
     async def _look(self, verdict: Verdict) -> Found:
         subject = verdict.subject
         if subject.pidfile is None:
-            return Found(Present.ALIVE if verdict.alive else Present.GONE, verdict.process if verdict.alive else None)
+            return await self._group(subject)
         try:
             registration = await self._monitor.register(node=subject.node, pidfile=subject.pidfile, events=EventType.PROCESS_EXIT)
         except RegistrationError as refusal:  # an empty file, as when it is just being written
@@ -65,5 +66,17 @@ class Lookup:
             return Found(Present.GONE)
         if state is RegistrationState.NOT_FOUND:
             return Found(Present.NOTHING)
-        await self._monitor.deregister(registration)  # it would be armed when the node is back
+        await self._monitor.deregister(registration)  # else it would be armed when the node is back
         return Found(Present.UNKNOWN, why="its node is not connected to the broker")
+
+    async def _group(self, subject: Subject) -> Found:
+        """Of a unit or control group: the oldest that counts."""
+        members = await self._monitor.list_group(subject.node, cgroup=subject.cgroup, unit=subject.unit)
+        living = [
+            each
+            for each in members.processes
+            if each.threads and (not subject.comms or any(fnmatch.fnmatchcase(each.comm, glob) for glob in subject.comms))
+        ]
+        if not living:
+            return Found(Present.GONE)
+        return Found(Present.ALIVE, min(living, key=lambda each: each.start_time))

@@ -81,15 +81,16 @@ class Settling:
 
     async def _ask(self, case: Case, verdict: Verdict, busy: bool) -> Decision | None:
         """None: nothing had died, or it is of no concern any more."""
+        if case.died is None and (decision := _of_unseen(await self._lookup.look(verdict))).act is not Act.FAIL:
+            return None if decision.act is Act.LEAVE else decision
+        # From here on it is known to have ended before the DC is asked: what the DC begins later cannot be the cause.
         state, idle = await self._view.certain()
         decision = judge.judge(case, state, idle=idle)
-        if decision.act is Act.WAIT and busy and not idle:
+        if decision.act is Act.WAIT and busy and not idle and case.died is not None:
             decision = judge.judge(case, state, idle=idle, planned=await self._view.planned(case.resource))
         if decision.act is not Act.FAIL:
             return decision
         found = await self._lookup.look(verdict)
-        if case.died is None:
-            return _of_unseen(decision, found)
         if found.present is Present.UNKNOWN:
             return Decision(Act.WAIT, f"what runs there now cannot be looked up: {found.why}")
         return judge.present(decision, case, found.present, found.identity)
@@ -114,8 +115,8 @@ class Settling:
         return outcome
 
 
-def _of_unseen(decision: Decision, found: Found) -> Decision | None:
+def _of_unseen(found: Found) -> Decision:
     """Of a process that was not seen alive there is less to go by: only a pidfile that was left behind says that it has died."""
     if found.present is Present.GONE:
-        return decision
-    return None if found.present is not Present.UNKNOWN else Decision(Act.WAIT, found.why)
+        return Decision(Act.FAIL, "")
+    return Decision(Act.WAIT if found.present is Present.UNKNOWN else Act.LEAVE, found.why)
