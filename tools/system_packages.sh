@@ -42,6 +42,11 @@ missing() {
     [ -e /usr/include/stdio.h ] || echo libc6-dev
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null 2>&1 || echo iproute2
     command -v node >/dev/null 2>&1 || echo nodejs
+    # A real cluster, for kmon ha pacemaker.
+    for server in pacemakerd:pacemaker crm_mon:pacemaker-cli-utils corosync:corosync; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "${server%%:*}" >/dev/null 2>&1 || echo "${server##*:}"
+    done
+    [ -e /usr/lib/ocf/resource.d/heartbeat/anything ] || echo resource-agents
     command -v npm >/dev/null 2>&1 || echo npm
     # bcc is a distribution's package, for the distribution's interpreter.
     /usr/bin/python3 -c 'from bcc import BPF' 2>/dev/null || echo python3-bpfcc

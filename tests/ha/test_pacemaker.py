@@ -7,125 +7,25 @@ The resources are monitored once a minute: whatever is noticed within seconds wa
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.lab.namespaces import HUB, InsideAgent, Network, ip, namespaces_lack, network
-from tests.lab.pacemaker import Node, PacemakerCluster, pacemaker_lack, primitive
-from tests.lab.process import Running
+from tests.ha.stage import BROKER, Stage
+from tests.lab.namespaces import HUB, ip, namespaces_lack, network
+from tests.lab.pacemaker import PacemakerCluster, pacemaker_lack, primitive
 from tests.lab.requires import capture_lack, need
-from tests.lab.services import BIN, Broker, Lab
+from tests.lab.services import BIN, Lab
 
 pytestmark = [pytest.mark.capture, pytest.mark.timeout(120)]
 
 ROUNDS = int(os.environ.get("KMONITOR_HA_ROUNDS", "2"))
 """How often the scenes that hunt a race are played."""
-BROKER = f"{HUB}:7221"
 MINUTE = "60s"
-
-
-class Tool:
-    """`kmon ha pacemaker --json` on a node."""
-
-    def __init__(self, running: Running) -> None:
-        self.running = running
-
-    def said(self, kind: str, resource: str, start: int = 0) -> list[dict[str, Any]]:
-        """What it has said of a resource since line `start`."""
-        found = [json.loads(line) for line in self.running.lines[start:]]
-        return [each for each in found if each["kind"] == kind and each.get("resource") == resource]
-
-    def next(self, kind: str, resource: str, start: int, limit: float = 20.0, **what: Any) -> dict[str, Any]:
-        """The first that it says, from line `start` on."""
-
-        def wanted(line: bytes) -> bool:
-            each = json.loads(line)
-            return (
-                each["kind"] == kind and each.get("resource") == resource and all(each.get(name) == value for name, value in what.items())
-            )
-
-        at = self.running.wait_line(wanted, f"{kind} of {resource} {what or ''}", start=start, limit=limit)
-        found: dict[str, Any] = json.loads(self.running.lines[at])
-        return found
-
-    @property
-    def now(self) -> int:
-        """Where its next line will stand."""
-        return len(self.running.lines)
-
-
-class Stage:
-    """The cluster, kmonitor on it, and what happens there."""
-
-    def __init__(self, lab: Lab, net: Network, folder: Path) -> None:
-        self.lab = lab
-        self.net = net
-        self.log = folder / "broker.sqlite"
-        self.cluster = PacemakerCluster(lab, net, ["alpha", "beta"])
-        self.broker = self.start_broker()
-        self.agents = {node.name: self.start_agent(node) for node in self.cluster.nodes}
-        self.tool: Tool
-
-    def start_broker(self) -> Broker:
-        """At the hub, on its log."""
-        return self.lab.broker("--log", f"sqlite:{self.log}", prefix=self.net.prefix, listen=BROKER)
-
-    def start_agent(self, node: Node) -> InsideAgent:
-        """With pins, as agents run."""
-        return node.machine.agent(self.lab, BROKER, pin=True)
-
-    def start_tool(self, node: str = "alpha", *options: str) -> Tool:
-        """Until it says that it is ready."""
-        command: list[str | Path] = [*self.cluster[node].prefix, BIN / "kmon", "ha", "pacemaker", "--json", "--broker", BROKER, *options]
-        running = self.lab.command(*command)
-        running.wait_line(lambda line: b'"ready": true' in line, "that it is ready")
-        return Tool(running)
-
-    def pid(self, resource: str, node: str) -> int:
-        """What the pidfile of a resource says."""
-        return int(self.cluster[node].file(f"/run/{resource}.pid").read_text(encoding="ascii"))
-
-    def signal(self, resource: str, node: str, number: signal.Signals = signal.SIGKILL) -> int:
-        """Send its process a signal, from a shell of the node; the pid."""
-        pid = self.pid(resource, node)
-        self.cluster[node].do("sh", "-c", f"kill -{number.value} {pid}")
-        return pid
-
-    def guarded(self, resource: str, node: str) -> int:
-        """Until the process of a resource is guarded; its pid."""
-        pid = 0
-
-        def reached() -> bool:
-            nonlocal pid
-            with contextlib.suppress(OSError, ValueError):
-                pid = self.pid(resource, node)
-                last = [each for each in self.tool.said("guarding", resource) if each["node"] == node][-1:]
-                return bool(last) and last[0]["pid"] == pid
-            return False
-
-        self.cluster.nodes[0].until(reached, f"{resource} guarded on {node}", 20)
-        return pid
-
-    def settled(self, resource: str, node: str) -> int:
-        """Until the cluster is idle, has it there, and it is guarded; its pid."""
-        self.cluster.wait_active(resource, node)
-        self.cluster.wait_idle()
-        return self.guarded(resource, node)
-
-    @contextlib.contextmanager
-    def failing(self, resource: str, times: int) -> Iterator[None]:
-        """What is done inside has it failed so often: not less, and not more."""
-        before = self.cluster.failures(resource)
-        yield
-        self.cluster.wait_idle()
-        found = self.cluster.failures(resource) - before
-        assert found == times, f"{resource}: failed {found} times, not {times}: {self.tool.said('outcome', resource)[-4:]}"
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +39,11 @@ def stage(pins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stag
             _resources(made.cluster)
             for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
                 made.cluster.wait_active(resource, node)
-            made.tool = made.start_tool("alpha", "--attribute")
+            made.start_tool("alpha", "--attribute")
             for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
                 made.settled(resource, node)
             yield made
+            made.stop_tool()
             made.cluster.close()
         finally:
             lab.close()
@@ -296,7 +197,7 @@ def _start_by_hand(stage: Stage, resource: str, node: str, kill: bool = False) -
     pidfile = f"/run/{resource}.pid"
     killing = f"kill -9 $(cat {pidfile}); " if kill else ""
     command = f"{killing}sleep 1000000 </dev/null >/dev/null 2>&1 & echo $! > {pidfile}.new; mv {pidfile}.new {pidfile}; echo $!; wait"
-    shell = stage.lab.command(*stage.cluster[node].prefix, "sh", "-c", command)
+    shell = stage.cluster[node].command("sh", "-c", command)
     return int(shell.lines[shell.wait_line(lambda line: line.strip().isdigit(), "its pid")])
 
 
@@ -336,7 +237,7 @@ def test_broker_restarts_in_the_middle(stage: Stage) -> None:
         stage.signal("web", "alpha")
         stage.broker = stage.start_broker()
         outcome = stage.tool.next("outcome", "web", start, pid=before, limit=40)
-        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9), outcome
+        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9), outcome["reason"]
         stage.settled("web", "alpha")
 
 
@@ -348,7 +249,7 @@ def test_agent_killed_at_the_moment_of_death(stage: Stage) -> None:
         stage.signal("any", "beta")
         stage.agents["beta"] = stage.start_agent(stage.cluster["beta"])
         outcome = stage.tool.next("outcome", "any", start, pid=before, limit=40)
-        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9), outcome
+        assert (outcome["action"], outcome["exit_signal"]) == ("failed", 9), outcome["reason"]
         stage.settled("any", "beta")
 
 
@@ -370,7 +271,7 @@ def test_node_cut_off_from_the_broker(stage: Stage) -> None:
     assert stage.settled("slow", "beta")
 
 
-# ---- a race, hunted
+# ---- in the end
 
 
 def test_the_books(stage: Stage) -> None:
@@ -382,3 +283,49 @@ def test_the_books(stage: Stage) -> None:
         assert len(ends) == len(set(ends)), f"{resource}: a death was dealt with twice"
     assert not [each for each in stage.tool.said("outcome", "slow") if each["action"] == "failed"]
     assert "Traceback" not in stage.tool.running.stderr_text()
+
+
+def test_as_a_resource_of_the_cluster(stage: Stage) -> None:
+    """By its OCF agent: it does its work, is started again when it dies, and moves."""
+    stage.stop_tool()
+    first = stage.cluster.nodes[0]
+    parameters = {
+        "program": str(BIN / "kmon"),
+        "broker": BROKER,
+        "options": "--attribute",
+        "logfile": "/run/kmonitor-pacemaker.log",
+        "pidfile": "/run/kmonitor-pacemaker.pid",
+    }
+    stage.cluster.configure("resources", primitive("kmonitor", "kmonitor:kmonitor-pacemaker", parameters, interval="1s"))
+    first.until(lambda: len(stage.cluster.active_on("kmonitor")) == 1, "kmonitor is active")
+    [where] = stage.cluster.active_on("kmonitor")
+    for _ in range(2):
+        _said_in_log(stage, where, "web on alpha: guarded by pidfile")
+        before = stage.pid("web", "alpha")
+        with stage.failing("web", 1):
+            stage.signal("web", "alpha")
+            _said_in_log(stage, where, f"sleep ({before}) killed by SIGKILL from pid .*: told Pacemaker that it has failed")
+            stage.cluster.wait_active("web", "alpha")
+        stage.cluster[where].file("/run/kmonitor-pacemaker.log").write_text("", encoding="ascii")
+        tool = int(stage.cluster[where].file("/run/kmonitor-pacemaker.pid").read_text(encoding="ascii"))
+        stage.cluster[where].do("kill", "-9", str(tool))  # Pacemaker finds it within its second
+    _said_in_log(stage, where, "ready")
+    other = next(node.name for node in stage.cluster.nodes if node.name != where)
+    first.do("crm_resource", "--move", "--resource", "kmonitor", "--node", other)
+    stage.cluster.wait_active("kmonitor", other)
+    _said_in_log(stage, other, "ready")
+    stage.cluster.wait_idle()
+    _meta(stage, "kmonitor", "target-role", "Stopped")
+    stage.cluster.wait_active("kmonitor")
+
+
+def _said_in_log(stage: Stage, node: str, pattern: str) -> None:
+    path = stage.cluster[node].file("/run/kmonitor-pacemaker.log")
+    pattern = pattern.replace("(", r"\(").replace(")", r"\)")
+
+    def said() -> bool:
+        with contextlib.suppress(OSError):
+            return re.search(pattern, path.read_text(encoding="utf-8")) is not None
+        return False
+
+    stage.cluster.nodes[0].until(said, f"{pattern!r} in the log on {node}", 30)

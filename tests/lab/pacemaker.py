@@ -26,6 +26,7 @@ PRIVATE = ("/run", "/dev/shm", "/etc/corosync", "/var/lib/corosync", "/var/lib/p
 """Folders of which every machine has its own."""
 OWN_AGENTS = Path(__file__).parent / "ocf"
 """The resource agents of the tests."""
+DEPLOYED_AGENTS = Path(__file__).parents[2] / "deploy" / "ocf"
 FIRST_CIB = """<cib crm_feature_set="3.16.1" validate-with="pacemaker-3.9" epoch="1" num_updates="0" admin_epoch="0">
 <configuration><crm_config><cluster_property_set id="cib-bootstrap-options">
 <nvpair id="options-deadtime" name="dc-deadtime" value="2s"/>
@@ -54,6 +55,7 @@ class Node:
         self.lab = lab
         self.corosync: Inside | None = None
         self.pacemaker: Inside | None = None
+        self.started: list[Inside] = []
 
     @property
     def prefix(self) -> list[str]:
@@ -87,7 +89,7 @@ class Node:
         do("mkdir -p /run/ocf/kmonitor /run/ocf-upper")
         do("for d in /usr/lib/ocf/resource.d/*; do ln -s /run/ocf-upper/${d##*/} /run/ocf/; done")
         do("mount --bind /usr/lib/ocf/resource.d /run/ocf-upper && mount --bind /run/ocf /usr/lib/ocf/resource.d")
-        for agent in sorted(OWN_AGENTS.iterdir()):
+        for agent in sorted([*OWN_AGENTS.iterdir(), *DEPLOYED_AGENTS.iterdir()]):
             do(f"install -m 755 {shlex.quote(str(agent))} /run/ocf/kmonitor/{agent.name}")
         self.file("/etc/corosync/corosync.conf").write_text(corosync_conf, encoding="ascii")
         cib = self.file("/var/lib/pacemaker/cib/cib.xml")
@@ -102,11 +104,17 @@ class Node:
         reaper: list[str | Path] = [sys.executable, "-I", Path(__file__).parent / "reaper.py"]
         self.pacemaker = self.lab.keep(Inside(f"pacemakerd {self.name}", [*self.prefix, *QUIET, *reaper, "pacemakerd", "-f"]))
 
+    def command(self, *argv: str | Path) -> Inside:
+        """Start a command there, which may run until the end of the cluster."""
+        started = self.lab.keep(Inside(f"{Path(argv[0]).name} on {self.name}", [*self.prefix, *argv]))
+        self.started.append(started)
+        return started
+
     def kill(self) -> None:
-        """Both daemons, at once: what they started ends with the machine."""
-        for daemon in (self.pacemaker, self.corosync):
-            if daemon is not None:
-                self.lab.kill(daemon)
+        """Both daemons and what was started by hand, at once: the rest ends with the machine."""
+        for process in (*self.started, self.pacemaker, self.corosync):
+            if process is not None:
+                self.lab.kill(process)
 
     def until(self, reached: Callable[[], bool], what: str, limit: float = START_LIMIT) -> None:
         """Wait for a state of the daemons, which tell nobody of it."""

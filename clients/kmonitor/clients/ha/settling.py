@@ -84,13 +84,13 @@ class Settling:
         if case.died is None and (decision := _of_unseen(await self._lookup.look(verdict))).act is not Act.FAIL:
             return None if decision.act is Act.LEAVE else decision
         # From here on it is known to have ended before the DC is asked: what the DC begins later cannot be the cause.
-        state, idle = await self._view.certain()
+        idle = await self._view.idle()
+        state, found = await asyncio.gather(self._view.now(), self._lookup.look(verdict))
         decision = judge.judge(case, state, idle=idle)
         if decision.act is Act.WAIT and busy and not idle and case.died is not None:
             decision = judge.judge(case, state, idle=idle, planned=await self._view.planned(case.resource))
         if decision.act is not Act.FAIL:
             return decision
-        found = await self._lookup.look(verdict)
         if found.present is Present.UNKNOWN:
             return Decision(Act.WAIT, f"what runs there now cannot be looked up: {found.why}")
         return judge.present(decision, case, found.present, found.identity)

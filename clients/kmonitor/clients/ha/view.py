@@ -28,12 +28,9 @@ class View:
         await self._read("")
         return True
 
-    async def certain(self) -> tuple[ClusterState, bool]:
-        """The cluster as it is now, and whether it was idle at a time after this was called and before that was read.
-
-        What is "now": every change that any node knew of when the DC had answered. If idle, every operation that the cluster had ordered
-        before the call has its result in there. Raises CrmError.
-        """
+    async def idle(self) -> bool:
+        """Whether the cluster has nothing to do: every operation that it ever ordered has its result in what `now` gives after this.
+        Raises CrmError."""
         state = self.state
         if state is None or not state.dc:
             await self._read("")
@@ -42,10 +39,17 @@ class View:
         if controller == "S_NOT_DC":
             await self._read("")
             raise CrmAwayError(f"{state.dc} is not the DC any more")
+        return controller == IDLE
+
+    async def now(self) -> ClusterState:
+        """The cluster with every change that any node knew of when this was called. Raises CrmError."""
+        state = self.state
+        if state is None:
+            return await self._read("")
         other = state.other_member(self._local)
         if _version(await self._crm.cib_version(other)) != state.version:
-            state = await self._read(other)
-        return state, controller == IDLE
+            return await self._read(other)
+        return state
 
     async def planned(self, resource: str) -> bool:
         """Whether the scheduler would do something with it, by the CIB that was read last."""
