@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import grp
 import os
 import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 
 from kmonitor.wire.errors import KmonitorError
@@ -19,6 +21,8 @@ COMMAND_LIMIT_S = 10.0
 _NOT_CONNECTED = frozenset({102, 103, 107, 111})
 """Exit codes: not connected, no DC, and transport errors."""
 _NO_RIGHT = frozenset({4, 77})
+_ELSEWHERE = "/usr/sbin:/sbin"
+"""Where they are too, and the PATH of an ordinary user does not lead."""
 IDLE = "S_IDLE"
 """The state of a DC's controller that has nothing to do: all that it ever asked of a node was answered."""
 
@@ -109,40 +113,40 @@ class Crm:
         return _parsed("crm_resource", await self._run("crm_resource", "--show-metadata", agent))
 
     async def _run(self, *argv: str, env: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()) -> str:
-        program = shutil.which(argv[0]) or shutil.which(argv[0], path="/usr/sbin:/sbin")
+        program = shutil.which(argv[0]) or shutil.which(argv[0], path=_ELSEWHERE)
         if program is None:
             raise CrmError(
                 f"{argv[0]} is not here: install Pacemaker's command line tools (pacemaker-cli-utils), or run this on a cluster node"
             )
-        process = await asyncio.create_subprocess_exec(
-            program,
-            *argv[1:],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **(env or {})},
-            pass_fds=pass_fds,
-        )
-        try:
-            async with asyncio.timeout(self._limit):
-                out, err = await process.communicate()
-        except TimeoutError:
-            raise CrmAwayError(f"{argv[0]} did not answer in {self._limit:g} s") from None
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        if process.returncode:
-            raise _error(argv[0], process.returncode, err.decode(errors="replace") or out.decode(errors="replace"))
-        return out.decode(errors="replace")
+        # Output goes to memory, and the end is seen by a pidfd: no thread for each child, as asyncio's own way has up to Python 3.11, which
+        # mixes up two children of which the second got the pid of the first.
+        with _in_memory() as (_, out), _in_memory() as (_, err):
+            process = subprocess.Popen(  # noqa: ASYNC220 - a vfork
+                [program, *argv[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, **(env or {})},
+                pass_fds=pass_fds,
+            )
+            try:
+                async with asyncio.timeout(self._limit):
+                    await _ended(process.pid)
+            except TimeoutError:
+                raise CrmAwayError(f"{argv[0]} did not answer in {self._limit:g} s") from None
+            finally:
+                process.kill()  # of one that has ended this does nothing
+                code = process.wait()
+            if code:
+                raise _error(argv[0], code, _text(err) or _text(out))
+            return _text(out)
 
 
 class _in_memory:  # noqa: N801 - a context manager that is used as a function
-    """A text as a file with a path, for programs that get its descriptor. It lies on no disk: a CIB may hold passwords."""
+    """A file with a path, for programs that get its descriptor. It lies on no disk: a CIB may hold passwords."""
 
-    def __init__(self, text: str) -> None:
-        self._fd = os.memfd_create("cib", 0)
+    def __init__(self, text: str = "") -> None:
+        self._fd = os.memfd_create("kmonitor", os.MFD_CLOEXEC)
         with os.fdopen(os.dup(self._fd), "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -153,6 +157,23 @@ class _in_memory:  # noqa: N801 - a context manager that is used as a function
         os.close(self._fd)
 
 
+def _text(fd: int) -> str:
+    return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace")
+
+
+async def _ended(pid: int) -> None:
+    """Until a child has ended; it is not reaped."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    pidfd = os.pidfd_open(pid)
+    loop.add_reader(pidfd, lambda: None if ended.done() else ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
 def _parsed(command: str, text: str) -> ET.Element:
     try:
         return ET.fromstring(text)
@@ -160,11 +181,20 @@ def _parsed(command: str, text: str) -> ET.Element:
         raise CrmError(f"{command} printed what is no XML ({error}): Pacemaker 2.1 or newer is needed") from None
 
 
+def _may() -> bool:
+    """Whether Pacemaker lets this user in: who may not is told the same as where it does not run."""
+    names = set()
+    for group in {os.getegid(), *os.getgroups()}:
+        with contextlib.suppress(KeyError):
+            names.add(grp.getgrgid(group).gr_name)
+    return os.geteuid() == 0 or "haclient" in names
+
+
 def _error(command: str, code: int, said: str) -> CrmError:
     """From the last line that the command printed: what went before are details."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.lstrip().startswith("<")]
     last = lines[-1].removeprefix(f"{command}: ") if lines else f"exit status {code}"
-    if code in _NO_RIGHT:
+    if code in _NO_RIGHT or (code in _NOT_CONNECTED and not _may()):
         return CrmPermissionError(f"{command}: {last}: run this as root, or as a member of the group haclient")
     if code in _NOT_CONNECTED:
         return CrmAwayError(f"{command}: {last}: Pacemaker does not answer on this node")
