@@ -290,7 +290,7 @@ class Broker:
             processes=answer.processes,
             boot_id=boot_id,
             cgroup_ids=answer.cgroup_ids,
-            epoch=epoch if answer.position else 0,
+            epoch=epoch if answer.position or answer.by_group else 0,  # the position of a ring that has had nothing is 0
             position=answer.position,
         )
 
