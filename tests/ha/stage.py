@@ -51,9 +51,11 @@ class Tool:
 class Stage:
     """The cluster, kmonitor on it, and what happens there."""
 
-    def __init__(self, lab: Lab, net: Network, folder: Path) -> None:
+    def __init__(self, lab: Lab, net: Network, folder: Path, *options: str) -> None:
+        """`options` are the tool's."""
         self.lab = lab
         self.net = net
+        self.options = options
         self.log = folder / "broker.sqlite"
         self.cluster = PacemakerCluster(lab, net, ["alpha", "beta"])
         self.broker = self.start_broker()
@@ -68,9 +70,9 @@ class Stage:
         """With pins, as agents run."""
         return node.machine.agent(self.lab, BROKER, pin=True)
 
-    def start_tool(self, node: str = "alpha", *options: str) -> Tool:
+    def start_tool(self, node: str = "alpha") -> Tool:
         """Until it says that it is ready."""
-        running = self.cluster[node].command(BIN / "kmon", "ha", "pacemaker", "--json", "--broker", BROKER, *options)
+        running = self.cluster[node].command(BIN / "kmon", "ha", "pacemaker", "--json", "--broker", BROKER, *self.options)
         running.wait_line(lambda line: b'"ready": true' in line, "that it is ready")
         self._tool = Tool(running)
         return self._tool

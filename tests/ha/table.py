@@ -45,7 +45,7 @@ def main() -> None:
             rows = [("Pacemaker's own monitor, every 10 s", _kills(stage, asked.kills, None))]
             rows.append(("`crm_resource --fail` at once, nothing asked", _kills(stage, asked.kills, _fail_at_once)))
             before = stage.cluster.failures("any")
-            stage.start_tool("alpha")
+            stage.start_tool()
             stage.settled("any", _where(stage).name)
             rows.append(("`kmon ha pacemaker`", _kills(stage, asked.kills, None)))
             told = [each for each in stage.tool.said("outcome", "any") if each["action"] == "failed"]
@@ -63,7 +63,8 @@ def main() -> None:
 
 def _resource(stage: Stage) -> None:
     parameters = {"binfile": "/usr/bin/sleep", "cmdline_options": "1000000", "pidfile": "/run/any.pid"}
-    stage.cluster.configure("resources", primitive("any", "heartbeat:anything", parameters, interval=f"{INTERVAL_S:g}s"))
+    meta = {"resource-stickiness": "100"}
+    stage.cluster.configure("resources", primitive("any", "heartbeat:anything", parameters, interval=f"{INTERVAL_S:g}s", meta=meta))
     stage.cluster.wait_active("any", "alpha")
 
 

@@ -10,12 +10,14 @@ import contextlib
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ha.stage import BROKER, Stage
+from tests.lab.control_groups import Group, control_group, hierarchy_lack
 from tests.lab.namespaces import HUB, ip, namespaces_lack, network
 from tests.lab.pacemaker import PacemakerCluster, pacemaker_lack, primitive
 from tests.lab.requires import capture_lack, need
@@ -26,21 +28,26 @@ pytestmark = [pytest.mark.capture, pytest.mark.timeout(120)]
 ROUNDS = int(os.environ.get("KMONITOR_HA_ROUNDS", "2"))
 """How often the scenes that hunt a race are played."""
 MINUTE = "60s"
+LIKES = {"web": "alpha", "grouped": "alpha", "any": "beta", "slow": "beta"}
+"""Resource -> the node that it is on unless it is told otherwise."""
 
 
 @pytest.fixture(scope="module")
 def stage(pins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """A cluster with resources, all guarded."""
-    need(capture_lack, namespaces_lack, pacemaker_lack)
-    with network() as net:
+    need(capture_lack, namespaces_lack, pacemaker_lack, hierarchy_lack)
+    with control_group() as group, network() as net:
         lab = Lab(pins)
         try:
-            made = Stage(lab, net, tmp_path_factory.mktemp("pacemaker"))
-            _resources(made.cluster)
-            for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
+            folder = tmp_path_factory.mktemp("pacemaker")
+            rules = folder / "rules.toml"
+            rules.write_text(f'[resource.grouped]\ncgroup = "{group.path}"\ncomm = "sl*p"\n', encoding="utf-8")
+            made = Stage(lab, net, folder, f"--config={rules}", "--attribute")
+            _resources(made.cluster, group)
+            for resource, node in LIKES.items():
                 made.cluster.wait_active(resource, node)
-            made.start_tool("alpha", "--attribute")
-            for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
+            made.start_tool()
+            for resource, node in LIKES.items():
                 made.settled(resource, node)
             yield made
             made.stop_tool()
@@ -49,14 +56,16 @@ def stage(pins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stag
             lab.close()
 
 
-def _resources(cluster: PacemakerCluster) -> None:
+def _resources(cluster: PacemakerCluster, group: Group) -> None:
     daemon = {"journal": "/run/journal"}
     cluster.configure("resources", primitive("web", "kmonitor:daemon", {**daemon, "pidfile": "/run/web.pid"}, interval=MINUTE))
     sleeper = {"binfile": "/usr/bin/sleep", "cmdline_options": "1000000", "pidfile": "/run/any.pid"}
     cluster.configure("resources", primitive("any", "heartbeat:anything", sleeper, interval=MINUTE))
     slow = {**daemon, "pidfile": "/run/slow.pid", "start_takes": "0.5", "stop_takes": "0.5", "helper": "yes"}
     cluster.configure("resources", primitive("slow", "kmonitor:daemon", slow, interval=MINUTE))
-    for resource, node in (("web", "alpha"), ("any", "beta"), ("slow", "beta")):
+    grouped = {**daemon, "pidfile": "/run/grouped.pid", "cgroup": str(group.folder)}
+    cluster.configure("resources", primitive("grouped", "kmonitor:daemon", grouped, interval=MINUTE))
+    for resource, node in LIKES.items():
         cluster.configure("constraints", f'<rsc_location id="{resource}-likes" rsc="{resource}" node="{node}" score="100"/>')
 
 
@@ -68,7 +77,7 @@ def _meta(stage: Stage, resource: str, name: str, value: str) -> None:
 # ---- deaths
 
 
-@pytest.mark.parametrize(("resource", "node"), [("web", "alpha"), ("any", "beta")])
+@pytest.mark.parametrize(("resource", "node"), [("web", "alpha"), ("any", "beta"), ("grouped", "alpha")])
 def test_killed(stage: Stage, resource: str, node: str) -> None:
     """It is told once, with its cause, and there is a new process."""
     before, start = stage.settled(resource, node), stage.tool.now
@@ -91,6 +100,24 @@ def test_dies_again_and_again(stage: Stage) -> None:
             before = stage.signal("web", "alpha", signal.SIGTERM)
             stage.tool.next("outcome", "web", start, action="failed", pid=before, exit_signal=15)
             stage.settled("web", "alpha")
+
+
+def test_dies_right_after_a_start_elsewhere(stage: Stage) -> None:
+    """Before the guard may have come there: it is found, and not first by the monitor of the next minute."""
+    before = stage.settled("web", "alpha")
+    beta = stage.cluster["beta"]
+    killer = beta.command("sh", "-c", "until [ -s /run/web.pid ]; do sleep 0.01; done; sleep 0.3; kill -9 $(cat /run/web.pid)")
+    began = time.monotonic()
+    stage.cluster.nodes[0].do("crm_resource", "--move", "--resource", "web", "--node", "beta")
+    try:
+        killer.wait(30)
+        first = stage.pid("web", "beta")
+        stage.cluster.nodes[0].until(lambda: _other(stage, "web", "beta", first), "a new process", 20)
+        assert time.monotonic() - began < 30
+        stage.settled("web", "beta")
+    finally:
+        stage.cluster.nodes[0].do("crm_resource", "--clear", "--resource", "web")
+    assert stage.settled("web", "alpha") != before
 
 
 # ---- what the cluster does
@@ -276,13 +303,28 @@ def test_node_cut_off_from_the_broker(stage: Stage) -> None:
 
 def test_the_books(stage: Stage) -> None:
     """Over all scenes: what the tool says that it told is what Pacemaker was told."""
-    for resource in ("web", "any", "slow"):
+    for resource in LIKES:
         told = [each for each in stage.tool.said("outcome", resource) if each["action"] == "failed"]
         assert len(told) == stage.cluster.failures(resource)
         ends = [(each["node"], each["pid"], each["start_time"]) for each in stage.tool.said("outcome", resource) if "pid" in each]
         assert len(ends) == len(set(ends)), f"{resource}: a death was dealt with twice"
     assert not [each for each in stage.tool.said("outcome", "slow") if each["action"] == "failed"]
     assert "Traceback" not in stage.tool.running.stderr_text()
+
+
+def test_dead_before_it_was_started(stage: Stage) -> None:
+    """What had died before is left to Pacemaker, and said; what comes then is guarded."""
+    stage.settled("web", "alpha")
+    said = stage.tool
+    stage.stop_tool()
+    with stage.failing("web", 1):
+        killed = stage.signal("web", "alpha")
+        start = stage.start_tool().now
+        stage.tool.next("guarding", "web", 0, pid=None)
+        stage.cluster.nodes[0].do("crm_resource", "--fail", "--resource", "web", "--node", "alpha")
+        assert stage.settled("web", "alpha") != killed
+        assert not stage.tool.said("outcome", "web", start)
+    assert "Traceback" not in said.running.stderr_text()
 
 
 def test_as_a_resource_of_the_cluster(stage: Stage) -> None:
@@ -299,17 +341,18 @@ def test_as_a_resource_of_the_cluster(stage: Stage) -> None:
     stage.cluster.configure("resources", primitive("kmonitor", "kmonitor:kmonitor-pacemaker", parameters, interval="1s"))
     first.until(lambda: len(stage.cluster.active_on("kmonitor")) == 1, "kmonitor is active")
     [where] = stage.cluster.active_on("kmonitor")
+    log, since = stage.cluster[where].file("/run/kmonitor-pacemaker.log"), 0
     for _ in range(2):
-        _said_in_log(stage, where, "web on alpha: guarded by pidfile")
+        _said_in_log(stage, where, "web on alpha: guarded by pidfile", since)
         before = stage.pid("web", "alpha")
         with stage.failing("web", 1):
             stage.signal("web", "alpha")
-            _said_in_log(stage, where, f"sleep ({before}) killed by SIGKILL from pid .*: told Pacemaker that it has failed")
+            _said_in_log(stage, where, f"sleep ({before}) killed by SIGKILL from pid .*: told Pacemaker that it has failed", since)
             stage.cluster.wait_active("web", "alpha")
-        stage.cluster[where].file("/run/kmonitor-pacemaker.log").write_text("", encoding="ascii")
         tool = int(stage.cluster[where].file("/run/kmonitor-pacemaker.pid").read_text(encoding="ascii"))
         stage.cluster[where].do("kill", "-9", str(tool))  # Pacemaker finds it within its second
-    _said_in_log(stage, where, "ready")
+        since = log.stat().st_size
+    _said_in_log(stage, where, "ready", since)
     other = next(node.name for node in stage.cluster.nodes if node.name != where)
     first.do("crm_resource", "--move", "--resource", "kmonitor", "--node", other)
     stage.cluster.wait_active("kmonitor", other)
@@ -319,13 +362,13 @@ def test_as_a_resource_of_the_cluster(stage: Stage) -> None:
     stage.cluster.wait_active("kmonitor")
 
 
-def _said_in_log(stage: Stage, node: str, pattern: str) -> None:
+def _said_in_log(stage: Stage, node: str, pattern: str, since: int = 0) -> None:
     path = stage.cluster[node].file("/run/kmonitor-pacemaker.log")
     pattern = pattern.replace("(", r"\(").replace(")", r"\)")
 
     def said() -> bool:
         with contextlib.suppress(OSError):
-            return re.search(pattern, path.read_text(encoding="utf-8")) is not None
+            return re.search(pattern, path.read_bytes()[since:].decode()) is not None
         return False
 
     stage.cluster.nodes[0].until(said, f"{pattern!r} in the log on {node}", 30)

@@ -193,9 +193,9 @@ def _may() -> bool:
 def _error(command: str, code: int, said: str) -> CrmError:
     """From the last line that the command printed: what went before are details."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.lstrip().startswith("<")]
-    last = lines[-1].removeprefix(f"{command}: ") if lines else f"exit status {code}"
+    last = lines[-1].removeprefix(f"{command}: ").removeprefix("error: ") if lines else f"exit status {code}"
     if code in _NO_RIGHT or (code in _NOT_CONNECTED and not _may()):
         return CrmPermissionError(f"{command}: {last}: run this as root, or as a member of the group haclient")
     if code in _NOT_CONNECTED:
-        return CrmAwayError(f"{command}: {last}: Pacemaker does not answer on this node")
+        return CrmAwayError(f"{command}: {last}: Pacemaker does not answer on this node, or does not run here")
     return CrmError(f"{command}: {last}")

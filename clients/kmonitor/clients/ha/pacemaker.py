@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kmonitor.clients.errors import RegistrationError
+from kmonitor.clients.errors import ClosedError
 from kmonitor.clients.guard import ProcessGuard
 from kmonitor.clients.ha.cluster_state import Resource
 from kmonitor.clients.ha.crm import CrmAwayError, CrmError
@@ -19,6 +19,7 @@ from kmonitor.clients.ha.report import Report
 from kmonitor.clients.ha.settling import Settling
 from kmonitor.clients.ha.view import View
 from kmonitor.clients.verdict import Blindness, Death, Life, Subject, Verdict
+from kmonitor.wire.errors import BrokerUnreachableError, KmonitorError, NotAuthorisedError
 
 KEEP_S = 30.0
 """A guard stays for so long after the cluster stopped a resource: it may start it there again."""
@@ -145,8 +146,8 @@ class Pacemaker:
 
     def _unseen(self, place: Place, kept: Kept) -> None:
         """It is not there: did it die before the guard came to it?"""
-        if kept.gone_since or kept.start in kept.known or place in self._cases:
-            return
+        if kept.gone_since or not kept.resource.active or kept.start in kept.known or place in self._cases:
+            return  # if there is something to it, the next look at the cluster comes here again
         if _evidence(kept) in self._alive:
             self._open(place, kept, None)
 
@@ -169,6 +170,8 @@ class Pacemaker:
             if changed or any(kept.gone_since for kept in self._kept.values()) or self._missing():
                 with contextlib.suppress(CrmAwayError):
                     await self._follow()
+            else:
+                await self._look_at_starts()
 
     def _missing(self) -> bool:
         return any(not kept.answered for kept in self._kept.values())
@@ -205,7 +208,14 @@ class Pacemaker:
                 self._of_name[subject.name] = place
             self._kept[place].resource = resource
         await asyncio.gather(*(self._add(place, kept) for place, kept in self._kept.items() if not kept.answered))
-        for place, kept in self._kept.items():
+        await self._look_at_starts()
+
+    async def _look_at_starts(self) -> None:
+        """Is there a start of whose process the guard knows nothing?"""
+        state = self._view.state
+        if state is None:
+            return
+        for place, kept in list(self._kept.items()):
             start = state.starts.get(place, kept.start)
             if kept.answered and kept.resource.active:
                 await self._after_start(place, kept, start)
@@ -234,7 +244,9 @@ class Pacemaker:
     async def _add(self, place: Place, kept: Kept) -> None:
         try:
             await self._guard.add(kept.subject)
-        except RegistrationError as refusal:
+        except (BrokerUnreachableError, NotAuthorisedError, ClosedError):
+            raise
+        except KmonitorError as refusal:  # of this one: the others are guarded
             self._note(("add", place), f"{place[0]} on {place[1]}: not guarded yet: {refusal}")
             return
         kept.answered = True
