@@ -111,9 +111,10 @@ class Pacemaker:
             process = verdict.process
             self._say_guarding(place, kept, process.pid if process else 0, process.comm if process else "")
         elif verdict.life is Life.DEAD and verdict.death is not None:
-            if self._said.get(place) == str(verdict.death.process):
+            what = f"{verdict.death.process} {verdict.death.inferred}"  # one that was inferred may be told with its status later
+            if self._said.get(place) == what:
                 return  # told again for its blindness' sake
-            self._said[place] = str(verdict.death.process)
+            self._said[place] = what
             self._open(place, kept, verdict.death)
         elif verdict.life is Life.ABSENT and verdict.blind is None:
             self._say_guarding(place, kept, None, "")
@@ -132,11 +133,15 @@ class Pacemaker:
             await asyncio.wait([before])
         start = kept.start
         if death is None:
-            was = self._guard.verdict(kept.subject.name).process
+            was = self._verdict(kept).process
             await asyncio.sleep(SETTLED_S)
-            if self._kept.get(place) is not kept or self._guard.verdict(kept.subject.name).process != was:
+            if self._kept.get(place) is not kept or self._verdict(kept).process != was:
                 return  # it was seen after all, and if it has ended since, that is another case
-        outcome = await self._settling.settle(place, death, lambda: self._guard.verdict(kept.subject.name), kept.grace)
+        try:
+            outcome = await self._settling.settle(place, death, lambda: self._verdict(kept), kept.grace)
+        except KmonitorError as error:
+            self._report.note(f"{place[0]} on {place[1]}: its end could not be dealt with: {error}")
+            return
         if death is None and outcome is None:
             self._note(
                 ("absent", place),
@@ -223,7 +228,7 @@ class Pacemaker:
 
     async def _after_start(self, place: Place, kept: Kept, start: str) -> None:
         """A start that is over: is it its process that is guarded?"""
-        verdict = self._guard.verdict(kept.subject.name)
+        verdict = self._verdict(kept)
         if verdict.blind is not None:
             return
         if verdict.life is not Life.ALIVE:
@@ -240,6 +245,13 @@ class Pacemaker:
             await self._guard.remove(kept.subject.name)
             kept.answered = False
             await self._add(place, kept)
+
+    def _verdict(self, kept: Kept) -> Verdict:
+        """As the guard has it; of one that is not guarded just now nothing is known."""
+        try:
+            return self._guard.verdict(kept.subject.name)
+        except KeyError:
+            return Verdict(kept.subject)
 
     async def _add(self, place: Place, kept: Kept) -> None:
         try:
