@@ -9,6 +9,7 @@ Two real nodes, `ocf:heartbeat:anything` with a monitor every 10 s, killed with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -85,6 +86,7 @@ def _kills(stage: Stage, kills: int, then: Callable[[Node], None] | None) -> lis
             other = next(node.name for node in stage.cluster.nodes if node is not _where(stage))
             stage.cluster.nodes[0].do("crm_resource", "--move", "--resource", "any", "--node", other)
             stage.cluster.wait_active("any", other)
+            stage.cluster.wait_idle()
             stage.cluster.nodes[0].do("crm_resource", "--clear", "--resource", "any")
         stage.cluster.wait_idle()
         time.sleep(1.5 + random.uniform(0, INTERVAL_S))  # the moment is what is random
@@ -94,23 +96,23 @@ def _kills(stage: Stage, kills: int, then: Callable[[Node], None] | None) -> lis
         os.kill(victim, signal.SIGKILL)
         if then is not None:
             then(node)
-        _wait_other(node, pid)
+        where = _wait_other(stage, node, pid)
         found.append(time.monotonic() - began)
-        stage.cluster.wait_active("any", node.name)
+        print(f"  {found[-1]:.3f} s, {node.name} to {where}", flush=True)
+        stage.cluster.wait_active("any", where)
     return found
 
 
-def _wait_other(node: Node, pid: int) -> None:
-    path = node.file("/run/any.pid")
+def _wait_other(stage: Stage, old_node: Node, old_pid: int) -> str:
+    """The node on which the next one is: most often the same."""
     until = time.monotonic() + LIMIT_S
     while time.monotonic() < until:
-        try:
-            if int(path.read_text(encoding="ascii")) != pid:
-                return
-        except (OSError, ValueError):
-            pass
+        for node in stage.cluster.nodes:
+            with contextlib.suppress(OSError, ValueError):  # not there, or just being written
+                if (node, stage.pid("any", node.name)) != (old_node, old_pid):
+                    return node.name
         time.sleep(0.001)
-    raise LabError(f"no new process in {LIMIT_S:g} s")
+    raise LabError(f"no new process in {LIMIT_S:g} s\n{old_node.call('crm_mon', '-1rfo').stdout}")
 
 
 def _host_pid(node: Node, pid: int) -> int:

@@ -23,8 +23,6 @@ from kmonitor.wire.errors import BrokerUnreachableError, KmonitorError, NotAutho
 
 KEEP_S = 30.0
 """A guard stays for so long after the cluster stopped a resource: it may start it there again."""
-SOON_S, SOON_FOR_S = 0.2, 5.0
-"""How often the cluster is looked at after a death, and for how long: what is started then is to be guarded soon."""
 SETTLED_S = 0.5
 """Longer than the guard's own look: what was started is seen alive by then, if it is."""
 
@@ -78,8 +76,6 @@ class Pacemaker:
         """Resource and what it is guarded by: seen alive through it once, so that it is known to say what it seems to say."""
         self._cases: dict[Place, asyncio.Task[None]] = {}
         self._said: dict[object, str] = {}
-        self._soon_until = 0.0
-        self._hurry = asyncio.Event()
 
     async def run(self) -> None:
         """Until it is cancelled, or the guard's monitor ends: raises what that does, and CrmError if Pacemaker does not answer at first."""
@@ -122,8 +118,6 @@ class Pacemaker:
 
     def _open(self, place: Place, kept: Kept, death: Death | None) -> None:
         before = self._cases.get(place)
-        self._soon_until = time.monotonic() + SOON_FOR_S
-        self._hurry.set()
         task = asyncio.create_task(self._settle(place, kept, death, before), name=f"kmonitor ha: {place}")
         self._cases[place] = task
         task.add_done_callback(lambda done: self._cases.pop(place) if self._cases.get(place) is done else None)
@@ -160,12 +154,9 @@ class Pacemaker:
 
     async def _keep_up(self) -> None:
         while True:
-            self._hurry.clear()
-            soon = time.monotonic() < self._soon_until
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(SOON_S, self._poll) if soon else self._poll):
-                    await self._hurry.wait()
-                    await asyncio.sleep(min(SOON_S, self._poll))
+            # Not sooner after a death: it would take CPU time of the recovery, and what is started again at the same place is found
+            # by the guard itself.
+            await asyncio.sleep(self._poll)
             try:
                 changed = await self._view.update()
                 self._note("crm", "", "Pacemaker answers again")
