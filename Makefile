@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/kmonitor.stamp
 INSTALLED_BENCH := $(VENV)/kmonitor-bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-bench build demo test soak bench bench-quick lint format generate check-generated wheel clean FORCE
+.PHONY: help setup setup-test setup-bench build demo test soak ha-table bench bench-quick lint format generate check-generated wheel clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -38,6 +38,9 @@ test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goe
 
 soak: setup-test ## random faults under load, and then the books (root, for BPF); FOR=2m SEED=7 ARGS="--nodes 3"
 	$(BIN)/python -m tests.robustness.soak $(if $(FOR),--for $(FOR)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+ha-table: setup-test ## from a death to the new process, with Pacemaker alone and with kmonitor (5 minutes, root); KILLS=10
+	$(BIN)/python -m tests.ha.table $(if $(KILLS),--kills $(KILLS)) $(ARGS)
 
 bench: setup-bench ## all measurements, beside peers: build/bench/results.md (10 minutes, root); ARGS="--only latency"
 	$(BIN)/python -m bench $(ARGS)

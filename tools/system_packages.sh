@@ -43,6 +43,11 @@ missing() {
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null 2>&1 || echo iproute2
     PATH=$PATH:/usr/sbin:/sbin command -v keepalived >/dev/null 2>&1 || echo keepalived
     command -v node >/dev/null 2>&1 || echo nodejs
+    # A real cluster, for kmon ha pacemaker.
+    for server in pacemakerd:pacemaker crm_mon:pacemaker-cli-utils corosync:corosync; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "${server%%:*}" >/dev/null 2>&1 || echo "${server##*:}"
+    done
+    [ -e /usr/lib/ocf/resource.d/heartbeat/anything ] || echo resource-agents
     command -v npm >/dev/null 2>&1 || echo npm
     # bcc is a distribution's package, for the distribution's interpreter.
     /usr/bin/python3 -c 'from bcc import BPF' 2>/dev/null || echo python3-bpfcc

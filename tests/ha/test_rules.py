@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of `kmon ha pacemaker`, and what is said of mistakes in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kmonitor.clients.cli.options import duration_or_none
+from kmonitor.clients.ha.rules import Rule, load
+from kmonitor.wire.errors import UsageError
+
+
+def rules(tmp_path: Path, text: str) -> Path:
+    """A file."""
+    path = tmp_path / "pacemaker.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_all_of_it(tmp_path: Path) -> None:
+    text = """
+[nodes]
+web1 = "web1.example"
+[resource.web]
+pidfile = "/run/web.pid"
+grace = "500ms"
+[resource.db]
+unit = "postgresql.service"
+comm = ["postgres", "postmaster"]
+[resource.ip]
+ignore = true
+"""
+    found = load(rules(tmp_path, text), duration_or_none)
+    assert found.resources == {
+        "web": Rule(pidfile="/run/web.pid", grace=0.5),
+        "db": Rule(unit="postgresql.service", comms=("postgres", "postmaster")),
+        "ip": Rule(ignore=True),
+    }
+    assert (found.agent_of("web1"), found.agent_of("web2")) == ("web1.example", "web2")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[resource.web]\npidfil = '/run/web.pid'", "'pidfil' is not known"),
+        ("[resource.web]\npidfile = 3", "pidfile cannot be 3"),
+        ("[resource.web]\npidfile = '/a'\nunit = 'b'", "give one of pidfile, unit, cgroup"),
+        ("[resource.web]\npidfile = '/a'\ncomm = 'b'", "comm belongs to unit or cgroup"),
+        ("[resource.web]\npidfile = '/a'\ngrace = 'soon'", "'soon' is no duration"),
+        ("[resources.web]\n", "'resources' is not known"),
+        ("[nodes]\nweb1 = 3", "[nodes]"),
+        ("resource = 3", "[resource.NAME]"),
+        ("[resource", "end of a table declaration"),
+    ],
+)
+def test_mistakes(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load(rules(tmp_path, text), duration_or_none)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        load(tmp_path / "nothing.toml", duration_or_none)
