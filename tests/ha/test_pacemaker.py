@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from kmonitor.clients.lab.tools import ip
 from tests.ha.stage import BROKER, Stage
 from tests.lab.control_groups import Group, control_group, hierarchy_lack
-from tests.lab.namespaces import HUB, ip, namespaces_lack, network
+from tests.lab.namespaces import HUB, namespaces_lack, network
 from tests.lab.pacemaker import PacemakerCluster, pacemaker_lack, primitive
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import BIN, Lab
@@ -244,8 +245,7 @@ def test_its_pid_is_given_again(stage: Stage) -> None:
     before, start = stage.settled("web", "alpha"), stage.tool.now
     machine = stage.cluster["alpha"].machine
     with stage.failing("web", 1):
-        machine.shell.do(f"kill -9 {before}")
-        machine.shell.do(f"until ! kill -0 {before} 2>/dev/null; do :; done")
+        stage.cluster["alpha"].do("sh", "-c", f"kill -9 {before}; until ! kill -0 {before} 2>/dev/null; do :; done")
         stranger = machine.idler(stage.lab, before)
         assert stranger.pid == before
         stage.tool.next("outcome", "web", start, pid=before, action="failed")

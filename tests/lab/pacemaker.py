@@ -79,7 +79,7 @@ class Node:
 
     def prepare(self, corosync_conf: str) -> None:
         """Private folders, and corosync's configuration."""
-        do = self.machine.shell.do
+        do = self.machine.do
         for folder in PRIVATE:
             do(f"mount -t tmpfs -o mode={1777 if folder == '/dev/shm' else 755} kmonitor-test {folder}")
         do("mkdir -p /run/lock /run/resource-agents /var/log/pacemaker/bundles")
