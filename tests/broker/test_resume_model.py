@@ -498,6 +498,7 @@ MORE = int(os.environ.get("KMONITOR_TEST_MORE", "1"))
 @pytest.mark.parametrize("machine", [MemoryMachine, SmallMachine, SqliteMachine])
 def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "_LOOK_AGAIN_SECONDS", NEVER)
+    monkeypatch.setattr(outbox, "MARK_WAIT", NEVER)
     # Small, so that streams fall behind, and forget, after little.
     monkeypatch.setattr(outbox, "ROWS_LIMIT", 4_000)
     monkeypatch.setattr(outbox, "READ_SIZE", 3_000)
