@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something to watch: a shop that does what goes wrong on real machines, slowly enough to read along.
 
-Every few seconds it forks a child named `order`. Most run a short command and end with 0; every fourth dereferences a null pointer, every
-seventh ends with code 3. Another child, `leak`, takes memory until the kernel's out-of-memory killer ends it, and is started again.
-Both end with the shop (PR_SET_PDEATHSIG).
+Every few seconds it forks a child named `order`. Most run a short command and end with 0; every third dereferences a null pointer, every
+fifth ends with code 3. Another child, `leak`, takes memory until the kernel's out-of-memory killer ends it, and is started again.
+Both end with the shop (PR_SET_PDEATHSIG). The pid of each child goes to /run/shop.book, for who wants to check what a monitor was told.
 
     shop.py [--every SECONDS] [--leak MIB_PER_SECOND]
 """
@@ -16,9 +16,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
-_CRASH, _FAIL = 4, 7
+_CRASH, _FAIL = 3, 5
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_PDEATHSIG = 1
 _PAUSE_AFTER_LEAK_S = 20.0
@@ -61,13 +62,14 @@ def leak(mib_a_second: int) -> NoReturn:
         time.sleep(0.25)
 
 
-def fork(life: object, *arguments: int) -> int:
+def fork(life: Callable[..., NoReturn], *arguments: int) -> int:
     """The pid of a child that lives so."""
     pid = os.fork()
     if pid == 0:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        assert callable(life)
         life(*arguments)
+    with open("/run/shop.book", "a", encoding="ascii") as book:  # noqa: PTH123
+        book.write(f"{pid}\n")
     return pid
 
 

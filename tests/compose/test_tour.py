@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/lab.md, typed and seen: every command that stands there is run on a real engine, and what it promises must come."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.compose import page
+from tests.compose.engine import TOP, Compose, compose
+from tests.lab.process import LabError, Running
+
+SEEN_LIMIT = 90.0
+"""Seconds until what the page promises must have come: an out-of-memory kill takes half a minute by itself."""
+
+_PREFIX = re.compile(r"^monitor-1\s+\| ")
+_FORK_OF_SHOP = re.compile(r"(\d\d:\d\d:\d\d)\.\d{3} (\w+) FORK \d+ shop → (\d+)")
+
+
+class Terminal:
+    """The first terminal: `docker compose up`, of which the page shows the monitor's lines."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self.at = 0  # behind the last line that was asked for
+
+    def lines(self, start: int = 0) -> list[str]:
+        """What the monitor has printed, from line `start` of the terminal on; lines of others are empty."""
+        return [_monitor(line) for line in self.running.lines[start:]]
+
+    def wait(self, shown: list[str], known: dict[str, str], start: int) -> dict[str, str]:
+        """Until all of these have come from `start` on; what the pids that the page shows are really."""
+        lines: list[str] = []
+        found: dict[str, str] | None = None
+
+        def complete(line: bytes) -> bool:
+            nonlocal found
+            lines.append(_monitor(line))
+            if lines[-1]:
+                found = page.match(shown, lines, known)
+            return found is not None
+
+        self.running.wait_line(complete, "\n" + "\n".join(shown), limit=SEEN_LIMIT, start=start)
+        assert found is not None
+        return found
+
+
+def _monitor(line: bytes) -> str:
+    text = page.ANSI.sub("", line.decode(errors="replace"))
+    return page.plain(_PREFIX.sub("", text)) if _PREFIX.match(text) else ""
+
+
+@pytest.fixture
+def lab() -> Iterator[Compose]:
+    with compose() as started:
+        yield started
+    assert not started.left()
+
+
+def _type(lab: Compose, step: page.Step) -> None:
+    """Run a command of the page to its end; it must succeed, and print what stands there."""
+    done = subprocess.run(
+        lab.command(step.command),
+        cwd=TOP,
+        env=lab.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    printed = [page.plain(line) for line in done.stdout.splitlines()]
+    if done.returncode != 0 or page.match(step.prints, printed, {}) is None:
+        raise LabError(f"{step.command}: exit status {done.returncode}, expected\n{step.prints}\nand got\n{done.stdout}{done.stderr}")
+
+
+@pytest.mark.timeout(1800)
+def test_the_tour(lab: Compose) -> None:
+    first, *rest = page.scenes()
+    (up,) = first.steps
+    assert up.command == "docker compose up --build"
+    terminal = Terminal(lab.start(up.command))
+    try:
+        for shown in up.seen:
+            terminal.wait(shown, {}, 0)
+        for scene in rest:
+            known: dict[str, str] = {}
+            for step in scene.steps:
+                start = len(terminal.running.lines)
+                if step.command.startswith("docker compose down"):
+                    _check_book(lab, terminal)
+                typed = time.strftime("%H:%M:%S", time.gmtime())
+                _type(lab, step)
+                for shown in step.seen:
+                    known = terminal.wait(shown, known, start)
+                if "network connect" in step.command:
+                    _check_came_late(terminal.lines(start), typed)
+        assert terminal.running.wait(60) == 0, terminal.running.failure("docker compose up")
+    finally:
+        terminal.running.stop(limit=60)
+
+
+def _check_came_late(lines: list[str], connected: str) -> None:
+    """After the node is up again its events are those of the time before."""
+    up = next(at for at, line in enumerate(lines) if line.startswith("── db1: node is UP"))
+    times = [line[:8] for line in lines[up:] if " db1 FORK " in line]
+    assert times[0] < connected, f"what happened in db1 while it was cut off did not come first: {times}, connected at {connected}"
+
+
+def _check_book(lab: Compose, terminal: Terminal) -> None:
+    """Of a node whose agent was not killed each child of the shop was told, from the first one that was: the shop has kept a book.
+    What it forks just now is awaited."""
+    for node in ("db1", "web2"):
+        book = lab.run("exec", node, "cat", "/run/shop.book").split()
+        told: list[str] = []
+
+        def complete(line: bytes, node: str = node, told: list[str] = told, last: str = book[-1]) -> bool:
+            fork = _FORK_OF_SHOP.match(_monitor(line))
+            if fork and fork[2] == node:
+                told.append(fork[3])
+            return bool(told) and told[-1] == last
+
+        terminal.running.wait_line(complete, f"the fork of {book[-1]} in {node}")
+        assert told == book[book.index(told[0]) :]
+    assert not [line for line in terminal.lines() if re.match("── (db1|web2): GAP", line)]
