@@ -37,10 +37,11 @@ missing() {
         done
     fi
     [ "$purpose" = test ] || return 0
-    # The tests compile small programs, make network namespaces, and talk to the broker from another language.
+    # The tests compile small programs, make network namespaces with keepalived in them, and talk to the broker from another language.
     command -v cc >/dev/null 2>&1 || echo gcc
     [ -e /usr/include/stdio.h ] || echo libc6-dev
     PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null 2>&1 || echo iproute2
+    PATH=$PATH:/usr/sbin:/sbin command -v keepalived >/dev/null 2>&1 || echo keepalived
     command -v node >/dev/null 2>&1 || echo nodejs
     command -v npm >/dev/null 2>&1 || echo npm
     # bcc is a distribution's package, for the distribution's interpreter.

@@ -25,6 +25,7 @@ class Lack(enum.Enum):
     ENGINE = "needs a Docker engine with Compose that answers"
     LAB_TEST = "builds images and starts containers, and is run by: make lab-test"
     NAMESPACES = "needs ip, unshare and nsenter: apt-get install iproute2 util-linux"
+    KEEPALIVED = "needs keepalived: apt-get install --no-install-recommends keepalived"
     NODE = "needs node and npm: apt-get install nodejs npm"
     NPM_REGISTRY = "needs the packages of tests/interop/package.json, and npm could not get them"
     SETPRIV = "needs setpriv: apt-get install util-linux"

@@ -16,7 +16,7 @@ from kmonitor.broker.log.sqlite import CLOSE_S
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 BIN = Path(sys.executable).parent
-UNITS = ("kmonitor-agent", "kmonitor-broker")
+UNITS = ("kmonitor-agent", "kmonitor-broker", "kmonitor-keepalived")
 
 
 def options(name: str) -> dict[str, str]:

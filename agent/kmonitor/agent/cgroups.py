@@ -6,6 +6,7 @@ The id of a control group is the inode number of its folder (kernfs, on 64-bit m
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def find_cgroup(path: str) -> tuple[Path, list[int]] | None:
             folder = folder.parent
     except OSError:
         return None
+
+
+def ids_below(folder: Path) -> list[int]:
+    """The id of a group, and of all below it; none if it is gone."""
+    ids = []
+    for each, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            ids.append(Path(each).stat().st_ino)
+    return ids
 
 
 def find_unit(unit: str) -> str | None:

@@ -7,11 +7,11 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from kmonitor.agent import listing
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.inference import Inference
 from kmonitor.agent.interest import InterestTable
-from kmonitor.agent.listing import select
 from kmonitor.agent.pace import GATHER_S
 from kmonitor.agent.pidfile import PidfileReader
 from kmonitor.agent.source import Source
@@ -55,7 +55,7 @@ class Connection(Uplink):
         elif kind == "infer_exits" and self._inference is not None:
             self._inference.ask(message.infer_exits)
         elif kind == "list_processes":
-            await forwarder.send(agent_pb2.AgentMessage(processes=self._list(message.list_processes)))
+            await forwarder.send(agent_pb2.AgentMessage(processes=listing.answer(self._source, message.list_processes)))
         elif kind == "read_pidfile":
             # Beside this loop: a file may lie on a server that does not answer.
             self._pidfiles.start(message.read_pidfile, forwarder.send)
@@ -71,6 +71,3 @@ class Connection(Uplink):
             changed = self._interest.groups.changed()
             if changed is not None:
                 await forwarder.send(agent_pb2.AgentMessage(groups_changed=changed))
-
-    def _list(self, asked: agent_pb2.ListProcessesCall) -> agent_pb2.ProcessList:
-        return agent_pb2.ProcessList(call_id=asked.call_id, processes=select(self._source.processes.all(), asked.filter))

@@ -30,7 +30,7 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_glob, check_node_selector, check_pid, node_matches
+from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_selector, check_pid, check_unit_name, node_matches
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
@@ -266,6 +266,11 @@ class Broker:
                 check_glob(glob, "comm")
             for pid in wanted.pids:
                 check_pid(pid)
+            group = wanted.WhichOneof("group")
+            if group == "unit":
+                wanted.unit = check_unit_name(wanted.unit)
+            elif group is not None:
+                wanted.cgroup = check_cgroup_path(wanted.cgroup)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         node = self.nodes.get(name)
@@ -273,11 +278,21 @@ class Broker:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
         if node.link is None:
             raise RefusedError(Code.UNAVAILABLE, f"node {name} is not connected")
-        boot_id = node.boot_id  # of the agent that is asked; by the time it answers no other can have come
+        boot_id, epoch = node.boot_id, node.epoch  # of the agent that is asked; by the time it answers no other can have come
         answer = await node.link.list_processes(wanted)
+        if group is not None and not answer.by_group:
+            version = node.hello.agent_version
+            raise RefusedError(Code.FAILED_PRECONDITION, f"node {name}: its agent (version {version}) cannot list a group: upgrade it")
         if answer.error:
-            raise RefusedError(Code.UNAVAILABLE, f"node {name}: {answer.error}")
-        return monitor_pb2.ListProcessesResponse(node=name, processes=answer.processes, boot_id=boot_id)
+            raise RefusedError(Code.FAILED_PRECONDITION if group is not None else Code.UNAVAILABLE, f"node {name}: {answer.error}")
+        return monitor_pb2.ListProcessesResponse(
+            node=name,
+            processes=answer.processes,
+            boot_id=boot_id,
+            cgroup_ids=answer.cgroup_ids,
+            epoch=epoch if answer.position else 0,
+            position=answer.position,
+        )
 
     def remove_node(self, name: str) -> None:
         """An operator says that a node will not come back. Raises RefusedError."""

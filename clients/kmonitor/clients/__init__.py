@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WaitTimeoutError,
     )
     from kmonitor.clients.events import Batch, Event, KilledBy
+    from kmonitor.clients.guard import ProcessGuard
     from kmonitor.clients.monitor import Monitor, Registration, connect
     from kmonitor.clients.notifications import (
         Deregistered,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         Gap,
         GapReason,
         LostCount,
+        Members,
         NodeChange,
         NodeProgress,
         NodeState,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         Stale,
     )
     from kmonitor.clients.selection import Selection
+    from kmonitor.clients.verdict import Blindness, Certainty, Death, Life, Subject, Verdict
     from kmonitor.wire.errors import (
         BadMaskError,
         BadSelectorError,
@@ -64,7 +67,7 @@ _ERRORS = (
     "RegistrationError WaitTimeoutError"
 )
 _NOTIFICATIONS = (
-    "Deregistered Disconnected Fresh Gap GapReason LostCount NodeChange NodeProgress NodeState Notice Notification "
+    "Deregistered Disconnected Fresh Gap GapReason LostCount Members NodeChange NodeProgress NodeState Notice Notification "
     "Process Progress Reconnected Registered RegistrationState Stale"
 )
 # Imported when first used: `kmon --help`, which passes through here, must not wait for gRPC.
@@ -72,6 +75,8 @@ _HOME = {
     "EventType": "kmonitor.wire.masks",
     "Cursor": "kmonitor.clients.cursor",
     "Selection": "kmonitor.clients.selection",
+    "ProcessGuard": "kmonitor.clients.guard",
+    **dict.fromkeys(("Blindness", "Certainty", "Death", "Life", "Subject", "Verdict"), "kmonitor.clients.verdict"),
     **dict.fromkeys(("Batch", "Event", "KilledBy"), "kmonitor.clients.events"),
     **dict.fromkeys(("Monitor", "Registration", "connect"), "kmonitor.clients.monitor"),
     **dict.fromkeys(_WIRE_ERRORS.split(), "kmonitor.wire.errors"),
@@ -83,10 +88,13 @@ __all__ = [
     "BadMaskError",
     "BadSelectorError",
     "Batch",
+    "Blindness",
     "BrokerError",
     "BrokerUnreachableError",
+    "Certainty",
     "ClosedError",
     "Cursor",
+    "Death",
     "Deregistered",
     "Disconnected",
     "Event",
@@ -97,7 +105,9 @@ __all__ = [
     "GapReason",
     "KilledBy",
     "KmonitorError",
+    "Life",
     "LostCount",
+    "Members",
     "Monitor",
     "NoSuchRegistrationError",
     "NodeChange",
@@ -110,6 +120,7 @@ __all__ = [
     "Process",
     "ProcessExitedError",
     "ProcessGoneError",
+    "ProcessGuard",
     "ProcessNotFoundError",
     "Progress",
     "Reconnected",
@@ -119,7 +130,9 @@ __all__ = [
     "RegistrationState",
     "Selection",
     "Stale",
+    "Subject",
     "UsageError",
+    "Verdict",
     "WaitTimeoutError",
     "connect",
 ]

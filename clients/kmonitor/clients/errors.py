@@ -10,7 +10,7 @@ from kmonitor.wire.errors import BrokerUnreachableError, KmonitorError, NotAutho
 if TYPE_CHECKING:
     import grpc
 
-INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, UNAUTHENTICATED = 3, 5, 7, 16  # google.rpc.Code
+INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, FAILED_PRECONDITION, UNAUTHENTICATED = 3, 5, 7, 9, 16  # google.rpc.Code
 
 
 class RegistrationError(UsageError):

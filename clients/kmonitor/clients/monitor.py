@@ -18,6 +18,7 @@ from kmonitor.clients.cursor import Cursor
 from kmonitor.clients.events import Batch, Event
 from kmonitor.clients.notifications import (
     Deregistered,
+    Members,
     NodeChange,
     NodeState,
     Notice,
@@ -199,19 +200,34 @@ class Monitor:
         self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = ()
     ) -> list[Process]:
         """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it."""
-        selectors.check_node_name(node)
         wanted = monitor_pb2.ProcessFilter(
             pids=[selectors.check_pid(pid) for pid in pids],
             comms=[selectors.check_glob(glob, "comm") for glob in comms],
             uids=[selectors.check_uid(uid) for uid in uids],
         )
+        return list((await self._list(node, wanted)).processes)
+
+    async def list_group(self, node: str, *, cgroup: str | None = None, unit: str | None = None) -> Members:
+        """What runs in a control group and in those below it, or in a systemd unit, now. Raises UsageError if the broker knows no such
+        node, or cannot ask it, or the node cannot tell; BadSelectorError."""
+        if (cgroup is None) == (unit is None):
+            raise BadSelectorError("give a cgroup or a unit")
+        if cgroup is not None:
+            return await self._list(node, monitor_pb2.ProcessFilter(cgroup=selectors.check_cgroup_path(cgroup)))
+        return await self._list(node, monitor_pb2.ProcessFilter(unit=selectors.check_unit_name(unit or "")))
+
+    async def _list(self, node: str, wanted: monitor_pb2.ProcessFilter) -> Members:
+        selectors.check_node_name(node)
         try:
             answer = await self._channel.stub.ListProcesses(
                 monitor_pb2.ListProcessesRequest(node=node, filter=wanted), timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from None
-        return sorted((Process.from_proto(process, answer.boot_id) for process in answer.processes), key=lambda process: process.pid)
+        if wanted.WhichOneof("group") is not None and not answer.position:
+            raise UsageError(f"the broker at {self.address}, or its agent on {node}, cannot list a group: upgrade it")
+        found = sorted((Process.from_proto(process, answer.boot_id) for process in answer.processes), key=lambda process: process.pid)
+        return Members(tuple(found), tuple(answer.cgroup_ids), answer.epoch, answer.position)
 
     async def wait(
         self,

@@ -90,6 +90,17 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
+class Members:
+    """Who was in a control group, and in those below it, when its node looked. `cgroup_ids` are theirs, the group's own first; none if
+    there is no such group. The end of a process that is not among them lies before `position` in the node's ring, if it was recorded."""
+
+    processes: tuple[Process, ...]
+    cgroup_ids: tuple[int, ...]
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Registered:
     """One node's answer to a registration: events from `position` on are delivered. `error` is set if this node could not take it
     (others may have), or, with no node, if a registration that was brought again after a reconnect was refused. `boot_id` is the

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import enum
+import signal
 from dataclasses import dataclass, field
 
-from kmonitor.clients.events import KilledBy
+from kmonitor.clients.events import Event, KilledBy
 from kmonitor.clients.identity import Identity
 from kmonitor.clients.notifications import Process
 
@@ -42,7 +43,8 @@ class Blindness(enum.Enum):
     STALE = "stale"
     """The broker answers, but nothing new is known of the node, or no heartbeat came."""
     UNREACHABLE = "unreachable"
-    """The broker does not hear the node: it is down, cut off, or its agent ended. Whether the process lives is Corosync's to say, or STONITH's."""
+    """The broker does not hear the node: it is down, cut off, or its agent ended. Whether the process lives is Corosync's to say, or
+    STONITH's."""
     GAP = "gap"
     """Events of the node were lost, and its agent has not yet said that it looked at what is watched."""
     GONE = "gone"
@@ -83,6 +85,21 @@ class Death:
     killed_by: KilledBy | None = None
     inferred: bool = False
 
+    @classmethod
+    def of(cls, event: Event) -> Death:
+        """What a PROCESS_EXIT says."""
+        return cls(
+            Identity(event.boot_id, event.pid, event.start_time),
+            event.comm,
+            event.time,
+            event.exit_code,
+            event.exit_signal,
+            event.core_dumped,
+            event.oom_killed,
+            event.killed_by,
+            event.inferred,
+        )
+
     @property
     def failed(self) -> bool:
         """Not by exit code 0. An inferred end counts as one: nobody knows."""
@@ -90,7 +107,10 @@ class Death:
 
     def __str__(self) -> str:
         """One line for people, without the process's name: "killed by SIGKILL from pid 4711 (bash), uid 0", "exit code 3"."""
-        raise NotImplementedError
+        if self.exit_signal is None:
+            return "end not seen" if self.exit_code is None else f"exit code {self.exit_code}"
+        text = f"killed by {_signal_name(self.exit_signal)}{_sender(self)}"
+        return f"{text}, core dumped" if self.core_dumped else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +135,19 @@ class Verdict:
     """Of blindness, or of ABSENT: one line."""
     number: int = field(default=0, compare=False)
     """Counts the verdicts of this subject."""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _sender(death: Death) -> str:
+    if death.oom_killed:
+        return ": out of memory"
+    by = death.killed_by
+    if by is None or (by.pid == 0 and not by.comm):  # the kernel itself, as at a fault
+        return ""
+    return f" from pid {by.pid} ({by.comm}), uid {by.uid}" if by.pid else f" from {by.comm} outside, uid {by.uid}"

@@ -714,21 +714,34 @@ class ProcessList(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    BY_GROUP_FIELD_NUMBER: _builtins.int
+    CGROUP_IDS_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     error: _builtins.str
     """Set if they could not be read."""
+    by_group: _builtins.bool
+    """The filter's group was heeded."""
+    position: _builtins.int
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Process]: ...
+    @_builtins.property
+    def cgroup_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in ListProcessesResponse."""
+
     def __init__(
         self,
         *,
         call_id: _builtins.int = ...,
         processes: _abc.Iterable[_events_pb2.Process] | None = ...,
         error: _builtins.str = ...,
+        by_group: _builtins.bool = ...,
+        cgroup_ids: _abc.Iterable[_builtins.int] | None = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "error", b"error", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_group", b"by_group", "call_id", b"call_id", "cgroup_ids", b"cgroup_ids", "error", b"error", "position", b"position", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1088,6 +1088,10 @@ class ProcessFilter(_message.Message):
     PIDS_FIELD_NUMBER: _builtins.int
     COMMS_FIELD_NUMBER: _builtins.int
     UIDS_FIELD_NUMBER: _builtins.int
+    CGROUP_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    cgroup: _builtins.str
+    unit: _builtins.str
     @_builtins.property
     def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Any of these ids; empty is all."""
@@ -1104,12 +1108,16 @@ class ProcessFilter(_message.Message):
         pids: _abc.Iterable[_builtins.int] | None = ...,
         comms: _abc.Iterable[_builtins.str] | None = ...,
         uids: _abc.Iterable[_builtins.int] | None = ...,
+        cgroup: _builtins.str = ...,
+        unit: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "group", b"group", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comms", b"comms", "pids", b"pids", "uids", b"uids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "comms", b"comms", "group", b"group", "pids", b"pids", "uids", b"uids", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_group: _TypeAlias = _typing.Literal["cgroup", "unit"]  # noqa: Y015
+    _WhichOneofArgType_group: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_group) -> _WhichOneofReturnType_group | None: ...
 
 Global___ProcessFilter: _TypeAlias = ProcessFilter  # noqa: Y015
 
@@ -1144,21 +1152,36 @@ class ListProcessesResponse(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
+    CGROUP_IDS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
     """The boot that they are of."""
+    epoch: _builtins.int
+    """Of the node's ring. The end of a process that is not among `processes` lies before `position`, if it was recorded at all. 0 if the
+    agent is an older one.
+    """
+    position: _builtins.int
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Process]: ...
+    @_builtins.property
+    def cgroup_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With a group in the filter: the ids of it (the first) and of all below it; none if there is no such group."""
+
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
         processes: _abc.Iterable[_events_pb2.Process] | None = ...,
         boot_id: _builtins.str = ...,
+        cgroup_ids: _abc.Iterable[_builtins.int] | None = ...,
+        epoch: _builtins.int = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "node", b"node", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "cgroup_ids", b"cgroup_ids", "epoch", b"epoch", "node", b"node", "position", b"position", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
