@@ -215,13 +215,13 @@ def test_a_daemon_that_restarts_for_months_leaves_nothing() -> None:
         return sum(len(value) for value in values if isinstance(value, dict | list | set))
 
     before = size()
-    for start in range(20_000, 40_000):
+    for start in range(20_000, 24_000):
         pid = start % 30_000 + 1
         last = guarded.process
         assert last is not None
         guarded.take(event(EXIT, last.pid, start_time=last.start_time))
         guarded.take(answer(State.RUNNING, process(pid, start=start)))
-    assert guarded.verdict.number == 40_001
+    assert guarded.verdict.number == 8_001
     assert size() == before
 
 
@@ -389,7 +389,7 @@ def test_groups_below_that_are_new() -> None:
     guarded.listing()
     guarded.listed(Members((process(11), process(90), process(91)), (GROUP_ID, BELOW), EPOCH, 500))
     play(guarded, event(EXEC, 95, cgroup_id=99))
-    assert guarded.wants_list is Look.NO
+    assert not guarded.wants_something
 
 
 def test_names_count_as_they_are_at_the_time() -> None:
@@ -446,7 +446,7 @@ def test_a_group_that_forks_for_months_leaves_nothing() -> None:
     guarded = group(process(11))
     sizes: Callable[[], list[int]] = lambda: [len(value) for value in vars(guarded).values() if isinstance(value, dict | list | set)]  # noqa: E731
     before = sizes()
-    for pid in range(20_000, 30_000):
+    for pid in range(20_000, 23_000):
         guarded.take(fork(11, pid))
         guarded.take(event(EXIT, pid))
     assert sizes() == before

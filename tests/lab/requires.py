@@ -26,6 +26,7 @@ class Lack(enum.Enum):
     LAB_TEST = "builds images and starts containers, and is run by: make lab-test"
     NAMESPACES = "needs ip, unshare and nsenter: apt-get install iproute2 util-linux"
     KEEPALIVED = "needs keepalived: apt-get install --no-install-recommends keepalived"
+    PACEMAKER = "needs Pacemaker and Corosync: apt-get install pacemaker pacemaker-cli-utils corosync resource-agents"
     NODE = "needs node and npm: apt-get install nodejs npm"
     NPM_REGISTRY = "needs the packages of tests/interop/package.json, and npm could not get them"
     SETPRIV = "needs setpriv: apt-get install util-linux"

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -35,7 +36,8 @@ class ProcessGuard:
             ...
 
     Iteration gives a verdict whenever `life`, `process`, `alive` or `blind` of a subject has changed, in the order in which that
-    became known. A consumer that is slow misses none: the queue is of changes, and those are few.
+    became known. A consumer that is slow misses none: the queue is of changes, and those are few. But of a group's number of living
+    processes it is told the last, if nothing else has changed meanwhile.
 
     A pid is followed to its end, which is final. A pidfile, unit or control group goes on: DEAD is followed by ALIVE, with another
     process, when it is back. (For a pidfile that means that the agent reads it again every `look_again` seconds while it is not ALIVE;
@@ -66,7 +68,9 @@ class ProcessGuard:
         self._leaving: set[asyncio.Task[None]] = set()
         self._blinding: dict[str | None, Disconnected | Stale] = {}
         """What stands in the way of all ("" is a connection that is lost, None a broker that says nothing), and of nodes, now."""
-        self._verdicts: deque[Verdict] = deque()
+        self._verdicts: deque[tuple[Guarded, list[Verdict]]] = deque()
+        self._waiting: dict[Guarded, list[Verdict]] = {}
+        """The last one of each that waits there, in its place."""
         self._news = asyncio.Event()
         """Set when there may be something for whoever iterates."""
         self._known = asyncio.Condition()
@@ -131,7 +135,10 @@ class ProcessGuard:
                 raise self._failure
             self._news.clear()
             await self._news.wait()
-        return self._verdicts.popleft()
+        guarded, place = self._verdicts.popleft()
+        if self._waiting.get(guarded) is place:
+            del self._waiting[guarded]
+        return place[0]
 
     async def close(self) -> None:
         """End the guard; the monitor is the caller's. Its registrations stay until that is closed."""
@@ -143,6 +150,7 @@ class ProcessGuard:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._verdicts.clear()
+        self._waiting.clear()
         await self._notify()
 
     async def __aenter__(self) -> Self:
@@ -196,9 +204,10 @@ class ProcessGuard:
                 await self._monitor.deregister(**guarded.wanted)
 
     def _forget(self, guarded: Guarded) -> None:
-        name = guarded.subject.name
-        self._guarded.pop(name, None)
-        self._verdicts = deque(verdict for verdict in self._verdicts if verdict.subject.name != name)
+        if self._guarded.get(guarded.subject.name) is guarded:
+            del self._guarded[guarded.subject.name]
+        self._waiting.pop(guarded, None)
+        self._verdicts = deque(item for item in self._verdicts if item[0] is not guarded)
         same = self._of_key.get(guarded.key, set())
         same.discard(guarded)
         if not same:
@@ -271,13 +280,21 @@ class ProcessGuard:
             return
         self._index(guarded, guarded.pid if isinstance(guarded, GuardedProcess) else None)
         for verdict in verdicts:
-            self._verdicts.append(verdict)
-            self._news.set()
+            self._queue(guarded, verdict)
         if guarded.leave:
             guarded.leave = False
             self._leave(guarded)
         if guarded.wants_something and guarded not in self._serving:
             self._serving[guarded] = asyncio.create_task(self._serve(guarded), name=f"kmonitor guard serves {guarded.subject.name}")
+
+    def _queue(self, guarded: Guarded, verdict: Verdict) -> None:
+        self._news.set()
+        waiting = self._waiting.get(guarded)
+        if waiting is not None and replace(waiting[0], alive=verdict.alive) == verdict:
+            waiting[0] = verdict  # a unit that forks a thousand times a second must not fill the memory of one who does not look
+            return
+        place = self._waiting[guarded] = [verdict]
+        self._verdicts.append((guarded, place))
 
     def _index(self, guarded: Guarded, pid: int | None) -> None:
         before = self._pid_of.get(guarded)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells Pacemaker of the ends of its resources' processes: keeps a guard on each where the cluster has it, and sees each death through."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kmonitor.clients.errors import RegistrationError
+from kmonitor.clients.guard import ProcessGuard
+from kmonitor.clients.ha.cluster_state import ClusterState, Resource
+from kmonitor.clients.ha.crm import CrmAwayError, CrmError
+from kmonitor.clients.ha.processes import Processes
+from kmonitor.clients.ha.report import Report
+from kmonitor.clients.ha.settling import Settling
+from kmonitor.clients.ha.view import View
+from kmonitor.clients.verdict import Blindness, Death, Life, Subject, Verdict
+
+KEEP_S = 30.0
+"""A guard stays for so long after the cluster stopped a resource: it may start it there again."""
+SOON_S, SOON_FOR_S = 0.2, 5.0
+"""How often the cluster is looked at after a death, and for how long: what is started then is to be guarded soon."""
+SETTLED_S = 0.5
+"""Longer than the guard's own look: what was started is seen alive by then, if it is."""
+
+Place = tuple[str, str]
+
+
+@dataclass(slots=True)
+class Kept:
+    """One resource on one node, guarded."""
+
+    resource: Resource
+    subject: Subject
+    grace: float
+    gone_since: float = 0.0
+    """By time.monotonic(): the cluster has it there no more. 0: it has."""
+    start: str = ""
+    """The last start that the cluster knows of there (ClusterState.starts)."""
+    answered: bool = False
+    known: set[str] = field(default_factory=set)
+    """Starts whose process was seen alive, or whose end was dealt with."""
+    blind: Blindness | None = None
+
+
+class Pacemaker:
+    """From `run` to its cancellation."""
+
+    def __init__(
+        self,
+        guard: ProcessGuard,
+        view: View,
+        processes: Processes,
+        settling: Settling,
+        report: Report,
+        *,
+        poll: float,
+        grace_of: Callable[[str, str], float],
+    ) -> None:
+        """`poll` in seconds."""
+        self._guard = guard
+        self._view = view
+        self._processes = processes
+        self._settling = settling
+        self._report = report
+        self._poll = poll
+        self._grace_of = grace_of
+        self._kept: dict[Place, Kept] = {}
+        self._of_name: dict[str, Place] = {}
+        self._alive: set[tuple[str, str]] = set()
+        """Resource and what it is guarded by: seen alive through it once, so that it is known to say what it seems to say."""
+        self._cases: dict[Place, asyncio.Task[None]] = {}
+        self._said: dict[object, str] = {}
+        self._soon_until = 0.0
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until it is cancelled, or the guard's monitor ends: raises what that does, and CrmError if Pacemaker does not answer at first."""
+        await self._view.update()
+        await self._follow()
+        self._summary()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen(), name="kmonitor ha: verdicts")
+            group.create_task(self._keep_up(), name="kmonitor ha: cluster")
+
+    # ---- what the guard says
+
+    async def _listen(self) -> None:
+        try:
+            async for verdict in self._guard:
+                place = self._of_name.get(verdict.subject.name)
+                if place is not None:
+                    self._take(place, verdict)
+        finally:
+            for task in self._cases.values():
+                task.cancel()
+
+    def _take(self, place: Place, verdict: Verdict) -> None:
+        kept = self._kept[place]
+        self._tell_blindness(place, kept, verdict)
+        if verdict.life is Life.ALIVE:
+            self._alive.add(_evidence(kept))
+            kept.known.add(kept.start)
+            process = verdict.process
+            self._say_guarding(place, kept, process.pid if process else 0, process.comm if process else "")
+        elif verdict.life is Life.DEAD and verdict.death is not None:
+            if self._said.get(place) == str(verdict.death.process):
+                return  # told again for its blindness' sake
+            self._said[place] = str(verdict.death.process)
+            self._open(place, kept, verdict.death)
+        elif verdict.life is Life.ABSENT and verdict.blind is None:
+            self._say_guarding(place, kept, None, "")
+            self._unseen(place, kept)
+
+    def _open(self, place: Place, kept: Kept, death: Death | None) -> None:
+        before = self._cases.get(place)
+        self._soon_until = time.monotonic() + SOON_FOR_S
+        self._hurry.set()
+        task = asyncio.create_task(self._settle(place, kept, death, before), name=f"kmonitor ha: {place}")
+        self._cases[place] = task
+        task.add_done_callback(lambda done: self._cases.pop(place) if self._cases.get(place) is done else None)
+
+    async def _settle(self, place: Place, kept: Kept, death: Death | None, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        start = kept.start
+        if death is None:
+            await asyncio.sleep(SETTLED_S)
+            if self._kept.get(place) is not kept or self._guard.verdict(kept.subject.name).life is Life.ALIVE:
+                return
+        outcome = await self._settling.settle(place, death, lambda: self._guard.verdict(kept.subject.name), kept.grace)
+        if death is None and outcome is None:
+            self._note(
+                ("absent", place),
+                f"{place[0]} on {place[1]}: {_means(kept.subject)} is not there, and the cluster has it active: nothing is done",
+            )
+        kept.known.add(start)
+
+    def _unseen(self, place: Place, kept: Kept) -> None:
+        """It is not there: did it die before the guard came to it?"""
+        if kept.gone_since or kept.start in kept.known or place in self._cases:
+            return
+        if _evidence(kept) in self._alive:
+            self._open(place, kept, None)
+
+    # ---- what the cluster has
+
+    async def _keep_up(self) -> None:
+        while True:
+            self._hurry.clear()
+            soon = time.monotonic() < self._soon_until
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(SOON_S, self._poll) if soon else self._poll):
+                    await self._hurry.wait()
+                    await asyncio.sleep(min(SOON_S, self._poll))
+            try:
+                changed = await self._view.update()
+                self._note("crm", "", "Pacemaker answers again")
+            except CrmError as error:
+                self._note("crm", f"Pacemaker does not answer here: {error}; trying again")
+                continue
+            if changed or any(kept.gone_since for kept in self._kept.values()) or self._missing():
+                with contextlib.suppress(CrmAwayError):
+                    await self._follow()
+
+    def _missing(self) -> bool:
+        return any(not kept.answered for kept in self._kept.values())
+
+    async def _follow(self) -> None:
+        """Guard what is to be guarded now."""
+        state = self._view.state
+        if state is None:
+            return
+        now = time.monotonic()
+        wanted: dict[Place, tuple[Resource, Subject]] = {}
+        for resource in state.resources:
+            if resource.orphaned:
+                continue
+            try:
+                subject = await self._processes.subject(resource, state)
+            except CrmError as error:
+                subject = str(error)
+            if isinstance(subject, str):
+                self._note(("why", resource.id), f"{resource.id}: not guarded: {subject}")
+            else:
+                wanted[resource.place] = resource, subject
+        for place, kept in list(self._kept.items()):
+            if place in wanted and wanted[place][1] == kept.subject:
+                kept.gone_since = 0.0
+                continue
+            kept.gone_since = kept.gone_since or now
+            if place in wanted or (now - kept.gone_since > KEEP_S and place not in self._cases):
+                await self._drop(place, kept)
+        for place, (resource, subject) in wanted.items():
+            if place not in self._kept:
+                kept = Kept(resource, subject, self._grace_of(resource.id, resource.primitive))
+                self._kept[place] = kept
+                self._of_name[subject.name] = place
+            self._kept[place].resource = resource
+        await asyncio.gather(*(self._add(place, kept) for place, kept in self._kept.items() if not kept.answered))
+        self._look_at_starts(state)
+
+    def _look_at_starts(self, state: ClusterState) -> None:
+        """A start that is over, of which the guard has seen no process: it may have died in between."""
+        for place, kept in self._kept.items():
+            kept.start = state.starts.get(place, kept.start)
+            if not kept.answered:
+                continue
+            verdict = self._guard.verdict(kept.subject.name)
+            if verdict.life is Life.ALIVE:
+                kept.known.add(kept.start)
+            elif verdict.blind is None and kept.resource.active:
+                self._unseen(place, kept)
+
+    async def _add(self, place: Place, kept: Kept) -> None:
+        try:
+            await self._guard.add(kept.subject)
+        except RegistrationError as refusal:
+            self._note(("add", place), f"{place[0]} on {place[1]}: not guarded yet: {refusal}")
+            return
+        kept.answered = True
+        self._said.pop(("add", place), None)
+
+    async def _drop(self, place: Place, kept: Kept) -> None:
+        del self._kept[place]
+        del self._of_name[kept.subject.name]
+        self._said.pop(place, None)
+        if kept.answered:
+            await self._guard.remove(kept.subject.name)
+
+    # ---- what is said, once
+
+    def _summary(self) -> None:
+        names = {place[0] for place in self._kept}
+        self._report.note(
+            f"ready: {len(names)} {'resource is' if len(names) == 1 else 'resources are'} guarded", ready=True, guarded=sorted(names)
+        )
+
+    def _say_guarding(self, place: Place, kept: Kept, pid: int | None, comm: str) -> None:
+        what = f"{pid} {comm}"
+        if self._said.get(("alive", place)) != what:
+            self._said["alive", place] = what
+            self._report.guarding(*place, _means(kept.subject), pid, comm)
+
+    def _tell_blindness(self, place: Place, kept: Kept, verdict: Verdict) -> None:
+        if verdict.blind is kept.blind:
+            return
+        before, kept.blind = kept.blind, verdict.blind
+        if verdict.blind in (None, Blindness.STARTING):
+            if before not in (None, Blindness.STARTING):
+                self._report.note(f"{place[0]} on {place[1]}: seen again", resource=place[0], node=place[1], blind=None)
+        else:
+            self._report.note(
+                f"{place[0]} on {place[1]}: not seen: {verdict.blind.value}{f' ({verdict.reason})' if verdict.reason else ''}; "
+                "until it is, Pacemaker's own monitor is all there is",
+                resource=place[0],
+                node=place[1],
+                blind=verdict.blind.value,
+            )
+
+    def _note(self, key: object, text: str, over: str = "") -> None:
+        """Say it unless it was the last that was said of this; with an empty text, that it is over, if it was said."""
+        if text:
+            if self._said.get(key) != text:
+                self._said[key] = text
+                self._report.note(text)
+        elif self._said.pop(key, None) is not None:
+            self._report.note(over)
+
+
+def _evidence(kept: Kept) -> tuple[str, str]:
+    return kept.resource.primitive, _means(kept.subject)
+
+
+def _means(subject: Subject) -> str:
+    """What it is guarded by, for people."""
+    if subject.pidfile is not None:
+        return f"pidfile {subject.pidfile}"
+    return f"unit {subject.unit}" if subject.unit is not None else f"control group {subject.cgroup}"
