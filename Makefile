@@ -36,7 +36,7 @@ demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (r
 test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goes to pytest
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(ARGS)
 
-lab-test: setup-test ## the tour of docs/lab.md, on a Docker engine; says why if there is none (root, for the kernel's events)
+lab-test: setup ## the tour of docs/lab.md, on a Docker engine; says why if there is none
 	KMONITOR_LAB_TEST=1 $(BIN)/python -m pytest -rs tests/compose $(ARGS)
 
 soak: setup-test ## random faults under load, and then the books (root, for BPF); FOR=2m SEED=7 ARGS="--nodes 3"

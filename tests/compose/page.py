@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the tour out of docs/lab.md: what it says to type, and what it says one sees.
 
-A code block that begins with `$ ` is one command and the lines that it prints; any other is lines of the monitor. What is shown must
-come, in this order; other lines may come between. Times, durations, sizes and versions may be others. So may process ids, but one that is shown
-twice below the same heading must be the same process twice.
+A code block that begins with `$ ` is one command and the lines that it prints; any other is lines of the first terminal, that of the last
+`up`. What is shown must come, in this order; other lines may come between. Times, durations, sizes and versions may be others. So may
+process ids, but one that is shown twice below the same heading must be the same process twice.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs" / "lab.md"
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# What a pid stands behind or before, on the page: the word of an event, an arrow, the name of who sent a signal.
-_PID = r"(?P<pid>(?<=FORK )\d+|(?<=EXEC )\d+|(?<=EXIT )\d+|(?<=ABORT )\d+|(?<=→ )\d+|(?<=\()\d+(?=\) uid))"
+# Where a pid stands on the page: behind the word of an event, an arrow, "pid", or in brackets behind a name.
+_PID = r"(?P<pid>(?<=FORK )\d+|(?<=EXEC )\d+|(?<=EXIT )\d+|(?<=ABORT )\d+|(?<=→ )\d+|(?<=pid )\d+|(?<=\()\d+(?=\)))"
 _VARIES = re.compile(
     _PID
     + r"|(?P<time>\d\d:\d\d:\d\d\.\d{3})"
-    + r"|(?P<lived>(?<=after )[\d.]+ (?:us|ms|s)|(?<=for )[\d.]+ (?:us|ms|s)|\d+m\d\ds)"
+    + r"|(?P<lived>(?:(?<=after )|(?<=for )|(?<=\())[\d.]+ (?:us|ms|s)\b|\d+m\d\ds)"
     + r"|(?P<size>[\d.]+ (?:[KM]i)?B\b)"
     + r"|(?P<version>(?<= )\d+(?:\.\d+)+(?= ))"
 )
@@ -47,6 +47,16 @@ class Scene:
 
     heading: str
     steps: list[Step] = dataclasses.field(default_factory=list)
+
+
+def tours(page: Path = PAGE) -> list[list[Scene]]:
+    """From each `up` to the next: what belongs to one first terminal."""
+    found: list[list[Scene]] = []
+    for scene in scenes(page):
+        if " up " in scene.steps[0].command:
+            found.append([])
+        found[-1].append(scene)
+    return found
 
 
 def scenes(page: Path = PAGE) -> list[Scene]:

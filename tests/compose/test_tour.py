@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,20 +16,19 @@ from tests.lab.process import LabError, Running
 SEEN_LIMIT = 90.0
 """Seconds until what the page promises must have come: an out-of-memory kill takes half a minute by itself."""
 
-_PREFIX = re.compile(r"^monitor-1\s+\| ")
+_PREFIX = re.compile(r"^monitor-1 \| ")
 _FORK_OF_SHOP = re.compile(r"(\d\d:\d\d:\d\d)\.\d{3} (\w+) FORK \d+ shop → (\d+)")
 
 
 class Terminal:
-    """The first terminal: `docker compose up`, of which the page shows the monitor's lines."""
+    """The first terminal: `docker compose up`."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
-        self.at = 0  # behind the last line that was asked for
 
     def lines(self, start: int = 0) -> list[str]:
-        """What the monitor has printed, from line `start` of the terminal on; lines of others are empty."""
-        return [_monitor(line) for line in self.running.lines[start:]]
+        """What it shows from line `start` on."""
+        return [_said(line) for line in self.running.lines[start:]]
 
     def wait(self, shown: list[str], known: dict[str, str], start: int) -> dict[str, str]:
         """Until all of these have come from `start` on; what the pids that the page shows are really."""
@@ -39,9 +37,8 @@ class Terminal:
 
         def complete(line: bytes) -> bool:
             nonlocal found
-            lines.append(_monitor(line))
-            if lines[-1]:
-                found = page.match(shown, lines, known)
+            lines.append(_said(line))
+            found = page.match(shown, lines, known)
             return found is not None
 
         self.running.wait_line(complete, "\n" + "\n".join(shown), limit=SEEN_LIMIT, start=start)
@@ -49,20 +46,13 @@ class Terminal:
         return found
 
 
-def _monitor(line: bytes) -> str:
-    text = page.ANSI.sub("", line.decode(errors="replace"))
-    return page.plain(_PREFIX.sub("", text)) if _PREFIX.match(text) else ""
+def _said(line: bytes) -> str:
+    """As the page has it: without the monitor's name, with that of others."""
+    return _PREFIX.sub("", page.plain(line.decode(errors="replace")))
 
 
-@pytest.fixture
-def lab() -> Iterator[Compose]:
-    with compose() as started:
-        yield started
-    assert not started.left()
-
-
-def _type(lab: Compose, step: page.Step) -> None:
-    """Run a command of the page to its end; it must succeed, and print what stands there."""
+def _type(lab: Compose, step: page.Step, known: dict[str, str]) -> dict[str, str]:
+    """Run a command of the page to its end; it must succeed, and print what stands there. What the pids that the page shows are really."""
     done = subprocess.run(
         lab.command(step.command),
         cwd=TOP,
@@ -73,35 +63,43 @@ def _type(lab: Compose, step: page.Step) -> None:
         check=False,
         stdin=subprocess.DEVNULL,
     )
-    printed = [page.plain(line) for line in done.stdout.splitlines()]
-    if done.returncode != 0 or page.match(step.prints, printed, {}) is None:
+    found = page.match(step.prints, [page.plain(line) for line in done.stdout.splitlines()], known)
+    if done.returncode != 0 or found is None:
         raise LabError(f"{step.command}: exit status {done.returncode}, expected\n{step.prints}\nand got\n{done.stdout}{done.stderr}")
+    return found
 
 
 @pytest.mark.timeout(1800)
-def test_the_tour(lab: Compose) -> None:
-    first, *rest = page.scenes()
-    (up,) = first.steps
-    assert up.command == "docker compose up --build"
-    terminal = Terminal(lab.start(up.command))
-    try:
-        for shown in up.seen:
-            terminal.wait(shown, {}, 0)
-        for scene in rest:
-            known: dict[str, str] = {}
-            for step in scene.steps:
-                start = len(terminal.running.lines)
-                if step.command.startswith("docker compose down"):
-                    _check_book(lab, terminal)
-                typed = time.strftime("%H:%M:%S", time.gmtime())
-                _type(lab, step)
-                for shown in step.seen:
-                    known = terminal.wait(shown, known, start)
-                if "network connect" in step.command:
-                    _check_came_late(terminal.lines(start), typed)
-        assert terminal.running.wait(60) == 0, terminal.running.failure("docker compose up")
-    finally:
-        terminal.running.stop(limit=60)
+@pytest.mark.parametrize("tour", page.tours(), ids=lambda tour: str(tour[0].heading))
+def test_the_tour(tour: list[page.Scene]) -> None:
+    first = tour[0].steps[0]
+    with compose(*re.findall(r"--profile (\w+)", first.command)) as lab:
+        terminal = Terminal(lab.start(first.command))
+        try:
+            for scene in tour:
+                _play(lab, terminal, scene)
+            assert terminal.running.wait(60) == 0, terminal.running.failure("docker compose up")
+        finally:
+            terminal.running.stop(limit=60)
+    assert not lab.left()
+
+
+def _play(lab: Compose, terminal: Terminal, scene: page.Scene) -> None:
+    """All that stands below one heading. `up` runs already."""
+    known: dict[str, str] = {}
+    for step in scene.steps:
+        if " up " in step.command:
+            start = 0
+        else:
+            start = len(terminal.running.lines)
+            if " down " in step.command:
+                _check_book(lab, terminal)
+            typed = time.strftime("%H:%M:%S", time.gmtime())
+            known = _type(lab, step, known)
+        for shown in step.seen:
+            known = terminal.wait(shown, {} if start == 0 else known, start)
+        if "network connect" in step.command:
+            _check_came_late(terminal.lines(start), typed)
 
 
 def _check_came_late(lines: list[str], connected: str) -> None:
@@ -119,7 +117,7 @@ def _check_book(lab: Compose, terminal: Terminal) -> None:
         told: list[str] = []
 
         def complete(line: bytes, node: str = node, told: list[str] = told, last: str = book[-1]) -> bool:
-            fork = _FORK_OF_SHOP.match(_monitor(line))
+            fork = _FORK_OF_SHOP.match(_said(line))
             if fork and fork[2] == node:
                 told.append(fork[3])
             return bool(told) and told[-1] == last
