@@ -57,7 +57,7 @@ class Compose:
         return done.stdout
 
     def start(self, text: str) -> Running:
-        """Start a command of the page that goes on until it is stopped. What it says to standard error comes in between, as in a terminal."""
+        """Start a command of the page that goes on until it is stopped. Its standard error comes in between, as in a terminal."""
         return Running(text, self.command(f"{text} 2>&1"), env=self.env, cwd=TOP)
 
     def left(self) -> list[str]:

@@ -2,8 +2,8 @@
 """Reads the tour out of docs/lab.md: what it says to type, and what it says one sees.
 
 A code block that begins with `$ ` is one command and the lines that it prints; any other is lines of the first terminal, that of the last
-`up`. What is shown must come, in this order; other lines may come between. Times, durations, sizes and versions may be others. So may
-process ids, but one that is shown twice below the same heading must be the same process twice.
+`up`. What is shown must come, in this order; other lines may come between. Times, durations, sizes and versions may be others; … is
+anything. Process ids may be others, but one that is shown twice below the same heading must be the same process twice.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PID = r"(?P<pid>(?<=FORK )\d+|(?<=EXEC )\d+|(?<=EXIT )\d+|(?<=ABORT )\d+|(?<=→ )\d+|(?<=pid )\d+|(?<=\()\d+(?=\)))"
 _VARIES = re.compile(
     _PID
+    + r"|(?P<any>…)"
     + r"|(?P<time>\d\d:\d\d:\d\d\.\d{3})"
     + r"|(?P<lived>(?:(?<=after )|(?<=for )|(?<=\())[\d.]+ (?:us|ms|s)\b|\d+m\d\ds)"
     + r"|(?P<size>[\d.]+ (?:[KM]i)?B\b)"
     + r"|(?P<version>(?<= )\d+(?:\.\d+)+(?= ))"
 )
 _FOR = {
+    "any": ".*",
     "time": r"\d\d:\d\d:\d\d\.\d{3}",
     "lived": r"(?:[\d.]+ (?:us|ms|s)|\d+m\d\ds)",
     "size": r"[\d.]+ (?:[KMG]i)?B",

@@ -41,7 +41,10 @@ class Terminal:
             found = page.match(shown, lines, known)
             return found is not None
 
-        self.running.wait_line(complete, "\n" + "\n".join(shown), limit=SEEN_LIMIT, start=start)
+        try:
+            self.running.wait_line(complete, "\n" + "\n".join(shown), limit=SEEN_LIMIT, start=start)
+        except LabError as error:
+            raise LabError("\n".join([str(error), "-- what came instead:", *lines[-100:]])) from None
         assert found is not None
         return found
 
