@@ -56,6 +56,10 @@ class Compose:
             raise LabError(f"docker compose {' '.join(words)}: exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
         return done.stdout
 
+    def inspect(self, service: str) -> str:
+        """What the engine knows of a service's container, as JSON."""
+        return _run(["docker", "inspect", self.run("ps", "--quiet", service).strip()]).stdout
+
     def start(self, text: str) -> Running:
         """Start a command of the page that goes on until it is stopped. Its standard error comes in between, as in a terminal."""
         return Running(text, self.command(f"{text} 2>&1"), env=self.env, cwd=TOP)

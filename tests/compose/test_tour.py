@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -96,6 +97,8 @@ def _play(lab: Compose, terminal: Terminal, scene: page.Scene) -> None:
         else:
             start = len(terminal.running.lines)
             if " down " in step.command:
+                _check_healthy(lab)
+                _check_privileges(lab)
                 _check_book(lab, terminal)
             typed = time.strftime("%H:%M:%S", time.gmtime())
             known = _type(lab, step, known)
@@ -110,6 +113,30 @@ def _check_came_late(lines: list[str], connected: str) -> None:
     up = next(at for at, line in enumerate(lines) if line.startswith("── db1: node is UP"))
     times = [line[:8] for line in lines[up:] if " db1 FORK " in line]
     assert times[0] < connected, f"what happened in db1 while it was cut off did not come first: {times}, connected at {connected}"
+
+
+def _check_healthy(lab: Compose) -> None:
+    """All containers run, and those with a health check have passed it; one that was restarted may be about to."""
+    until = time.monotonic() + SEEN_LIMIT
+    while True:
+        found = [json.loads(line) for line in lab.run("ps", "--all", "--format", "json").splitlines()]
+        states = {service["Service"]: (service["State"], service["Health"]) for service in found}
+        if all(state == "running" and health in ("healthy", "") for state, health in states.values()):
+            break
+        assert time.monotonic() < until, states
+        time.sleep(1)
+    assert [name for name, (_, health) in states.items() if not health] == ["monitor"]
+
+
+def _check_privileges(lab: Compose) -> None:
+    """The agent of a node has CAP_PERFMON and CAP_BPF (38 and 39), and the shop nothing."""
+    both = lab.run("exec", "web1", "sh", "-c", "grep -h CapEff /proc/$(cat /run/agent.pid)/status /proc/$(cat /run/shop.pid)/status")
+    assert [int(line.split()[1], 16) for line in both.splitlines()] == [1 << 38 | 1 << 39, 0]
+    node, broker = (json.loads(lab.inspect(name))[0]["HostConfig"] for name in ("web1", "broker"))
+    for each in (node, broker):
+        assert (each["Privileged"], each["ReadonlyRootfs"], each["CapDrop"]) == (False, True, ["ALL"])
+        assert each["SecurityOpt"] == ["no-new-privileges:true"]
+    assert broker["CapAdd"] is None
 
 
 def _check_book(lab: Compose, terminal: Terminal) -> None:
