@@ -119,7 +119,7 @@ def _check_healthy(lab: Compose) -> None:
     """All containers run, and those with a health check have passed it; one that was restarted may be about to."""
     until = time.monotonic() + SEEN_LIMIT
     while True:
-        found = [json.loads(line) for line in lab.run("ps", "--all", "--format", "json").splitlines()]
+        found = [json.loads(line) for line in lab.run("--profile", "*", "ps", "--all", "--format", "json").splitlines()]
         states = {service["Service"]: (service["State"], service["Health"]) for service in found}
         if all(state == "running" and health in ("healthy", "") for state, health in states.values()):
             break
