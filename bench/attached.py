@@ -52,6 +52,17 @@ class Attached:
                 raise SystemExit("bench: the agent does not forget what was deregistered")
             time.sleep(0.001)  # memory of the kernel: nothing tells that it changes
 
+    @contextlib.contextmanager
+    def programs(self) -> Iterator[list[int]]:
+        """Descriptors of the programs that `attach` attaches."""
+        opened: list[int] = []
+        try:
+            opened += (self._object.program_fd(program) for program in HOOKS)
+            yield opened
+        finally:
+            for program in opened:
+                os.close(program)
+
     def lost(self) -> int:
         """Events that the ring could not take, so far."""
         return sum(map(sum, self._control.lost()))

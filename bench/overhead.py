@@ -20,6 +20,7 @@ from bench.attached import Attached, attached
 from bench.cheap_monitor import CheapMonitor, cheap_monitor
 from bench.cputime import cpu_ns, settle
 from bench.figure import Figure, Plan, Result, Series, summary
+from bench.kernel_time import kernel_time
 from bench.loops import EVENTS, LOOPS, Loop, Loops, loops
 from bench.peers import PEERS, PeerError, check, peer, tracefs
 from bench.stack import stack
@@ -65,6 +66,8 @@ class _Taken:
     base_us: dict[Loop, list[float]] = field(default_factory=dict)
     cpu_us: Ratios = field(default_factory=dict)
     """CPU time an event, by process."""
+    kernel_us: Ratios = field(default_factory=dict)
+    """Time in the probe's programs, an iteration."""
 
     def add(self, to: Ratios, who: str, loop: Loop, value: float) -> None:
         to.setdefault((who, loop), []).append(value)
@@ -116,6 +119,15 @@ class _Bench:
             self.taken.add(self.taken.ratios, state, loop, statistics.median(values))
         with _state(_ALL, probe, monitor, pids, other):
             self.cpu(pids)
+
+    def in_kernel(self, probe: Attached, monitor: CheapMonitor, pids: dict[str, int], other: int, state: str) -> None:
+        """How long the probe's programs run in an iteration of each loop, by the kernel's own clock."""
+        with probe.programs() as programs, kernel_time(programs) as clock, _state(state, probe, monitor, pids, other):
+            for loop, count in self._burst.items():
+                before, _ = clock.spent()
+                self._timed.run(loop, count)
+                after, _ = clock.spent()
+                self.taken.add(self.taken.kernel_us, state, loop, (after - before) / 1000 / count)
 
     def others(self, names: Sequence[str], start: Callable[[str], contextlib.AbstractContextManager[int]]) -> None:
         """One round of the peers."""
@@ -171,6 +183,8 @@ def measure(plan: Plan) -> Result:
         bench = _Bench(timed, extent)
         for number in range(extent.rounds):
             bench.own(probe, monitor, pids, other, number)
+            for state in (_IDLE, _ONE, _ALL):
+                bench.in_kernel(probe, monitor, pids, other, state)
             for name in _rotated(tuple(present), number):
                 try:
                     bench.others([name], lambda name: peer(name, plan.scratch, timed))
@@ -210,6 +224,11 @@ def _tell(result: Result, taken: _Taken, peers: Sequence[str]) -> None:
         figure(f"{_WHAT[loop]}, no probe against itself", taken.ratios[_NOBODY, loop], "x")
         for name in peers:
             figure(f"{_WHAT[loop]}, {name}", taken.ratios[name, loop], "x")
+        iteration = statistics.median(taken.base_us[loop])
+        for state in (_IDLE, _ONE, _ALL):
+            spent = taken.kernel_us[state, loop]
+            share = f"{100 * statistics.median(spent) / iteration:.2f} % of an iteration"
+            figure(f"{_WHAT[loop]}, {state}: the probe's programs, by the kernel's clock", spent, "us", against=share)
     for loop in LOOPS:
         agent = taken.cpu_us["agent", loop]
         against = ", ".join(f"{name} {statistics.median(taken.cpu_us[name, loop]):.2f} us" for name in peers)
@@ -240,6 +259,8 @@ _NOTES = (
     "No probe: no program is attached; the agent and the broker are there, asleep.",
     "Quartiles are of the rounds' medians. A peer has one segment a round, with no probe before and after it.",
     "The monitor that everything is shipped to takes the stream as bytes; Python's client library would take several times its CPU.",
+    "By the kernel's clock: run-time statistics of the programs for one iteration of the loop, all of its events together, and what "
+    "else the machine did meanwhile. Two clock readings a run are part of it, caches and the jump into the program are not.",
     "CPU an event: user and system time of the process, over the events that the loop made (fork and exit; fork, exec and exit; create "
     "and exit).",
     "bcc's program decodes and counts in its callback, and prints nothing; forkstat and bpftrace print to /dev/null.",

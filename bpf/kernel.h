@@ -66,11 +66,31 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 } AS_IN_KERNEL;
 
+struct list_head {
+	struct list_head *next;
+} AS_IN_KERNEL;
+
+struct kernel_siginfo {
+	int si_signo;
+	int si_code;
+} AS_IN_KERNEL;
+
+/* A signal that waits: struct sigpending has a list of them, and `list` comes first in both. */
+struct sigqueue {
+	struct list_head list;
+	struct kernel_siginfo info;
+} AS_IN_KERNEL;
+
+struct sigpending {
+	struct list_head list;
+} AS_IN_KERNEL;
+
 struct signal_struct {
 	atomic_t live;
 	int nr_threads; /* not yet released; `live` counts those that have not begun to end */
 	int group_exit_code;
 	unsigned int flags;
+	struct sigpending shared_pending;
 } AS_IN_KERNEL;
 
 struct mm_struct {
@@ -95,10 +115,6 @@ struct task_struct {
 
 struct linux_binprm {
 	const char *filename;
-} AS_IN_KERNEL;
-
-struct kernel_siginfo {
-	int si_code;
 } AS_IN_KERNEL;
 
 struct seq_file;

@@ -410,7 +410,44 @@ static __always_inline bool claim_end(const struct subject *subject, struct sign
 	return FIELD(signal, signal_struct, live).counter == 0 && !bpf_map_update_elem(MAP(claims), &key, &one, BPF_NOEXIST);
 }
 
-static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 status)
+/* Of include/uapi/asm-generic/siginfo.h: kill, sigqueue, mq_notify, tgkill. Any other is the kernel's: a fault, a timer, a terminal. */
+#define SI_USER 0
+#define SI_QUEUE (-1)
+#define SI_MESGQ (-3) /* who has written to the queue runs */
+#define SI_TKILL (-6)
+
+static __always_inline bool is_from_user(int code)
+{
+	return code == SI_USER || code == SI_QUEUE || code == SI_MESGQ || code == SI_TKILL;
+}
+
+#define WAITING_MAX 4 /* signals that are looked through */
+
+/*
+ * Where nobody has written down who sent what the process dies of: KMONITOR_F_KILLED_BY if it was the kernel itself, else 0. A signal
+ * that kills at once is not taken from the process's queue, unlike one that was blocked, or dumps core: it is there until the process is freed. SIGKILL
+ * is never in it. So a timer's is known that went off before anybody had registered, or for which the kernel did not run kmonitor_signal: a timer
+ * goes off in whatever is interrupted, and a kernel (6.18, of a virtual machine) was met that runs no BPF program at all while a certain task of its
+ * is on the processor. A sender's name is in no queue: one that is not the kernel stays unknown.
+ *
+ * Without the lock: what comes meanwhile comes last, and pointers are followed by a helper that may fail.
+ */
+static __always_inline __u16 kernels(struct signal_struct *signal, int sig)
+{
+	struct list_head *head = ADDRESS(ADDRESS(signal, signal_struct, shared_pending), sigpending, list);
+	struct list_head *waiting = READ(head, list_head, next);
+
+	for (int i = 0; i < WAITING_MAX && waiting != head; i++) {
+		struct kernel_siginfo *info = ADDRESS((struct sigqueue *)waiting, sigqueue, info);
+
+		if (READ(info, kernel_siginfo, si_signo) == sig)
+			return is_from_user(READ(info, kernel_siginfo, si_code)) ? 0 : KMONITOR_F_KILLED_BY;
+		waiting = READ(waiting, list_head, next);
+	}
+	return 0;
+}
+
+static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 status, __u16 otherwise)
 {
 	__u16 flags = matches(subject, bit);
 	struct kmonitor_record *record;
@@ -430,6 +467,8 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 		if (entry && entry->start_boottime_ns == subject->start_boottime_ns) {
 			record->killer = entry->killer;
 			record->flags |= entry->flags;
+		} else {
+			record->flags |= otherwise;
 		}
 	}
 	/* What failovers wait for is not left to the reader's nap. */
@@ -446,6 +485,8 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 	bool process_ends;
 	__u32 thread_status;
 	__u32 status;
+	__u32 sig;
+	__u16 otherwise = 0; /* flags, where no killer was written down */
 	__u32 bits = 0; /* of the records that there may be */
 	__u32 tgid;
 
@@ -468,14 +509,18 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 	bits = wanted(&subject, bits);
 	if (bits) {
 		describe(&subject);
+		/* Once, and as flags that no branch looks at: in each of the four below it would cost the verifier several times as much. */
+		sig = (process_ends ? status : thread_status) & 0x7f;
+		if (sig)
+			otherwise = kernels(signal, sig);
 		if (bits & KMONITOR_THREAD_ABORT)
-			emit_end(&subject, KMONITOR_THREAD_ABORT, thread_status);
+			emit_end(&subject, KMONITOR_THREAD_ABORT, thread_status, otherwise);
 		if (bits & KMONITOR_THREAD_EXIT)
-			emit_end(&subject, KMONITOR_THREAD_EXIT, thread_status);
+			emit_end(&subject, KMONITOR_THREAD_EXIT, thread_status, otherwise);
 		if (bits & KMONITOR_PROCESS_ABORT)
-			emit_end(&subject, KMONITOR_PROCESS_ABORT, status);
+			emit_end(&subject, KMONITOR_PROCESS_ABORT, status, otherwise);
 		if (bits & KMONITOR_PROCESS_EXIT)
-			emit_end(&subject, KMONITOR_PROCESS_EXIT, status);
+			emit_end(&subject, KMONITOR_PROCESS_EXIT, status, otherwise);
 	}
 	if (!process_ends)
 		return 0;
@@ -531,11 +576,6 @@ PROBE(kmonitor_free, sched_process_free)
 /* Of include/linux/signal.h: in place of a siginfo. */
 #define SEND_SIG_NOINFO 0
 #define SEND_SIG_PRIV 1
-/* Of include/uapi/asm-generic/siginfo.h: kill, sigqueue, mq_notify, tgkill. Any other is the kernel's: a fault, a timer, a terminal. */
-#define SI_USER 0
-#define SI_QUEUE (-1)
-#define SI_MESGQ (-3) /* who has written to the queue runs */
-#define SI_TKILL (-6)
 
 PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to the whole process, what became of it */
 {
@@ -570,7 +610,7 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 		from_user = FIELD(sender, task_struct, tgid) != FIELD(task, task_struct, tgid);
 	} else {
 		code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
-		from_user = code == SI_USER || code == SI_QUEUE || code == SI_MESGQ || code == SI_TKILL;
+		from_user = is_from_user(code);
 	}
 	entry.start_boottime_ns = subject.start_boottime_ns;
 	entry.flags = KMONITOR_F_KILLED_BY;

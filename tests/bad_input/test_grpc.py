@@ -208,8 +208,18 @@ def test_dead_pid(channel: grpc.Channel, settled: tuple[str, str], dead_pid: int
             INVALID,
             "pid 0 names no process",
         ),
+        (
+            monitor_pb2.ListProcessesRequest(node="alpha", filter=monitor_pb2.ProcessFilter(cgroup="../x")),
+            INVALID,
+            "control group '../x'",
+        ),
+        (
+            monitor_pb2.ListProcessesRequest(node="alpha", filter=monitor_pb2.ProcessFilter(unit="../x.service")),
+            INVALID,
+            "'../x.service' is not the name of a systemd unit",
+        ),
     ],
-    ids=["no node", "unknown node", "comm glob", "pid 0"],
+    ids=["no node", "unknown node", "comm glob", "pid 0", "cgroup", "unit"],
 )
 def test_list_processes(channel: grpc.Channel, request_: monitor_pb2.ListProcessesRequest, code: grpc.StatusCode, words: str) -> None:
     found, details = status_of(lambda: [monitor_pb2_grpc.MonitorServiceStub(channel).ListProcesses(request_, timeout=GRPC_LIMIT)])

@@ -673,3 +673,53 @@ async def test_forgotten_ends_in_a_later_ring(here: Here, monkeypatch: pytest.Mo
     while not any(gap.reason == LOG and gap.epoch == 8 for gap in taker.gaps):
         await taker.take()
     assert len(taker.events) < 41
+
+
+@pytest.mark.parametrize("first", ["agent", "monitor"])
+@pytest.mark.parametrize("delivered", [False, True])
+async def test_a_ring_that_a_crashed_broker_had_armed(
+    on_disk: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, delivered: bool
+) -> None:
+    """The agent has come with another ring, was armed there, and made records; of all that the file has nothing. What the next broker
+    cannot tell whose it is, is a gap: behind what was delivered, and once."""
+    agent, taker = await start(on_disk, registration(0x40), registration(0x40, pid=9))
+    await agent.send([rec(EXIT, 1)])
+    await taker.until_events(1)
+    await agent.acknowledged()
+    with disk_that_does_not_answer(on_disk, monkeypatch):
+        path = copy_file(on_disk, tmp_path / "crashed")
+        await restart_in_epoch(agent, 8)
+        await until(lambda: all(span.epoch == 8 for session in on_disk.broker.sessions for span in session.matcher.spans("a")))
+        if delivered:
+            monkeypatch.setattr(outbox_module, "MARK_WAIT", 0.0)
+            await agent.send([rec(EXIT, 2)])
+            await taker.until_events(2)
+        await taker.leave()
+        await agent.send([rec(EXIT, 3), rec(EXIT, 4)])
+        await agent.leave()
+    before = len(taker.gaps)
+    agent.acked = 0
+    new = await Here.start(SqliteLog(path), path, "")
+    try:
+        taker.here = new
+        agent.channel = new.channel
+        if first == "monitor":
+            await taker.open()
+            await taker.until("registered")
+            await agent.serve()
+        else:
+            await agent.serve()
+            await agent.wait(lambda: agent.applied)
+            await agent.acknowledged()
+            await taker.open()
+        await agent.acknowledged()
+        await agent.send([rec(EXIT, 5)])
+        while taker.events[-1][4] != 5:
+            await taker.take()
+        # Who has come to a ring that the next broker does not know yet is told anew what its log has of the ring before.
+        assert list(dict.fromkeys(pid for _, _, _, _, pid in taker.events)) == [1, *([2] if delivered else []), 5]
+        end = (3 if delivered else 2) * SLOT_SIZE
+        told = [(gap.epoch, gap.from_position, gap.to_position) for gap in taker.gaps[before:] if gap.to_position]
+        assert told == [(8, 1 if delivered else 0, end)]
+    finally:
+        await new.stop()

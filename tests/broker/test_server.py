@@ -480,6 +480,40 @@ async def test_lists(here: World) -> None:
         assert caught.value.code() == code
 
 
+async def test_lists_of_a_group(here: World) -> None:
+    """The unit's name is made whole; an agent that cannot tell says so, and one that is older has not understood."""
+    agent = Agent(here.channel)
+    await agent.connect(source="core")
+    await agent.next_interest()
+    position = 7 * SLOT_SIZE
+    answers = [
+        agent_pb2.ProcessList(by_group=True, cgroup_ids=[5, 6], position=position, processes=[events_pb2.Process(pid=1, cgroup_id=6)]),
+        agent_pb2.ProcessList(by_group=True, error="no cgroup2 is mounted"),
+        agent_pb2.ProcessList(processes=[events_pb2.Process(pid=1)]),
+    ]
+    asked: list[monitor_pb2.ProcessFilter] = []
+
+    async def answer() -> None:
+        for each in answers:
+            while (message := await agent.read()).WhichOneof("kind") != "list_processes":
+                pass
+            asked.append(message.list_processes.filter)
+            each.call_id = message.list_processes.call_id
+            await agent.call.write(agent_pb2.AgentMessage(processes=each))
+
+    answering = asyncio.ensure_future(answer())
+    request = monitor_pb2.ListProcessesRequest(node="a", filter=monitor_pb2.ProcessFilter(unit="x"))
+    found = await here.monitor.ListProcesses(request)
+    assert (list(found.cgroup_ids), found.position, found.epoch != 0) == ([5, 6], position, True)
+    for words in ("node a: no cgroup2 is mounted", "cannot list a group: upgrade it"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await here.monitor.ListProcesses(request)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert words in (caught.value.details() or "")
+    await answering
+    assert asked[0].unit == "x.service"
+
+
 async def test_progress_and_stop() -> None:
     async with world(progress_interval=0.02) as here:
         agent = Agent(here.channel)

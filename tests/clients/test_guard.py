@@ -99,7 +99,8 @@ async def test_a_pidfile_is_read_again_until_there_is_one(guard: ProcessGuard, b
         broker.pidfiles["web1", PATH] = 23 - pid
         broker.processes["web1", 23 - pid] = 100_000 + turn
     # Nothing of all these is left behind.
-    assert len(guard._of_pid) == len(guard._pid_of) == 1
+    assert len(guard._routes) == 1
+    assert len(guard._queue) == 0
     assert len(guard._monitor._stream.standing._kept) <= 2
     assert len(guard._monitor.cursor.found()) <= 1
 

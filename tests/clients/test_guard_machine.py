@@ -33,6 +33,7 @@ from kmonitor.clients import (
     Subject,
     Verdict,
 )
+from kmonitor.clients.guard_queue import VerdictQueue
 from kmonitor.clients.guarded import Clocks, Guarded, Look
 from kmonitor.clients.guarded_group import LIST_EVERY, GuardedGroup
 from kmonitor.clients.guarded_process import GuardedProcess
@@ -157,7 +158,7 @@ def test_gone_while_nobody_looked_and_its_exit_is_in_the_log() -> None:
 
 def test_gone_while_nobody_looked_and_nobody_knows_how() -> None:
     guarded = running()
-    assert short(play(guarded, CUT, BACK, answer(State.EXITED), progress())) == ["alive (disconnected)", "alive"]
+    assert short(play(guarded, CUT, BACK, answer(State.EXITED), progress())) == ["alive (disconnected)", "alive (gap)"]
     assert short(play(guarded, progress())) == ["dead inferred"]
     assert str(guarded.verdict.death) == "end not seen"
     # An exit that comes after all says more of the same death.
@@ -182,6 +183,17 @@ def test_the_node_was_rebooted() -> None:
 
 
 # ---- a pidfile
+
+
+@pytest.mark.parametrize("subject", [PID, FILE])
+def test_an_exit_that_comes_before_the_answer(subject: Subject) -> None:
+    """Behind a cursor that may be: it ran when its node was asked, and had ended when the log was read."""
+    guarded = GuardedProcess(subject, CLOCKS)
+    other = [event(EXIT, pid) for pid in range(100, 200)]
+    told = play(guarded, event(EXIT, 11, start_time=5), event(EXIT, 11, exit_code=3), *other, answer(State.RUNNING, process(11)))
+    assert short(told) == ["alive", "dead"]
+    assert str(guarded.verdict.death) == "exit code 3"
+    assert guarded.over == (subject is PID)
 
 
 def test_a_pidfile_that_is_written_again_and_again() -> None:
@@ -249,7 +261,7 @@ def test_a_gap_hides_an_end_until_it_was_looked_for() -> None:
     guarded = running()
     assert short(play(guarded, GAP, progress())) == ["alive (gap)"]
     assert guarded.look is Look.NOW
-    assert short(play(guarded, answer(State.EXITED), progress(), progress())) == ["alive", "dead inferred"]
+    assert short(play(guarded, answer(State.EXITED), progress(), progress())) == ["dead inferred"]
 
 
 def test_nobody_has_answered() -> None:
@@ -267,8 +279,10 @@ def test_a_broker_that_does_not_know_the_node_is_asked_again() -> None:
 
 
 def test_a_node_that_was_removed() -> None:
-    guarded = running()
+    guarded = running(FILE)
     assert short(play(guarded, change(NodeState.GONE), CUT)) == ["alive (gone)"]
+    guarded.refused("there is no such node")
+    assert not guarded.wants_something
 
 
 # ---- a group
@@ -450,3 +464,22 @@ def test_a_group_that_forks_for_months_leaves_nothing() -> None:
         guarded.take(fork(11, pid))
         guarded.take(event(EXIT, pid))
     assert sizes() == before
+
+
+# ---- the queue
+
+
+def test_who_does_not_look_gets_the_last_count() -> None:
+    guarded, queue = group(process(11)), VerdictQueue()
+    said = [*guarded.told(), *play(guarded, *(fork(11, pid) for pid in range(20, 5_000)), GAP, event(EXIT, 20), event(EXIT, 21))]
+    for verdict in said:
+        queue.put(guarded, verdict)
+    assert len(said) == 4_984
+    assert [(verdict.alive, verdict.blind) for verdict in (queue.take(), queue.take())] == [(4_981, None), (4_979, Blindness.GAP)]
+    assert not queue
+    queue.put(guarded, said[0])
+    assert queue.take().alive == 1
+    for verdict in said:
+        queue.put(guarded, verdict)
+    queue.drop(guarded)
+    assert not queue

@@ -258,18 +258,6 @@ async def test_resume_from_a_file(broker: FakeBroker, kmon: Kmon, tmp_path: Path
     assert "holds no cursor" in err
 
 
-async def test_exec_runs_a_command_for_each_event(broker: FakeBroker, kmon: Kmon, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = f'(cat; echo "$KMON_NODE $KMON_TYPE $KMON_PID $KMON_EXIT_CODE") >>{log}; test $KMON_PID != 2'
-    watching = await kmon("watch", "--json", "--count", "2", "--exec", command)
-    (await broker.session()).send(batch("web1", event(128, EXIT, 1, exit_code=3), event(256, EXIT, 2)))
-    status, out, err = await ended(watching)
-    assert status == 0
-    assert err == "kmon: --exec: the command ended with status 1 for pid 2 on web1\n"
-    events = out.splitlines()[1:]
-    assert log.read_text().splitlines() == [events[0], "web1 PROCESS_EXIT 1 3", events[1], "web1 PROCESS_EXIT 2 0"]
-
-
 async def test_a_reconnect_is_told(broker: FakeBroker, kmon: Kmon) -> None:
     watching = await kmon("watch", "--json")
     await next_line(watching)

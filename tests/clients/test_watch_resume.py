@@ -204,8 +204,8 @@ async def test_forked_processes_outlive_a_reconnect(broker: FakeBroker, kmon: Km
 async def test_commands_are_run_once(broker: FakeBroker, kmon: Kmon, tmp_path: Path) -> None:
     """SIGTERM in the middle of a batch, and of a command: that one ends, and is not run again; those behind it are run later."""
     path, log, begun = tmp_path / "cursor", tmp_path / "log", tmp_path / "begun"
-    command = f"echo $KMON_PID >>{log}; if [ $KMON_PID = 2 ]; then : >{begun}; sleep 0.5; fi; echo end >>{log}"
-    options = ("watch", "--json", "--resume", str(path), "--exec", command)
+    script = f"echo $KMON_PID >>{log}; if [ $KMON_PID = 2 ]; then : >{begun}; sleep 0.5; fi; echo end >>{log}"
+    options = ("watch", "--json", "--resume", str(path), "--exec", f"sh -c '{script}'")
     watching = await kmon(*options)
     session = await broker.session()
     session.send(batch("web1", *(event(100 + number, EXIT, number) for number in range(1, 5))))

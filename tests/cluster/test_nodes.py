@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kmonitor.clients import RegistrationState, connect
+from kmonitor.clients.lab.processes import pid_inside
 from kmonitor.wire.record import SLOT_SIZE
 from tests.lab import check
 from tests.lab.cluster import SOURCES, ZONES, Cluster, NodeStage
-from tests.lab.namespaces import pid_inside
 from tests.lab.services import Lab
 from tests.lab.workload import Programs
 

@@ -23,17 +23,17 @@ def place(tmp_path: Path) -> Iterator[Place]:
     machines: list[Machine] = []
 
     def mount(machine: Machine) -> Path:
-        machine.shell.do(f"mount -t tmpfs pidfiles {tmp_path}")
+        machine.beside_it("mount", "-t", "tmpfs", "pidfiles", tmp_path)
         machines.append(machine)
         return tmp_path / "daemon.pid"
 
     yield mount
     for machine in machines:
-        machine.shell.do(f"umount {tmp_path}")
+        machine.beside_it("umount", tmp_path)
 
 
 def write(machine: Machine, file: Path, text: object) -> None:
-    machine.shell.do(f"echo {text} > {file}")
+    (machine.root / file.relative_to("/")).write_text(f"{text}\n", encoding="ascii")
 
 
 def running(watch: Watch, start: int = 0) -> dict[str, int]:

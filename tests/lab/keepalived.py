@@ -11,12 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.lab.namespaces import PREFIX, Idler, Inside, Machine
+from tests.lab.namespaces import SUBNET, Idler, Inside, Machine
 from tests.lab.process import END_LIMIT
 from tests.lab.requires import Lack, tools_lack
 from tests.lab.services import BIN, Lab
 
-VIRTUAL = f"{PREFIX}.200"
+VIRTUAL = str(SUBNET[200])
 """The address that the pair has together."""
 TRACK = "/run/kmonitor/web.track"
 NOTIFY = "/run/notify"
@@ -37,7 +37,7 @@ track_file web {{
 {more}
 vrrp_instance web {{
     state BACKUP
-    interface eth0
+    interface {interface}
     virtual_router_id 77
     version 3
     priority {priority}
@@ -63,12 +63,12 @@ def keepalived_lack() -> Lack | None:
 
 def prepare(machine: Machine) -> None:
     """Give it a /run of its own, with the notify script, and the folder of the track file."""
-    machine.shell.do("mount -t tmpfs -o mode=755 none /run")
+    machine.do("mount -t tmpfs -o mode=755 none /run")
     (machine.root / "run/kmonitor").mkdir()
     script = machine.root / "run/notify"
     script.write_text(_SCRIPT, encoding="ascii")
     script.chmod(0o755)
-    machine.shell.do("mkfifo /run/notified")
+    machine.do("mkfifo /run/notified")
 
 
 class Notified(Inside):
@@ -92,36 +92,38 @@ class Notified(Inside):
         return int(self.lines[at].split()[0]), at + 1
 
 
-class Keepalived(Inside):
-    """Of one machine. `machine` must be prepared."""
+def config(
+    machine: Machine,
+    *,
+    priority: int,
+    weight: str = "0",
+    interval: float = 0.1,
+    interface: str = "eth0",
+    more: str = "",
+    tracked: str = "track_file {\n        web\n    }",
+) -> str:
+    """A keepalived.conf."""
+    return _CONFIG.format(
+        name=machine.name,
+        track=TRACK,
+        weight=weight,
+        more=more,
+        priority=priority,
+        interval=interval,
+        interface=interface,
+        virtual=VIRTUAL,
+        tracked=tracked,
+        notify=NOTIFY,
+    )
 
-    def __init__(
-        self,
-        machine: Machine,
-        *,
-        priority: int,
-        weight: str = "0",
-        interval: float = 0.1,
-        more: str = "",
-        tracked: str = "track_file {\n        web\n    }",
-    ) -> None:
-        config = machine.root / "run/keepalived.conf"
-        config.write_text(
-            _CONFIG.format(
-                name=machine.name,
-                track=TRACK,
-                weight=weight,
-                more=more,
-                priority=priority,
-                interval=interval,
-                virtual=VIRTUAL,
-                tracked=tracked,
-                notify=NOTIFY,
-            ),
-            encoding="ascii",
-        )
-        config.chmod(0o644)
-        self.machine = machine
+
+class Keepalived(Inside):
+    """Of one machine, which must be prepared. `text` is its keepalived.conf."""
+
+    def __init__(self, machine: Machine, text: str) -> None:
+        file = machine.root / "run/keepalived.conf"
+        file.write_text(text, encoding="ascii")
+        file.chmod(0o644)
         options = ["--dont-fork", "--log-console", "--log-detail", "--vrrp", "--use-file", "/run/keepalived.conf"]
         super().__init__(f"keepalived {machine.name}", [*machine.prefix, "--", "keepalived", *options])
 
@@ -199,9 +201,9 @@ class Balancer:
         self.notified.wait_exec()
         self.seen = 0
 
-    def start(self, priority: int, *, weight: str = "0", interval: float = 0.1) -> Keepalived:
-        """keepalived."""
-        return self.lab.keep(Keepalived(self.machine, priority=priority, weight=weight, interval=interval))
+    def start(self, priority: int, *, weight: str = "0", text: str = "") -> Keepalived:
+        """keepalived. `text`: its whole configuration, instead."""
+        return self.lab.keep(Keepalived(self.machine, text or config(self.machine, priority=priority, weight=weight)))
 
     def tool(self, *options: str) -> Tool:
         """kmon ha keepalived, with these options."""

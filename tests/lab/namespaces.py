@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines of a cluster on one kernel: each has a network namespace, a pid namespace and a /proc of its own.
+"""Nodes of `kmon lab` for tests: the same namespaces, each with what a test needs of it.
 
-A machine is held by the shell that is process 1 of its pid namespace. The end of the shell's input ends it, and with it all
-that runs in the machine: also if the test run itself is killed.
+A node's process 1 is held by its input, which is the test's. The end of that ends it, and with it all that runs in the node: also if
+the test run itself is killed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Network
 from pathlib import Path
 
+from kmonitor.clients.lab import machine as lab_machine
+from kmonitor.clients.lab import network as lab_network
+from kmonitor.clients.lab.processes import comm, first_child
 from tests.lab.process import END_LIMIT, LabError, Running
 from tests.lab.requires import Lack, tools_lack
 from tests.lab.services import Agent, Lab
 from tests.lab.workload import Root
 
-PREFIX = "10.213.77"
-"""Of the addresses, which exist in the network's own namespaces only."""
-HUB = f"{PREFIX}.1"
+SUBNET = IPv4Network("10.213.77.0/24")
+HUB = str(SUBNET[1])
 
 _networks = itertools.count()
 
@@ -33,43 +36,13 @@ def namespaces_lack() -> Lack | None:
     return tools_lack(Lack.NAMESPACES, "ip", "unshare", "nsenter")
 
 
-def ip(*words: str) -> None:
-    """Run ip(8). Raises LabError."""
-    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise LabError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-
-
-def _child(parent: int) -> int | None:
-    """The first child of a process, if it has one. (/proc/PID/task/TID/children needs an option of the kernel.)"""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                stat = Path(entry, "stat").read_text(encoding="utf-8", errors="replace")
-                if int(stat.rpartition(")")[2].split()[1]) == parent:
-                    return int(entry.name)
-    return None
-
-
-def _comm(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-
-
-def pid_inside(host_pid: int) -> int:
-    """A process's pid as its own namespace has it."""
-    for line in Path(f"/proc/{host_pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("NSpid:"):
-            return int(line.split()[-1])
-    raise LabError(f"no NSpid in /proc/{host_pid}/status")
-
-
 class Inside(Running):
     """Started with nsenter, which stays outside and ends as its child does. Signals are for the child."""
 
     @property
     def host_pid(self) -> int:
         """Of the process itself, as the initial namespace has it. Only once it has said something."""
-        child = _child(self.process.pid)
+        child = first_child(self.process.pid)
         if child is None:
             raise self.failure("nothing runs inside")
         return child
@@ -77,14 +50,14 @@ class Inside(Running):
     def wait_exec(self, limit: float = END_LIMIT) -> None:
         """Until it is the program that it was to be, whether it says something or not. Nobody is told of that."""
         until = time.monotonic() + limit
-        while (child := _child(self.process.pid)) is None or _comm(child) == "nsenter":
+        while (child := first_child(self.process.pid)) is None or comm(child) == "nsenter":
             if time.monotonic() > until or self.process.poll() is not None:
                 raise self.failure("nothing runs inside")
             time.sleep(0.001)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""
-        child = _child(self.process.pid)
+        child = first_child(self.process.pid)
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
@@ -128,21 +101,22 @@ class Idler(Inside):
         return super().stop(number, limit)
 
 
-class Shell(Running):
-    """A machine's process 1. Its Popen is unshare, which ends when the shell does."""
+class Init(Running):
+    """A machine's process 1. Its Popen is unshare, which ends when that does."""
 
     def __init__(self, name: str, namespace: str) -> None:
-        unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        super().__init__(f"machine {name}", ["nsenter", f"--net=/run/netns/{namespace}", *unshare, "sh"])
-        self._numbers = itertools.count()
+        super().__init__(f"machine {name}", lab_machine.init_command(name, namespace))
 
-    def do(self, command: str) -> None:
-        """Run a command of the shell's own: anything else would be a process of the machine. Raises LabError if it fails."""
-        said = f"did {next(self._numbers)}: ".encode()
-        self.say(f"{command}; echo {said.decode()}$?")
-        line = self.lines[self.wait_line(lambda text: text.startswith(said), command)]
-        if line != said + b"0":
-            raise self.failure(f"{command}: failed")
+    def wait_ready(self) -> None:
+        """Until the machine is there."""
+        if self.lines[self.wait_line(lambda _: True, "a word")] != lab_machine.READY.encode():
+            raise self.failure("has no machine")
+
+    def set_last_pid(self, pid: int) -> None:
+        """The next process of the machine gets the one above it, if that is free. It is not done by a process of the machine's."""
+        start = len(self.lines)
+        self.say(f"last-pid {pid}")
+        self.wait_line(lambda text: text == b"done", "its answer", start=start)
 
     def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = END_LIMIT) -> int:
         """Not by a signal, which unshare does not hear."""
@@ -152,29 +126,28 @@ class Shell(Running):
         return super().stop(signal.SIGKILL, limit)
 
 
-class Machine:
-    """One node's namespaces."""
+class Machine(lab_machine.Machine):
+    """One node."""
 
-    def __init__(self, name: str, namespace: str, address: str, shell: Shell) -> None:
-        self.name = name
-        self.namespace = namespace
-        self.address = address
-        self.shell = shell
-        self.shell.do(":")
-        host_pid = _child(shell.process.pid)
+    def __init__(self, name: str, network: Network, address: str, init: Init) -> None:
+        init.wait_ready()
+        host_pid = first_child(init.process.pid)
         if host_pid is None:
-            raise shell.failure("has no process 1")
-        self.prefix = ["nsenter", "--target", str(host_pid), "--net", "--pid", "--mount"]
-        """What to run a command with, so that it runs in the machine."""
-        self.beside = ["nsenter", "--target", str(host_pid), "--net", "--mount", "--"]
-        """The same for one that keeps its pid: it is in the machine's network, and none of its processes."""
-        self.root = Path(f"/proc/{host_pid}/root")
-        """The machine's files, as the test can reach them: what is mounted in there too."""
+            raise init.failure("has no process 1")
+        super().__init__(host_pid)
+        self.name = name
+        self.namespace = network.namespace(name)
+        self.address = address
+        self._network = network
+        self._init = init
 
     def agent(
         self, lab: Lab, broker: str, *options: str, node: str = "", pin: bool = False, wait: bool = True, within: Sequence[str] = ()
     ) -> InsideAgent:
-        """Start an agent here, by default of the machine's name; wait until it is connected. `within`: a command to run it with."""
+        """Start an agent here, by default of the machine's name; wait until it is connected. `within`: a command to run it with.
+
+        Pins are in the machine's own bpf file system, and go with it.
+        """
         name = node or self.name
         command = lab.agent_command(name, broker, *options, scope="pidns", pin=pin)
         agent = lab.keep(InsideAgent(name, [*self.prefix, "--", *within, *command]))
@@ -186,7 +159,7 @@ class Machine:
         """Start a process; `pid` is the one that it shall have here, if it is free."""
         for _ in range(20):
             if pid is not None:
-                self.shell.do(f"echo {pid - 1} > /proc/sys/kernel/ns_last_pid")
+                self._init.set_last_pid(pid - 1)
             idler = lab.keep(Idler([*self.prefix, "--"]))
             idler.wait_ready()
             if pid in (None, idler.pid):
@@ -200,51 +173,32 @@ class Machine:
         root.wait_ready()
         return root
 
+    def beside_it(self, *argv: str | Path) -> None:
+        """Run a command that sees the machine's files and is none of its processes. Raises LabError if it fails."""
+        done = subprocess.run([*self.beside, *argv], check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise LabError(f"{argv[0]} in machine {self.name}: {done.stderr}")
+
+    def do(self, command: str) -> None:
+        """The same for a line of the shell's."""
+        self.beside_it("sh", "-c", command)
+
     def link(self, state: str) -> None:
         """Take its network "down", or bring it "up"."""
-        ip("-n", self.namespace, "link", "set", "eth0", state)
+        self._network.link(self.name, state)
 
 
-class Network:
-    """A bridge in a network namespace of its own, the hub, and machines at it."""
+class Network(lab_network.Network):
+    """A hub, and machines at it."""
 
     def __init__(self) -> None:
-        self._name = f"kmt{os.getpid()}-{next(_networks)}"
-        self._made: list[str] = []
-        self.hub = self._namespace("hub")
-        ip("-n", self.hub, "link", "add", "bridge", "type", "bridge")
-        ip("-n", self.hub, "addr", "add", f"{HUB}/24", "dev", "bridge")
-        ip("-n", self.hub, "link", "set", "bridge", "up")
-        self.prefix = ["nsenter", f"--net=/run/netns/{self.hub}", "--"]
-        """What to run a command with, so that it runs at the hub."""
-
-    def _namespace(self, name: str) -> str:
-        full = f"{self._name}-{name}"
-        ip("netns", "add", full)
-        self._made.append(full)
-        ip("-n", full, "link", "set", "lo", "up")
-        return full
+        super().__init__(f"kmt{os.getpid()}-{next(_networks)}", SUBNET)
+        self._numbers = itertools.count(2)
 
     def machine(self, lab: Lab, name: str) -> Machine:
         """A new one; `lab` stops it."""
-        namespace = self._namespace(name)
-        address = f"{PREFIX}.{len(self._made)}"
-        ip("-n", self.hub, "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", namespace)
-        ip("-n", self.hub, "link", "set", f"to-{name}", "master", "bridge", "up")
-        ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
-        ip("-n", namespace, "link", "set", "eth0", "up")
-        return Machine(name, namespace, address, lab.keep(Shell(name, namespace)))
-
-    def close(self) -> None:
-        """Remove the namespaces. Raises LabError."""
-        wrong: list[str] = []
-        while self._made:
-            try:
-                ip("netns", "del", self._made.pop())
-            except LabError as error:
-                wrong.append(str(error))
-        if wrong:
-            raise LabError("\n".join(wrong))
+        address = self.add(name, next(self._numbers))
+        return Machine(name, self, address, lab.keep(Init(name, self.namespace(name))))
 
 
 @contextlib.contextmanager
@@ -252,6 +206,7 @@ def network() -> Iterator[Network]:
     """Made, and removed again. All that runs there must have ended before."""
     made = Network()
     try:
+        made.make()
         yield made
     finally:
         made.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a storm (tests/workload/storm.c) wrote down."""
+"""Storms, and what they wrote down: of a length that is known before (tests/workload/storm.c), or until they are told (pace.c)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,32 @@ def start(lab: Lab, programs: Programs, folder: Path, kind: str, count: int, wor
     made = lab.keep(Root([programs.storm, kind, str(count), str(workers), folder], cwd=folder.parent))
     made.wait_ready()
     return made
+
+
+def start_endless(lab: Lab, programs: Programs, folder: Path, workers: int = 2) -> list[Root]:
+    """So many, each of which makes children as fast as it can from the word until `end`. `folder` is made."""
+    folder.mkdir()
+    made = [lab.keep(Root([programs.pace, str(number), "0", "0", "f", folder / str(number)], cwd=folder)) for number in range(workers)]
+    for root in made:
+        root.wait_ready()
+    return made
+
+
+def end(roots: list[Root], folder: Path) -> Storm:
+    """Of such ones. Their files are removed."""
+    ends: dict[int, list[tuple[int, int]]] = {}
+    seconds = 0.0
+    for root in roots:
+        root.close_input()
+    for number, root in enumerate(roots):
+        root.wait_closed(120)
+        if root.wait() != 0:
+            raise root.failure("the storm failed")
+        seconds = max(seconds, json.loads(root.lines[-1])["seconds"])
+        deeds = np.fromfile(folder / str(number), dtype="<i4").reshape(-1, 3)
+        (folder / str(number)).unlink()
+        ends[root.root_pid] = [(int(child), int(status)) for _, child, status in deeds]
+    return Storm(roots[0].root_pid, sum(map(len, ends.values())), seconds, ends)
 
 
 def read(root: Root, folder: Path) -> Storm:

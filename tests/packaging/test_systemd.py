@@ -85,6 +85,14 @@ def test_the_brokers_log() -> None:
     assert at_most < float(broker["TimeoutStopSec"].removesuffix("s"))
 
 
-def test_the_user_is_the_one_that_is_made() -> None:
-    user = options("systemd/kmonitor-agent.service")["User"]
-    assert re.search(rf"^u {user} ", (DEPLOY / "sysusers.d" / "kmonitor.conf").read_text(encoding="utf-8"), re.MULTILINE)
+@pytest.mark.parametrize(("unit", "made_by"), [("kmonitor-agent", "kmonitor"), ("kmonitor-keepalived", "kmonitor-keepalived")])
+def test_the_user_is_the_one_that_is_made(unit: str, made_by: str) -> None:
+    user = options(f"systemd/{unit}.service")["User"]
+    assert re.search(rf"^u {user} ", (DEPLOY / "sysusers.d" / f"{made_by}.conf").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_keepaliveds_files_stay() -> None:
+    """A file that vanishes means to keepalived that all is well; and what is to be said after a kill -9 is said."""
+    unit = options("systemd/kmonitor-keepalived.service")
+    assert unit["RuntimeDirectoryPreserve"] == "yes"
+    assert unit["ExecStopPost"] == unit["ExecStartPre"] == unit["ExecStart"] + " --write-blind"

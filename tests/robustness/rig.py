@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab.bpffs import remove_pins
-from tests.lab.namespaces import Idler, InsideAgent, Machine, Network, ip, network, pid_inside
+from kmonitor.clients.lab.processes import pid_inside
+from kmonitor.clients.lab.tools import ip
+from tests.lab.namespaces import Idler, InsideAgent, Machine, Network, network
 from tests.lab.services import Broker, Lab
 from tests.lab.stopped import stopped
 from tests.lab.watch import Watch
@@ -60,7 +61,7 @@ class Rig:
         """The broker's machine. Monitors are outside of it, beyond its link."""
         if disk:
             # In the machine's mount namespace: it goes with the machine.
-            self.hub.shell.do(f"mount -t tmpfs -o size={disk} logs {self.logs}")
+            self.hub.beside_it("mount", "-t", "tmpfs", "-o", f"size={disk}", "logs", self.logs)
         self.address = f"{self.hub.address}:0"
         self._broker_options = ["--log", log.format(self.logs), *PROGRESS, *broker_options]
         self.broker = self.start_broker()
@@ -213,18 +214,14 @@ def rig(
     pins: Path, programs: Programs, folder: Path, *broker_options: str, nodes: dict[str, tuple[str, ...]], log: str = MEMORY, disk: str = ""
 ) -> Iterator[Rig]:
     """With these nodes, name -> options of its agent, which are connected. All of it is gone at the end."""
-    own = pins / f"rig{next(_numbers)}"
-    try:
-        with network() as net:
-            lab = Lab(own)
-            try:
-                made = Rig(lab, net, programs, folder, broker_options, log=log, disk=disk)
-                for name, options in nodes.items():
-                    made.node(name, *options, wait=False)
-                for agent in made.agents.values():
-                    agent.wait_connected()
-                yield made
-            finally:
-                lab.close()
-    finally:
-        remove_pins(own)
+    with network() as net:
+        lab = Lab(pins)
+        try:
+            made = Rig(lab, net, programs, folder, broker_options, log=log, disk=disk)
+            for name, options in nodes.items():
+                made.node(name, *options, wait=False)
+            for agent in made.agents.values():
+                agent.wait_connected()
+            yield made
+        finally:
+            lab.close()

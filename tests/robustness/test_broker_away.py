@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.lab.services import Lab
 from tests.robustness.account import PROCESS
 from tests.robustness.rig import Rig
+
+pytestmark = pytest.mark.timeout(150)
+"""Each wait has a limit of its own, and says what did not come; the one for a broker that starts was cut off by the usual 60 s where 20
+processes and more wanted the two cores (30 to 48 s with 13 to 17 of them)."""
 
 MIDST = 300
 

@@ -16,7 +16,7 @@ MIX = "fek" + "t" * 47
 DEEDS = {"256M": 50_000, "2M": 80_000}
 """By what the log holds: a little more than twice as many events. Of the second so many that what waits for a slow monitor elsewhere
 (decision 5: up to 8 MB of records) is soon full too."""
-RATE = {"256M": 6_000, "2M": 12_000}
+RATE = 12_000
 WARM_UP = 4_000
 SLOW = ("--pace", "1", "--window", "1")
 GROWTH = 96 << 20
@@ -29,8 +29,8 @@ def test_one_event_a_second(make_rig: Maker, lab: Lab, log_bytes: str) -> None:
     """In the end it is told of all, or of how many of which type are missing."""
     with make_rig(*PATIENT, "--log-bytes", log_bytes, nodes={"a": ()}) as rig:
         rig.narrow()
-        before = rig.pace(lab, "a", rate=RATE[log_bytes], count=WARM_UP, mix=MIX)
-        load = rig.pace(lab, "a", rate=RATE[log_bytes], count=DEEDS[log_bytes], mix=MIX, seed=2)
+        before = rig.pace(lab, "a", rate=RATE, count=WARM_UP, mix=MIX)
+        load = rig.pace(lab, "a", rate=RATE, count=DEEDS[log_bytes], mix=MIX, seed=2)
         steady = rig.listener(lab, before.tree, load.tree)
         before.go()
         truth = before.done()

@@ -214,13 +214,17 @@ class Arms:
         session.tell(registered(message))
 
     def tell_of_absence(self, node: Node, arm: Arm, position: int) -> None:
-        """A client that comes back has missed what was between its cursor and now, if nobody has kept its place."""
-        absent, session = arm.absent, session_of(arm)
-        if absent is None or session.detached:
+        """A client that comes back has missed what was between its cursor and now, if nobody has kept its place. And so has whoever was
+        armed in a ring that is new to the broker, of what this has from before the answer: a broker that crashed had armed it there."""
+        absent, unheard, session = arm.absent, arm.unheard, session_of(arm)
+        if (absent is None and unheard is None) or session.detached:
             return  # a stream that comes back is told
-        arm.absent = None
-        epoch, taken = absent
+        arm.absent = arm.unheard = None
+        epoch, taken = absent or (0, 0)
+        taken_epoch, taken_last = session.matcher.taken.get(node.name, (0, 0))
         first = taken + 1 if epoch == node.epoch else 0
+        if absent is None and unheard is not None:
+            first = max(unheard, taken_last + 1) if taken_epoch == node.epoch else unheard
         told_epoch, until = session.told_of_absence.get(node.name, (0, 0))
         again = told_epoch == node.epoch
         if again:

@@ -290,7 +290,7 @@ class Broker:
             processes=answer.processes,
             boot_id=boot_id,
             cgroup_ids=answer.cgroup_ids,
-            epoch=epoch if answer.position else 0,
+            epoch=epoch if answer.HasField("position") else 0,
             position=answer.position,
         )
 

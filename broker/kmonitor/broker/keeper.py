@@ -247,7 +247,7 @@ def _pack_registration(registration: Registration) -> bytes:
             "over": session.registrations.get(registration.key) is not registration,
             "found": {node: _pack_process(process) for node, process in registration.found.items()},
             "arms": {
-                arm.node: [arm.state.name, arm.process and [*arm.process, ""], _pack_process(arm.named), arm.absent]
+                arm.node: [arm.state.name, arm.process and [*arm.process, ""], _pack_process(arm.named), arm.absent, arm.unheard]
                 for arm in registration.arms
             },
         }
@@ -267,10 +267,11 @@ def _unpack_registration(session: Session, content: dict[str, Any]) -> Registrat
     while session.next_serial() < registration.serial:
         pass
     registration.find({node: process for node, packed in content["found"].items() if (process := _unpack_process(packed)) is not None})
-    for node, (state, process, named, absent) in content["arms"].items():
+    for node, (state, process, named, absent, *later) in content["arms"].items():
         arm = registration.make_arm(node)
         arm.state, arm.process, arm.named = ArmState[state], process and (process[0], process[1]), _unpack_process(named)
         arm.absent = None if absent is None else (absent[0], absent[1])
+        arm.unheard = later[0] if later else None
         if arm.state is ArmState.ASKED:
             arm.state = ArmState.AWAY
     return registration

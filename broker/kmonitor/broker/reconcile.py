@@ -161,12 +161,15 @@ class Reconcile:
 
     def _living(self, node: Node, sessions: list[Session], epoch: int) -> dict[Arm, dict[ProcessKey, bool]]:
         """The processes that monitors were told of, as far as their ends have not come; and whether the ring that they were told from
-        is gone. Spans of such a ring end."""
+        is gone. Spans of such a ring end; what the new one may have for them already is noted down as unheard."""
         living: dict[Arm, dict[ProcessKey, bool]] = {}
         ends = self._arms.log.ends(node.name)
         for session in sessions:
             for span in session.matcher.spans(node.name):
                 of_old_ring = span.epoch != epoch
+                if of_old_ring and not span.lingers and span.end is None and span.arm.unheard is None:
+                    span.arm.unheard = node.expected
+                    self._arms.note(span.arm.registration)
                 if span.process is not None and not span.lingers:
                     living.setdefault(span.arm, {})[span.process] = of_old_ring
                     if of_old_ring:

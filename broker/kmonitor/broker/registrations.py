@@ -40,6 +40,9 @@ class Arm:
     """Open spans of processes that live: the process itself, and those it made, if followed."""
     absent: tuple[int, int] | None = None
     """(epoch, last position taken) of a client that comes back, until it is told from where on it is armed: nobody kept its place."""
+    unheard: int | None = None
+    """The node came with another ring, and where that begins: what is between there and the answer is this arm's, and nobody has heard it.
+    None when its monitor has been told."""
     _asks: Ask | dict[Ask, None] | None = None
     """Most have but one."""
 

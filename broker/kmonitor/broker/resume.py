@@ -135,7 +135,8 @@ class Lingering:
             mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
             if its_own:
-                mine.absent = arm.absent  # the node was away all the while: it is still to be told
+                # The node was away all the while, or came with another ring: it is still to be told.
+                mine.absent, mine.unheard = arm.absent, arm.unheard
             elif name not in kept:
                 mine.absent = session.cursor.positions.get(name, (0, 0))
             if arm.process is not None and name not in registration.found:
@@ -184,6 +185,7 @@ class Lingering:
             absent = arm.absent if arm is not None else None
             at = absent or (None if its_own else cursor.positions.get(node))
             if at is None:
+                self._say_what_was_unheard(session, arm, cursor, epoch, first)
                 continue
             taken = at[1] if at[0] == epoch else -1
             if (at[0] == epoch or absent is not None) and first > taken + 1:
@@ -191,6 +193,22 @@ class Lingering:
                 session.before.append(gap(node, _LOG, epoch, positions=positions, times=times, counts={}))
             if arm is not None:
                 arm.absent = None
+
+    def _say_what_was_unheard(self, session: Session, arm: Arm | None, cursor: Cursor, epoch: int, first: int) -> None:
+        """Of the ring that a node came with, before the arm was armed there."""
+        node = None if arm is None else self._arms.nodes.get(arm.node)
+        if arm is None or arm.unheard is None or node is None or node.epoch != epoch:
+            return
+        start, arm.unheard = arm.unheard, None
+        taken_epoch, taken = cursor.positions.get(node.name, (0, 0))
+        if taken_epoch == epoch:
+            start = max(start, taken + 1)
+        told_epoch, until = session.told_of_absence.get(node.name, (0, 0))
+        if told_epoch == epoch:
+            start = max(start, until)  # for another registration
+        if first > start:
+            session.told_of_absence[node.name] = epoch, first
+            session.before.append(gap(node.name, _LOG, epoch, positions=(start, first), times=(0, time.time_ns()), counts={}))
 
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
         arm = registration.make_arm(span.node)

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from kmonitor.clients import errors, selection
+from kmonitor.clients import errors
 from kmonitor.clients.events import Event
+from kmonitor.clients.guard_queue import VerdictQueue
+from kmonitor.clients.guard_routes import Routes, concerns
 from kmonitor.clients.guarded import Clocks, Guarded, Look, own_offset
 from kmonitor.clients.guarded_group import GuardedGroup
 from kmonitor.clients.guarded_process import GuardedProcess
 from kmonitor.clients.monitor import Monitor
-from kmonitor.clients.notifications import Deregistered, Disconnected, Fresh, Gap, NodeChange, Notification, Reconnected, Registered, Stale
+from kmonitor.clients.notifications import Disconnected, Fresh, Notification, Reconnected, Stale
 from kmonitor.clients.verdict import Subject, Verdict
 from kmonitor.wire import selectors
 from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, UsageError
@@ -55,22 +55,14 @@ class ProcessGuard:
         self._look_again = look_again
         self._clocks = Clocks(offset=own_offset())
         self._guarded: dict[str, Guarded] = {}
-        self._of_key: dict[bytes, set[Guarded]] = {}
-        """By what is registered: two subjects may mean the same."""
-        self._of_pid: dict[tuple[str, int], set[Guarded]] = {}
-        """Those that want the exit of this process of a node, as far as its pid tells."""
-        self._pid_of: dict[Guarded, int] = {}
-        self._groups_of: dict[str, list[GuardedGroup]] = {}
-        """By node: those that want all events of it."""
+        self._routes = Routes()
         self._serving: dict[Guarded, asyncio.Task[None]] = {}
         self._refusals: dict[Guarded, KmonitorError] = {}
         """Of those that are being added."""
         self._leaving: set[asyncio.Task[None]] = set()
         self._blinding: dict[str | None, Disconnected | Stale] = {}
         """What stands in the way of all ("" is a connection that is lost, None a broker that says nothing), and of nodes, now."""
-        self._verdicts: deque[tuple[Guarded, list[Verdict]]] = deque()
-        self._waiting: dict[Guarded, list[Verdict]] = {}
-        """The last one of each that waits there, in its place."""
+        self._queue = VerdictQueue()
         self._news = asyncio.Event()
         """Set when there may be something for whoever iterates."""
         self._known = asyncio.Condition()
@@ -88,11 +80,9 @@ class ProcessGuard:
         self._start()
         for each in fresh:
             self._guarded[each.subject.name] = each
-            self._of_key.setdefault(each.key, set()).add(each)
-            if isinstance(each, GuardedGroup):
-                self._groups_of.setdefault(each.subject.node, []).append(each)
+            self._routes.add(each)
             for item in self._blinding.values():
-                if _concerns(item, each):
+                if concerns(item, each):
                     each.take(item)
         try:
             await self._register(fresh)
@@ -128,17 +118,14 @@ class ProcessGuard:
     async def __anext__(self) -> Verdict:
         """Raises what ends the monitor (ClosedError, BrokerUnreachableError, NotAuthorisedError, ...); StopAsyncIteration when the
         guard was closed."""
-        while not self._verdicts:
+        while not self._queue:
             if self._closed:
                 raise StopAsyncIteration
             if self._failure is not None:
                 raise self._failure
             self._news.clear()
             await self._news.wait()
-        guarded, place = self._verdicts.popleft()
-        if self._waiting.get(guarded) is place:
-            del self._waiting[guarded]
-        return place[0]
+        return self._queue.take()
 
     async def close(self) -> None:
         """End the guard; the monitor is the caller's. Its registrations stay until that is closed."""
@@ -149,8 +136,7 @@ class ProcessGuard:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._verdicts.clear()
-        self._waiting.clear()
+        self._queue.clear()
         await self._notify()
 
     async def __aenter__(self) -> Self:
@@ -199,22 +185,15 @@ class ProcessGuard:
 
     async def _deregister(self, guarded: Guarded) -> None:
         """Unless somebody else wants the same."""
-        if all(other.over for other in self._of_key.get(guarded.key, ())):
+        if not self._routes.is_wanted(guarded.key):
             with contextlib.suppress(KmonitorError):  # there may be none any more
                 await self._monitor.deregister(**guarded.wanted)
 
     def _forget(self, guarded: Guarded) -> None:
         if self._guarded.get(guarded.subject.name) is guarded:
             del self._guarded[guarded.subject.name]
-        self._waiting.pop(guarded, None)
-        self._verdicts = deque(item for item in self._verdicts if item[0] is not guarded)
-        same = self._of_key.get(guarded.key, set())
-        same.discard(guarded)
-        if not same:
-            self._of_key.pop(guarded.key, None)
-        self._index(guarded, None)
-        if isinstance(guarded, GuardedGroup) and guarded in (groups := self._groups_of.get(guarded.subject.node, [])):
-            groups.remove(guarded)
+        self._queue.drop(guarded)
+        self._routes.remove(guarded)
         self._refusals.pop(guarded, None)
         serving = self._serving.pop(guarded, None)
         if serving is not None:
@@ -261,54 +240,22 @@ class ProcessGuard:
             self._blinding[item.node] = item
         elif isinstance(item, Reconnected | Fresh):
             self._blinding.pop(item.node if isinstance(item, Fresh) else "", None)
-        for guarded in self._concerned(item):
+        for guarded in self._routes.concerned(item):
             self._put(guarded, guarded.take(item))
-
-    def _concerned(self, item: Notification) -> list[Guarded]:
-        if isinstance(item, Event):
-            return [*self._of_pid.get((item.node, item.pid), ()), *self._groups_of.get(item.node, ())]
-        if isinstance(item, Registered):
-            if item.registration is not None:
-                return list(self._of_key.get(selection.key(item.registration), ()))
-            said_of = item.registration_id or item.request_id  # one that stood, and was refused when it was brought again
-            return [guarded for guarded in self._guarded.values() if guarded.registration_id == said_of]
-        return [guarded for guarded in self._guarded.values() if _concerns(item, guarded)]
 
     def _put(self, guarded: Guarded, verdicts: Iterable[Verdict]) -> None:
         """Tell them, and do what it wants."""
         if self._guarded.get(guarded.subject.name) is not guarded:
             return
-        self._index(guarded, guarded.pid if isinstance(guarded, GuardedProcess) else None)
+        self._routes.moved(guarded)
         for verdict in verdicts:
-            self._queue(guarded, verdict)
+            self._queue.put(guarded, verdict)
+            self._news.set()
         if guarded.leave:
             guarded.leave = False
             self._leave(guarded)
         if guarded.wants_something and guarded not in self._serving:
             self._serving[guarded] = asyncio.create_task(self._serve(guarded), name=f"kmonitor guard serves {guarded.subject.name}")
-
-    def _queue(self, guarded: Guarded, verdict: Verdict) -> None:
-        self._news.set()
-        waiting = self._waiting.get(guarded)
-        if waiting is not None and replace(waiting[0], alive=verdict.alive) == verdict:
-            waiting[0] = verdict  # a unit that forks a thousand times a second must not fill the memory of one who does not look
-            return
-        place = self._waiting[guarded] = [verdict]
-        self._verdicts.append((guarded, place))
-
-    def _index(self, guarded: Guarded, pid: int | None) -> None:
-        before = self._pid_of.get(guarded)
-        if before == pid:
-            return
-        if before is not None:
-            place = guarded.subject.node, before
-            self._of_pid[place].discard(guarded)
-            if not self._of_pid[place]:
-                del self._of_pid[place]
-            del self._pid_of[guarded]
-        if pid is not None:
-            self._of_pid.setdefault((guarded.subject.node, pid), set()).add(guarded)
-            self._pid_of[guarded] = pid
 
     # ---- looking again
 
@@ -380,15 +327,6 @@ def _guarded(subject: Subject, its_clocks: Clocks) -> Guarded:
     if subject.comms:
         raise BadSelectorError(f"subject {subject.name!r}: comms belong to a unit or cgroup")
     return GuardedProcess(subject, its_clocks)
-
-
-def _concerns(item: Notification, guarded: Guarded) -> bool:
-    """Whether a notice other than an answer is to be shown to it."""
-    if isinstance(item, Gap | NodeChange):
-        return item.node == guarded.subject.node
-    if isinstance(item, Stale | Fresh):
-        return item.node in (None, guarded.subject.node)
-    return not isinstance(item, Deregistered)
 
 
 def _of_the_file(refusal: errors.RegistrationError) -> bool:

@@ -101,8 +101,8 @@ class Guarded:
 
     @property
     def wants_something(self) -> bool:
-        """Whether there is something to be done for it."""
-        return self.look is not Look.NO
+        """Whether there is something to be done for it. Of a node that was removed nothing more will be known."""
+        return self._wants() and Blindness.GONE not in self.sight
 
     def take(self, item: Notification) -> list[Verdict]:
         """What has become known by it: verdicts, in order; mostly none."""
@@ -160,6 +160,9 @@ class Guarded:
 
     def _rebooted(self) -> None:
         """All that ran there has ended."""
+
+    def _wants(self) -> bool:
+        return self.look is not Look.NO
 
     def _lost(self, why: Blindness, reason: str) -> None:
         """This stands in the way from now on."""

@@ -64,11 +64,6 @@ class GuardedGroup(Guarded):
 
     # ---- what is done for it
 
-    @property
-    def wants_something(self) -> bool:
-        """Whether there is something to be done for it."""
-        return super().wants_something or self.wants_list is not Look.NO or bool(self.wants_pids)
-
     def listing(self) -> None:
         """A list is asked for now."""
         self.wants_list = Look.NO
@@ -173,6 +168,9 @@ class GuardedGroup(Guarded):
                 self._missing.setdefault(who, (answer.epoch, answer.position))
             self._count("the unit does not run" if self.subject.unit is not None else "there is no such control group")
             self.look = Look.LATER
+
+    def _wants(self) -> bool:
+        return super()._wants() or self.wants_list is not Look.NO or bool(self.wants_pids)
 
     def _lost(self, why: Blindness, reason: str) -> None:
         self._clears -= {why}

@@ -15,6 +15,8 @@ _PROGRESSES = 2
 """A process that its node has found gone may yet be told of by its exit: from the log, or from the ring, of which a heartbeat that was
 under way may not know yet. After so many heartbeats nothing comes any more."""
 
+_EARLY_MOST = 256
+
 
 class GuardedProcess(Guarded):
     """`over` once a pid's process has ended."""
@@ -32,16 +34,23 @@ class GuardedProcess(Guarded):
         super().__init__(subject, wanted, its_clocks)
         self._ending = 0
         """How many heartbeats to wait for the exit of one that was found gone; 0 if it was not."""
+        self._early: dict[Identity, Event] = {}
+        """Exits while no process was known to live. Behind a cursor one may come before the answer that says RUNNING."""
 
     @property
     def pid(self) -> int | None:
-        """Whose exit it wants to be given: of the one that lives, or was the last."""
-        return None if self.process is None else self.process.pid
+        """Whose exit it wants to be given; None is of all processes of the node."""
+        return self.process.pid if self.process is not None and (self.over or self.life is Life.ALIVE) else None
 
     def _event(self, event: Event) -> None:
-        if not event.is_exit or self.process is None:
+        if not event.is_exit:
             return
-        if not identity(self.process).may_be(Identity(event.boot_id, event.pid, event.start_time)):
+        who = Identity(event.boot_id, event.pid, event.start_time)
+        if self.process is None or not identity(self.process).may_be(who):
+            if self.life is not Life.ALIVE and not self.over:
+                self._early[who] = event
+                if len(self._early) > _EARLY_MOST:
+                    del self._early[next(iter(self._early))]
             return
         late = self.life is Life.DEAD and self.death is not None and self.death.inferred and not event.inferred
         if self.life is Life.ALIVE or late:
@@ -74,10 +83,17 @@ class GuardedProcess(Guarded):
             return
         self.process, self.alive, self.death, self.absence = process, 1, None, ""
         self._lives(Life.ALIVE, self.started(process))
+        early, self._early = self._early, {}
+        exit_ = next((event for who, event in early.items() if who.may_be(identity(process))), None)
+        if exit_ is not None:
+            self._tell()
+            self._died(Death.of(exit_))
 
     def _not_there(self, no_such: bool) -> None:
         if self.life is Life.ALIVE:
             self._ending = self._ending or _PROGRESSES
+            # It is not alive, that much is seen; it is not told as dead before it is known how. Nobody shall take it for alive meanwhile.
+            self.sight.lost(Blindness.GAP, "the node does not find it any more; how it ended is not known yet")
             return
         if self.subject.pidfile is not None:
             self._absent("there is no such pidfile" if no_such else "the process that the pidfile names has ended")
@@ -106,6 +122,7 @@ class GuardedProcess(Guarded):
 
     def _died(self, death: Death) -> None:
         self._ending = 0
+        self.sight.back(Blindness.GAP)
         self.alive = 0
         self.death = death
         self._lives(Life.DEAD, death.time_unix_nano, Certainty.INFERRED if death.inferred else Certainty.SEEN)

@@ -224,7 +224,7 @@ class Monitor:
             )
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from None
-        if wanted.WhichOneof("group") is not None and not answer.position:
+        if wanted.WhichOneof("group") is not None and not answer.epoch:
             raise UsageError(f"the broker at {self.address}, or its agent on {node}, cannot list a group: upgrade it")
         found = sorted((Process.from_proto(process, answer.boot_id) for process in answer.processes), key=lambda process: process.pid)
         return Members(tuple(found), tuple(answer.cgroup_ids), answer.epoch, answer.position)

@@ -46,7 +46,9 @@ from kmonitor.wire.errors import KmonitorError
 
 QUEUE_EVENTS = 65536
 FIRST_DELAY_S = 0.1
-LONGEST_DELAY_S = 5.0
+LONGEST_DELAY_S = 1.0
+"""Between two attempts to reach a broker: whoever waits for a failover is blind meanwhile."""
+READY_TIMEOUT_S = 5.0
 HEARTBEAT_TIMEOUT_S = 10.0
 """Progress comes every second. A broker, or a network, that has been silent for so long is gone (seen only after a first one)."""
 CLOSE_TIMEOUT_S = 1.0
@@ -245,7 +247,7 @@ class Stream:
             delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempts)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             attempts = min(attempts + 1, 30)
-            if await self.channel.ready(LONGEST_DELAY_S):
+            if await self.channel.ready(READY_TIMEOUT_S):
                 break
         self._put(Reconnected(self.channel.address, attempts, clock() - since))
 

@@ -737,13 +737,15 @@ class ProcessList(_message.Message):
         error: _builtins.str = ...,
         by_group: _builtins.bool = ...,
         cgroup_ids: _abc.Iterable[_builtins.int] | None = ...,
-        position: _builtins.int = ...,
+        position: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_group", b"by_group", "call_id", b"call_id", "cgroup_ids", b"cgroup_ids", "error", b"error", "position", b"position", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "by_group", b"by_group", "call_id", b"call_id", "cgroup_ids", b"cgroup_ids", "error", b"error", "position", b"position", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
+    _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__position) -> _WhichOneofReturnType__position | None: ...
 
 Global___ProcessList: _TypeAlias = ProcessList  # noqa: Y015
 

@@ -1159,8 +1159,8 @@ class ListProcessesResponse(_message.Message):
     boot_id: _builtins.str
     """The boot that they are of."""
     epoch: _builtins.int
-    """Of the node's ring. The end of a process that is not among `processes` lies before `position`, if it was recorded at all. 0 if the
-    agent is an older one.
+    """Of the node's ring. The end of a process that is not among `processes` lies before `position`, if it was recorded at all.
+    `epoch` is 0 if the agent is an older one, and does not say.
     """
     position: _builtins.int
     @_builtins.property

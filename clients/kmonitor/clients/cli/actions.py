@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shlex
+import shutil
+import signal
 from typing import Protocol
 
 from kmonitor.clients.cli.jsonlines import event_line
@@ -12,31 +16,69 @@ from kmonitor.clients.cli.notify import Notifier
 from kmonitor.clients.cli.options import say
 from kmonitor.clients.events import Batch
 from kmonitor.v1 import events_pb2
+from kmonitor.wire.errors import UsageError
 from kmonitor.wire.masks import TYPE_NAMES
+
+GRACE_S = 2.0
+"""Between SIGTERM and SIGKILL."""
 
 
 class Action(Protocol):
-    """Done once for each event of a batch, in order; the next event waits for it."""
+    """Done once for each event."""
 
     async def act(self, source: Batch, event: events_pb2.Event) -> None:
-        """Let end once it was begun. May raise a KmonitorError, which ends the watch."""
+        """Cancelled only if the user insists. May raise a KmonitorError, which ends the watch."""
 
 
 class Command:
-    """--exec: `sh -c COMMAND`, one at a time, with the event's JSON line on stdin and the KMON_ variables."""
+    """--exec: a program, in a process group of its own, with the event's JSON line on stdin and the KMON_ variables. No shell."""
 
-    def __init__(self, command: str) -> None:
-        self._command = command
+    def __init__(self, command: str, limit: float) -> None:
+        """`limit`: seconds that it may take. Raises UsageError if there is no such program."""
+        try:
+            self._argv = shlex.split(command)
+        except ValueError as error:
+            raise UsageError(f"--exec {command!r}: {str(error).lower()}") from None
+        if not self._argv:
+            raise UsageError("--exec: name a program to run")
+        if shutil.which(self._argv[0]) is None:
+            raise UsageError(f"--exec: there is no program {self._argv[0]!r}. No shell runs the command: for one write \"sh -c '...'\"")
+        self._limit = limit
 
     async def act(self, source: Batch, event: events_pb2.Event) -> None:
-        """Waits for the command, and reports one that fails."""
+        """Waits for the program, and reports one that fails, or takes too long."""
         line = event_line(source, event).encode() + b"\n"
-        process = await asyncio.create_subprocess_shell(
-            self._command, stdin=asyncio.subprocess.PIPE, env={**os.environ, **variables(source, event)}
-        )
-        await process.communicate(line)
+        about = f"for pid {event.pid} on {source.node}"
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._argv, stdin=asyncio.subprocess.PIPE, env={**os.environ, **variables(source, event)}, process_group=0
+            )
+        except OSError as error:
+            say(f"--exec: {self._argv[0]} could not be run {about}: {error.strerror}")
+            return
+        try:
+            async with asyncio.timeout(self._limit):
+                await process.communicate(line)
+        except TimeoutError:
+            await _end_group(process)
+            say(f"--exec: the command took more than {self._limit:g} s {about}, and was ended")
+            return
+        except asyncio.CancelledError:
+            await _end_group(process)
+            say(f"--exec: the command was cut off {about}")
+            raise
         if process.returncode:
-            say(f"--exec: the command ended with status {process.returncode} for pid {event.pid} on {source.node}")
+            say(f"--exec: the command ended with status {process.returncode} {about}")
+
+
+async def _end_group(process: asyncio.subprocess.Process) -> None:
+    """End it and what it has started: in order if it heeds SIGTERM, else after GRACE_S all the same."""
+    for number, limit in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await process.wait()
 
 
 def variables(source: Batch, event: events_pb2.Event) -> dict[str, str]:

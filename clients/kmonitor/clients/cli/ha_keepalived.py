@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,8 +69,8 @@ def keepalived(
 
     The values go with `weight 0` in keepalived.conf, where all but 0 is FAULT, and with a negative weight, which lowers the priority.
 
-    Exit status: 0 Ctrl-C, 143 SIGTERM, 2 usage, or a file that cannot be written, 3 no broker at the start, 4 not authorised. A broker
-    that goes away later is waited for.
+    Exit status: 0 Ctrl-C, 143 SIGTERM or SIGHUP, 2 usage, or a file that cannot be written, 3 no broker at the start, 4 not
+    authorised. A broker that goes away later is waited for.
     """
     if config is None:
         tracks = [_from_options(file, process, when_blind, quorum, (blind_after, up_delay, down_delay), (up_value, down_value))]
@@ -131,6 +133,8 @@ async def _serve(broker: str, writers: list[Writer], manager: ServiceManager) ->
     from kmonitor.clients.ha.keepalived_service import serve  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
+    # A terminal that is closed is an end in order, too.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, signal.raise_signal, signal.SIGTERM)
     async with connect(broker) as monitor, ProcessGuard(monitor) as guard:
         await serve(guard, writers, manager, say)
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kmonitor.clients.cli.actions import Action
+from kmonitor.clients.cli.jobs import Jobs
 from kmonitor.clients.cli.keeper import Keeper
 from kmonitor.clients.cli.options import say
 from kmonitor.clients.cursor import Cursor
@@ -19,7 +20,7 @@ from kmonitor.clients.monitor import Monitor
 from kmonitor.clients.notifications import Gap, GapReason, NodeChange, NodeState, Notice, Progress, Registered, RegistrationState
 from kmonitor.clients.selection import Selection
 from kmonitor.v1 import events_pb2
-from kmonitor.wire.errors import GapError, UsageError
+from kmonitor.wire.errors import GapError, KmonitorError, UsageError
 
 _FORK, _EXIT = 0x08, 0x40
 _FINAL = (RegistrationState.EXITED, RegistrationState.NOT_FOUND)
@@ -47,6 +48,7 @@ class Plan:
     linger: float | None = None  # seconds
     cursor: Cursor = field(default_factory=Cursor)
     actions: list[Action] = field(default_factory=list)
+    jobs: int = 1  # events that are acted on at a time
     # Whether the end of a watched process is sure to be seen: exits are asked for, and no filter hides them.
     ends_seen: bool = False
     follow: bool = False
@@ -182,6 +184,10 @@ async def _show(monitor: Monitor, seen: _View, plan: Plan) -> int:
         registering.cancel()
         with contextlib.suppress(BaseException):
             await registering
+        # To its end, also if we are to end: it may be half way through a failover, and must be neither cut off nor done twice.
+        failure = await seen.finish()
+    if failure is not None:
+        raise failure
     return 0
 
 
@@ -193,6 +199,7 @@ class _View:
         self._watched = Watched(plan)
         self._cursor = cursor  # what was shown, and acted on
         self._keeper = keeper
+        self._jobs: Jobs[Batch | Notice] = Jobs(plan.jobs, self._took)
 
     async def take(self, item: Batch | Notice) -> bool:
         """Show and do; true if that was the last."""
@@ -200,7 +207,7 @@ class _View:
             await self._batch(item)
         else:
             self._sink.notice(item)
-            self._took(item)
+            self._jobs.passed(item)
             if isinstance(item, Registered):
                 if item.error and not item.node:
                     raise UsageError(item.error)
@@ -233,20 +240,18 @@ class _View:
             self._sink.batch(batch, limit)
             self._took(batch)
         for event in batch.events if self._plan.actions else ():
-            # To its end, also if we are to end: it may be half way through a failover, and must be neither cut off nor done twice.
-            acting = asyncio.ensure_future(self._act(dataclasses.replace(batch, events=(event,)), event))
-            try:
-                await asyncio.shield(acting)
-            except asyncio.CancelledError:
-                await acting
-                raise
+            one = dataclasses.replace(batch, events=(event,))
+            self._sink.batch(one, 1)
+            await self._jobs.begin(one, self._act(one, event))
         self._watched.batch(batch)
 
     async def _act(self, batch: Batch, event: events_pb2.Event) -> None:
-        self._sink.batch(batch, 1)
         for action in self._plan.actions:
             await action.act(batch, event)
-        self._took(batch)
+
+    async def finish(self) -> KmonitorError | None:
+        """Wait for what was begun; what has gone wrong with it."""
+        return await self._jobs.finish()
 
     def _took(self, item: Batch | Notice) -> None:
         self._cursor.take(item)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kmonitor.clients.selection import Selection
 
 _LINGER_S = 300.0
+_EXEC_LIMIT_S = 60.0
+_JOBS_MOST = 256
 _WHO, _WHAT, _END, _ACT = "Whom to watch", "Which events", "When to end", "What to do beside"
 
 
@@ -81,10 +83,27 @@ def watch(
         typer.Option(
             "--exec",
             metavar="COMMAND",
-            help="Run a shell command for each event, one after the other: the event's JSON line on its stdin, and KMON_NODE, "
+            help="Run a program for each event (words as in a shell, but no shell: for one write \"sh -c '...'\"): the event's JSON line "
+            "on its stdin, and KMON_NODE, "
             "KMON_TYPE, KMON_PID, KMON_TID, KMON_PPID, KMON_UID, KMON_GID, KMON_COMM, KMON_TIME, KMON_START_TIME, KMON_BOOT_ID, "
             "KMON_INFERRED, and by type KMON_CHILD_PID, KMON_CHILD_TID, KMON_FILENAME, KMON_EXIT_CODE, KMON_EXIT_SIGNAL. Its own "
             "processes are events too: watch something narrower than everything.",
+            rich_help_panel=_ACT,
+        ),
+    ] = None,
+    exec_jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With --exec: so many at a time (default 1: one after the other, in order). While as many run the stream waits.",
+            rich_help_panel=_ACT,
+        ),
+    ] = None,
+    exec_timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="With --exec: one that takes longer is ended, with all that it has started (default 60s).",
             rich_help_panel=_ACT,
         ),
     ] = None,
@@ -111,6 +130,11 @@ def watch(
     seconds = duration(for_)
     if linger is not None and resume is None:
         raise UsageError("--linger belongs to --resume")
+    if exec_ is None and (exec_jobs is not None or exec_timeout is not None):
+        raise UsageError("--exec-jobs and --exec-timeout belong to --exec")
+    if exec_jobs is not None and not 1 <= exec_jobs <= _JOBS_MOST:
+        raise UsageError(f"--exec-jobs: give a number from 1 to {_JOBS_MOST}")
+    limit = duration(exec_timeout) or _EXEC_LIMIT_S
     lingers = None if resume is None else _LINGER_S if linger is None else duration_or_none(linger)
     if count is not None and count < 1:
         raise UsageError("--count: give a number from 1")
@@ -138,7 +162,8 @@ def watch(
         resume=resume,
         linger=lingers,
         cursor=cursor,
-        actions=_actions(exec_, signal, notify),
+        actions=_actions(exec_, limit, signal, notify),
+        jobs=exec_jobs or 1,
         ends_seen=bool(mask & 0x40) and not (comm or uid or failed or (follow and not mask & 0x08)),
         follow=follow,
     )
@@ -153,13 +178,13 @@ def _selections(nodes: list[str], pids: list[int], pidfiles: list[str], cgroups:
     return found or [{"nodes": nodes}]
 
 
-def _actions(command: str | None, signal: str, notify: int | None) -> list[Action]:
+def _actions(command: str | None, limit: float, signal: str, notify: int | None) -> list[Action]:
     from kmonitor.clients.cli.actions import Command, Signal  # noqa: PLC0415
     from kmonitor.clients.cli.notify import Notifier, parse_signal  # noqa: PLC0415
     from kmonitor.wire.selectors import check_pid  # noqa: PLC0415
 
     number = parse_signal(signal)
-    found: list[Action] = [] if command is None else [Command(command)]
+    found: list[Action] = [] if command is None else [Command(command, limit)]
     if notify is not None:
         found.append(Signal(Notifier(check_pid(notify), number)))
     return found

@@ -90,11 +90,6 @@ class Track:
         self._opinion_since = now
         self._missed_since = now  # the quorum was not held since; of no meaning while it is
 
-    @property
-    def sights(self) -> dict[str, Sight]:
-        """By name."""
-        return dict(self._sights)
-
     def count(self, sight: Sight) -> int:
         """How many are like this."""
         return sum(each is sight for each in self._sights.values())

@@ -8,13 +8,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from kmonitor.clients.errors import RegistrationError
 from kmonitor.clients.guard import ProcessGuard
 from kmonitor.clients.ha.keepalived import Opinion, Sight, Track
 from kmonitor.clients.ha.keepalived_config import TrackConfig
 from kmonitor.clients.ha.keepalived_file import TrackFile
 from kmonitor.clients.ha.service_manager import ServiceManager
 from kmonitor.clients.verdict import Blindness, Life, Subject, Verdict
+from kmonitor.wire.errors import UsageError
 
 _MEND_EVERY_S = 1.0
 _ASK_AGAIN_S = 1.0
@@ -64,7 +64,7 @@ class Writer:
 
     def take(self, verdict: Verdict) -> None:
         """Of one of its processes, or of another."""
-        if self._track is not None and verdict.subject.name in self._track.sights:
+        if self._track is not None and verdict.subject in self.config.subjects:
             self._track.take(verdict.subject.name, sight(verdict), time.monotonic())
 
     def look(self) -> float:
@@ -174,12 +174,12 @@ async def serve(guard: ProcessGuard, writers: Sequence[Writer], manager: Service
 
 
 async def _enlist(guard: ProcessGuard, subject: Subject, say: Say) -> None:
-    """Until the broker takes it: a node may join later than this, and a file be mended. Until then it is out of sight."""
+    """Until the broker and the node take it: a node may join later than this, or be upgraded. Until then it is out of sight."""
     told = ""
     while True:
         try:
             await guard.add(subject)
-        except RegistrationError as error:
+        except UsageError as error:
             if str(error) != told:
                 told = str(error)
                 say(f"{subject.name} is out of sight: {told}; it is asked for again every {_ASK_AGAIN_S:g} s")
