@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/kmonitor.stamp
 INSTALLED_BENCH := $(VENV)/kmonitor-bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-bench build demo test soak ha-table bench bench-quick lint format generate check-generated wheel clean FORCE
+.PHONY: help setup setup-test setup-bench build demo test lab-test soak ha-table bench bench-quick lint format generate check-generated wheel clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -35,6 +35,9 @@ demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (r
 
 test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goes to pytest
 	$(BIN)/python -m pytest --junitxml=build/junit.xml $(ARGS)
+
+lab-test: setup ## the tour of docs/lab.md, on a Docker engine; says why if there is none
+	KMONITOR_LAB_TEST=1 $(BIN)/python -m pytest -rs tests/compose $(ARGS)
 
 soak: setup-test ## random faults under load, and then the books (root, for BPF); FOR=2m SEED=7 ARGS="--nodes 3"
 	$(BIN)/python -m tests.robustness.soak $(if $(FOR),--for $(FOR)) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -18,9 +18,12 @@ class Lack(enum.Enum):
 
     ROOT = "needs root: BPF programs are loaded"
     BTF = "needs a kernel with BTF: /sys/kernel/btf/vmlinux is not there"
+    BASE_IMAGE = "needs base images that the engine neither has nor gets: see docker/README.md"
     BPFFS = "needs the kernel's bpf file system"
     COMPILER = "needs cc to build the workloads: apt-get install gcc libc6-dev"
     CONNECTOR = "needs CONFIG_PROC_EVENTS, and the initial network namespace"
+    ENGINE = "needs a Docker engine with Compose that answers"
+    LAB_TEST = "builds images and starts containers, and is run by: make lab-test"
     NAMESPACES = "needs ip, unshare and nsenter: apt-get install iproute2 util-linux"
     KEEPALIVED = "needs keepalived: apt-get install --no-install-recommends keepalived"
     PACEMAKER = "needs Pacemaker and Corosync: apt-get install pacemaker pacemaker-cli-utils corosync resource-agents"
