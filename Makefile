@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
+# Files of tests that run at once.
+JOBS ?= 2
+
 BIN := $(VENV)/bin
 OBJECT := agent/kmonitor/agent/kmonitor.bpf.o
 
@@ -33,8 +36,8 @@ build: $(OBJECT) ## the BPF object, and its source beside it for bcc
 demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (root, for BPF)
 	$(BIN)/kmon up $(if $(FOR),--for $(FOR)) $(ARGS)
 
-test: setup-test lint ## lint, and all tests (root, for BPF); ARGS="-k fork" goes to pytest
-	$(BIN)/python -m pytest --junitxml=build/junit.xml $(ARGS)
+test: setup-test lint ## lint, and all tests, JOBS=2 at once (root, for BPF); ARGS="-k fork" goes to pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --junitxml=build/junit.xml $(ARGS)
 
 lab-test: setup ## the tour of docs/lab.md, on a Docker engine; says why if there is none
 	KMONITOR_LAB_TEST=1 $(BIN)/python -m pytest -rs tests/compose $(ARGS)
