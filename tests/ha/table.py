@@ -51,6 +51,8 @@ def main() -> None:
             rows.append(("`kmon ha pacemaker`", _kills(stage, asked.kills, None)))
             told = [each for each in stage.tool.said("outcome", "any") if each["action"] == "failed"]
             failed = stage.cluster.failures("any") - before
+            if failed != asked.kills:
+                print(*(line.decode() for line in stage.tool.running.lines), sep="\n")
             stage.stop_tool()
             stage.cluster.close()
         finally:
