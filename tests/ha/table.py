@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 16), help="of the moments")
     asked = parser.parse_args()
     random.seed(asked.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended, namespaces and pins are removed
     with bpffs.mounted() as pins, network() as net, tempfile.TemporaryDirectory(prefix="kmonitor-ha-") as folder:
         lab = Lab(pins)
         try:
