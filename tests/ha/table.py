@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 16), help="of the moments")
     asked = parser.parse_args()
     random.seed(asked.seed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended, namespaces and pins are removed
     with bpffs.mounted() as pins, network() as net, tempfile.TemporaryDirectory(prefix="kmonitor-ha-") as folder:
         lab = Lab(pins)
         try:
@@ -51,6 +53,8 @@ def main() -> None:
             rows.append(("`kmon ha pacemaker`", _kills(stage, asked.kills, None)))
             told = [each for each in stage.tool.said("outcome", "any") if each["action"] == "failed"]
             failed = stage.cluster.failures("any") - before
+            if failed != asked.kills:
+                print(*(line.decode() for line in stage.tool.running.lines), sep="\n")
             stage.stop_tool()
             stage.cluster.close()
         finally:

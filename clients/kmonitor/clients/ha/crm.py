@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import grp
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ import xml.etree.ElementTree as ET
 from kmonitor.wire.errors import KmonitorError
 
 COMMAND_LIMIT_S = 10.0
+QUESTION_LIMIT_S = 2.0
+"""Of the two short questions that a death waits for: better to ask again than to wait for an answer that was lost."""
 _NOT_CONNECTED = frozenset({102, 103, 107, 111})
 """Exit codes: not connected, no DC, and transport errors."""
 _NO_RIGHT = frozenset({4, 77})
@@ -67,7 +70,7 @@ class Crm:
 
     async def cib_version(self, node: str) -> str:
         """As `cib`, without the content: see `version`."""
-        return await self._run("cibadmin", "--query", "--node", node, "--xpath", "/cib", "--no-children")
+        return await self._run("cibadmin", "--query", "--node", node, "--xpath", "/cib", "--no-children", limit=QUESTION_LIMIT_S)
 
     async def monitor(self, cib: str) -> ET.Element:
         """What crm_mon makes of a CIB: with all defaults, templates and rules applied."""
@@ -86,7 +89,7 @@ class Crm:
 
     async def controller_state(self, node: str) -> str:
         """Of a node's controller: S_IDLE or another of a DC, S_NOT_DC."""
-        said = await self._run("crmadmin", "--status", node, "--output-as=xml")
+        said = await self._run("crmadmin", "--status", node, "--output-as=xml", limit=QUESTION_LIMIT_S)
         found = _parsed("crmadmin", said).find("crmd")
         return "" if found is None else found.get("state", "")
 
@@ -112,7 +115,8 @@ class Crm:
         """What an agent ("ocf:heartbeat:anything") says of itself. Raises CrmError if it is not installed here."""
         return _parsed("crm_resource", await self._run("crm_resource", "--show-metadata", agent))
 
-    async def _run(self, *argv: str, env: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()) -> str:
+    async def _run(self, *argv: str, env: dict[str, str] | None = None, pass_fds: tuple[int, ...] = (), limit: float = math.inf) -> str:
+        limit = min(limit, self._limit)
         program = shutil.which(argv[0]) or shutil.which(argv[0], path=_ELSEWHERE)
         if program is None:
             raise CrmError(
@@ -130,10 +134,10 @@ class Crm:
                 pass_fds=pass_fds,
             )
             try:
-                async with asyncio.timeout(self._limit):
+                async with asyncio.timeout(limit):
                     await _ended(process.pid)
             except TimeoutError:
-                raise CrmAwayError(f"{argv[0]} did not answer in {self._limit:g} s") from None
+                raise CrmAwayError(f"{argv[0]} did not answer in {limit:g} s") from None
             finally:
                 process.kill()  # of one that has ended this does nothing
                 code = process.wait()
