@@ -37,6 +37,23 @@ async def test_it_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not Path("/proc", pid).exists()  # noqa: ASYNC240
 
 
+async def test_a_question_whose_answer_is_lost_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And on a machine that is slow it has more time the next time."""
+    answer = "echo '<pacemaker-result><crmd state=\"S_IDLE\"/></pacemaker-result>'"
+    program(tmp_path, "crmadmin", "exec sleep 100", monkeypatch)
+    crm, began = Crm(), time.monotonic()
+    with pytest.raises(CrmAwayError, match=r"crmadmin did not answer in 0.5 s"):
+        await crm.controller_state("alpha")
+    with pytest.raises(CrmAwayError, match=r"crmadmin did not answer in 1 s"):
+        await crm.controller_state("alpha")
+    assert time.monotonic() - began < 10
+    program(tmp_path, "crmadmin", answer, monkeypatch)
+    assert await crm.controller_state("alpha") == "S_IDLE"
+    program(tmp_path, "crmadmin", "exec sleep 100", monkeypatch)
+    with pytest.raises(CrmAwayError, match=r"crmadmin did not answer in 0.5 s"):
+        await crm.controller_state("alpha")
+
+
 @pytest.mark.parametrize(
     ("code", "error", "said"),
     [
