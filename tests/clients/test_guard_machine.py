@@ -460,6 +460,10 @@ def test_members_are_listed_now_and_then() -> None:
         play(guarded, progress())
         wanted.append(guarded.wants_list)
     assert wanted == [Look.NO] * (LIST_EVERY - 1) + [Look.LATER]
+    # Whoever starts a process and then moves it there is not made to wait for so long.
+    nobody = group()
+    play(nobody, progress())
+    assert nobody.wants_list is Look.LATER
 
 
 def test_a_list_that_cannot_be_had_is_asked_for_again() -> None:

@@ -21,6 +21,7 @@ from tests.ha.stage import BROKER, Stage
 from tests.lab.control_groups import Group, control_group, hierarchy_lack
 from tests.lab.namespaces import HUB, namespaces_lack, network
 from tests.lab.pacemaker import PacemakerCluster, pacemaker_lack, primitive
+from tests.lab.process import LabError
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import BIN, Lab
 
@@ -113,7 +114,10 @@ def test_dies_right_after_a_start_elsewhere(stage: Stage) -> None:
     try:
         killer.wait(30)
         first = stage.pid("web", "beta")
-        stage.cluster.nodes[0].until(lambda: _other(stage, "web", "beta", first), "a new process", 20)
+        try:
+            stage.cluster.nodes[0].until(lambda: _other(stage, "web", "beta", first), "a new process", 20)
+        except LabError:
+            raise stage.tool.running.failure(f"the end of {first} was not told") from None
         assert time.monotonic() - began < 30
         stage.settled("web", "beta")
     finally:

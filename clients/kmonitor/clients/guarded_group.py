@@ -21,7 +21,7 @@ from kmonitor.clients.verdict import Blindness, Certainty, Death, Life, Subject
 from kmonitor.wire.masks import EventType
 
 LIST_EVERY = 10
-"""Heartbeats after which the members are listed again: for those that were moved."""
+"""Heartbeats after which the members are listed again: for those that were moved. Where there are none, at each."""
 _MEANWHILE_MOST = 10_000
 _EVENTS = EventType.PROCESS_FORK | EventType.PROCESS_EXEC | EventType.PROCESS_EXIT
 
@@ -149,7 +149,7 @@ class GuardedGroup(Guarded):
 
     def _progress(self, notice: Progress) -> None:
         self._heartbeats += 1
-        if self._heartbeats >= LIST_EVERY and self._ids:
+        if self._heartbeats >= (LIST_EVERY if self._counted else 1) and self._ids:
             self._heartbeats = 0
             self._strangers.clear()
             self._list_later()

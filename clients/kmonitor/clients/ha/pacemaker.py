@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kmonitor.clients.errors import ClosedError
 from kmonitor.clients.guard import ProcessGuard
-from kmonitor.clients.ha.cluster_state import Resource
+from kmonitor.clients.ha.cluster_state import Resource, Version
 from kmonitor.clients.ha.crm import CrmAwayError, CrmError
 from kmonitor.clients.ha.lookup import Lookup
 from kmonitor.clients.ha.processes import Processes
@@ -76,6 +76,8 @@ class Pacemaker:
         """Resource and what it is guarded by: seen alive through it once, so that it is known to say what it seems to say."""
         self._cases: dict[Place, asyncio.Task[None]] = {}
         self._said: dict[object, str] = {}
+        self._followed: Version | None = None
+        """The content of the CIB that is guarded."""
 
     async def run(self) -> None:
         """Until it is cancelled, or the guard's monitor ends: raises what that does, and CrmError if Pacemaker does not answer at first."""
@@ -158,16 +160,20 @@ class Pacemaker:
             # by the guard itself.
             await asyncio.sleep(self._poll)
             try:
-                changed = await self._view.update()
+                await self._view.update()
                 self._note("crm", "", "Pacemaker answers again")
             except CrmError as error:
                 self._note("crm", f"Pacemaker does not answer here: {error}; trying again")
                 continue
-            if changed or any(kept.gone_since for kept in self._kept.values()) or self._missing():
+            if self._is_behind() or any(kept.gone_since for kept in self._kept.values()) or self._missing():
                 with contextlib.suppress(CrmAwayError):
                     await self._follow()
             else:
                 await self._look_at_starts()
+
+    def _is_behind(self) -> bool:
+        """Whether the cluster as it is known is another than the one that was gone by: whoever asks about a death may have read it too."""
+        return self._view.state is not None and self._view.state.version != self._followed
 
     def _missing(self) -> bool:
         return any(not kept.answered for kept in self._kept.values())
@@ -204,6 +210,7 @@ class Pacemaker:
                 self._of_name[subject.name] = place
             self._kept[place].resource = resource
         await asyncio.gather(*(self._add(place, kept) for place, kept in self._kept.items() if not kept.answered))
+        self._followed = state.version
         await self._look_at_starts()
 
     async def _look_at_starts(self) -> None:

@@ -20,13 +20,11 @@ class View:
         self._cib = ""
         self.state: ClusterState | None = None
 
-    async def update(self) -> bool:
-        """See whether this node knows of another content, and if so read it. Whether there was. Raises CrmError."""
+    async def update(self) -> None:
+        """See whether this node knows of another content, and if so read it. Raises CrmError."""
         version = _version(await self._crm.version())
-        if self.state is not None and version == self.state.version:
-            return False
-        await self._read("")
-        return True
+        if self.state is None or version != self.state.version:
+            await self._read("")
 
     async def idle(self) -> bool:
         """Whether the cluster has nothing to do: every operation that it ever ordered has its result in what `now` gives after this.
