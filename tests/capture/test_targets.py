@@ -243,22 +243,32 @@ def test_names_users_and_failures(stage: Stage) -> None:
     for key, words in watches.items():
         started[key] = stage.lab.watch(stage.broker, "--node", stage.node, "--events", "exit,abort", *words)
         started[key].wait_registered(1, "ARMED")
+    execs = stage.lab.watch(stage.broker, "--node", stage.node, "--events", "exec")
+    execs.wait_registered(1, "ARMED")
     pids: dict[str, int] = {}
     user = ["setpriv", f"--reuid={uid}", "--clear-groups"]
     scenes = {
-        "root good": [str(shells["good"]), "-c", "exit 0"],
-        "root bad": [str(shells["bad"]), "-c", "exit 3"],
-        "root killed": [str(shells["bad"]), "-c", "kill -9 $$"],
-        "user good": [*user, str(shells["good"]), "-c", "exit 0"],
-        "user bad": [*user, str(shells["bad"]), "-c", "exit 4"],
-        "user other": [*user, "/bin/sh", "-c", "exit 5"],
+        "root good": [str(shells["good"]), "-c", "read go; exit 0"],
+        "root bad": [str(shells["bad"]), "-c", "read go; exit 3"],
+        "root killed": [str(shells["bad"]), "-c", "read go; kill -9 $$"],
+        "user good": [*user, str(shells["good"]), "-c", "read go; exit 0"],
+        "user bad": [*user, str(shells["bad"]), "-c", "read go; exit 4"],
+        "user other": [*user, "/bin/sh", "-c", "read go; exit 5"],
         # Seen by each of the watches: the fence.
-        "last": [*user, str(shells["bad"]), "-c", "exit 6"],
+        "last": [*user, str(shells["bad"]), "-c", "read go; exit 6"],
     }
     for key, argv in scenes.items():
         process = stage.lab.command(*argv)
-        pids[key] = process.pid
+        pid, comm = process.pid, Path(argv[argv.index("-c") - 1]).name
+        # A source that reads names in /proc knows them when it tells of the exec; of one that is gone by then it cannot.
+        execs.wait_for(
+            lambda line, pid=pid, comm=comm: line["kind"] == "event" and (line["pid"], line["comm"]) == (pid, comm),  # type: ignore[misc]
+            f"exec of {comm} by {pid}",
+        )
+        pids[key] = pid
+        process.say("go")
         process.wait()
+    stage.lab.stop(execs)
     expected = {
         "comm": ["root good", "root bad", "root killed", "user good", "user bad"],
         "one": ["root bad", "root killed", "user bad"],

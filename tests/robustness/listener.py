@@ -127,7 +127,7 @@ class Listener:
         """Until it was told of the end of a process."""
         return self.wait(lambda line: pid in line.get("ends", ()), f"the end of process {pid}", start=start, limit=limit)
 
-    def wait_counted(self, total: int, *, limit: float = 60.0) -> None:
+    def wait_counted(self, total: int, *, limit: float = 40.0) -> None:
         """Until events and those that gaps count are so many, over all its lives, and whatever else is on its way has come."""
         self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
         self.settle()
