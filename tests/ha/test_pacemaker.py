@@ -280,18 +280,25 @@ def test_agent_killed_at_the_moment_of_death(stage: Stage) -> None:
         stage.settled("any", "beta")
 
 
+@contextlib.contextmanager
+def _cut_off(stage: Stage, node: str) -> Iterator[None]:
+    """From the broker, not from the cluster."""
+    namespace = stage.cluster[node].machine.namespace
+    ip("-n", namespace, "route", "add", "blackhole", f"{HUB}/32")
+    try:
+        yield
+    finally:
+        ip("-n", namespace, "route", "del", "blackhole", f"{HUB}/32")
+
+
 def test_node_cut_off_from_the_broker(stage: Stage) -> None:
     """Not from the cluster. That it is not heard is no death; one that happens meanwhile is told afterwards."""
     before, start = stage.settled("any", "beta"), stage.tool.now
-    namespace = stage.cluster["beta"].machine.namespace
-    ip("-n", namespace, "route", "add", "blackhole", f"{HUB}/32")
-    try:
+    with _cut_off(stage, "beta"):
         with stage.failing("any", 0), stage.failing("slow", 0):
             assert stage.tool.next("note", "any", start, blind="unreachable")
         killed = stage.signal("any", "beta")
         assert killed == before
-    finally:
-        ip("-n", namespace, "route", "del", "blackhole", f"{HUB}/32")
     with stage.failing("any", 1):
         stage.tool.next("outcome", "any", start, pid=before, action="failed", limit=40)
         stage.settled("any", "beta")
@@ -325,6 +332,36 @@ def test_dead_before_it_was_started(stage: Stage) -> None:
         assert stage.settled("web", "alpha") != killed
         assert not stage.tool.said("outcome", "web", start)
     assert "Traceback" not in said.running.stderr_text()
+
+
+def test_act_on_unreachable(stage: Stage) -> None:
+    """Failed once for a stretch in which the node is not heard, and not when it is heard again in time."""
+    tool = stage.start_tool_anew("--act-on-unreachable", "3s")
+    before, start = stage.settled("any", "beta"), tool.now
+    stage.settled("slow", "beta")
+    with stage.failing("any", 0), stage.failing("slow", 0):
+        with _cut_off(stage, "beta"):
+            tool.next("note", "any", start, blind="unreachable")
+        tool.next("note", "any", start, blind=None)
+        assert stage.settled("any", "beta") == before
+        assert not tool.said("outcome", "any", start)
+    start = tool.now
+    with stage.failing("any", 1), stage.failing("slow", 1):
+        with _cut_off(stage, "beta"):
+            for resource in ("any", "slow"):
+                outcome = tool.next("outcome", resource, start)
+                assert outcome["action"] == "failed", outcome
+                assert outcome["reason"] == "its node has not been heard for 3 s (--act-on-unreachable)"
+            stage.cluster.nodes[0].until(lambda: _other(stage, "any", "beta", before), "a new process", 20)
+        assert stage.settled("any", "beta") != before  # guarded: what happened meanwhile has been told
+        stage.settled("slow", "beta")
+    told = tool.said("outcome", "any", start)
+    assert [each["pid"] for each in told] == [before], told
+    start = tool.now
+    with stage.failing("any", 1):  # a death afterwards is one of its own
+        killed = stage.signal("any", "beta")
+        assert tool.next("outcome", "any", start, pid=killed)["action"] == "failed"
+        stage.settled("any", "beta")
 
 
 def test_as_a_resource_of_the_cluster(stage: Stage) -> None:
