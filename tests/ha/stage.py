@@ -70,9 +70,9 @@ class Stage:
         """With pins, as agents run."""
         return node.machine.agent(self.lab, BROKER, pin=True)
 
-    def start_tool(self, node: str = "alpha") -> Tool:
-        """Until it says that it is ready."""
-        running = self.cluster[node].command(BIN / "kmon", "ha", "pacemaker", "--json", "--broker", BROKER, *self.options)
+    def start_tool(self, node: str = "alpha", *options: str) -> Tool:
+        """Until it says that it is ready. `options`: beside the stage's."""
+        running = self.cluster[node].command(BIN / "kmon", "ha", "pacemaker", "--json", "--broker", BROKER, *self.options, *options)
         running.wait_line(lambda line: b'"ready": true' in line, "that it is ready")
         self._tool = Tool(running)
         return self._tool
@@ -89,6 +89,11 @@ class Stage:
             self._tool.running.send(signal.SIGTERM)
             self.lab.expect(self._tool.running, 143)
             self._tool = None
+
+    def start_tool_anew(self, *options: str) -> Tool:
+        """With other options beside the stage's."""
+        self.stop_tool()
+        return self.start_tool("alpha", *options)
 
     def pid(self, resource: str, node: str) -> int:
         """What the pidfile of a resource says."""

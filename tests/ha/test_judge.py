@@ -10,8 +10,9 @@ import pytest
 
 from kmonitor.clients.ha import judge
 from kmonitor.clients.ha.cluster_state import ClusterNode, ClusterState, Resource
-from kmonitor.clients.ha.judge import Act, Case, Present, Settings
+from kmonitor.clients.ha.judge import Act, Case, Present, Settings, Sight
 from kmonitor.clients.identity import Identity
+from kmonitor.clients.verdict import Blindness, Life
 
 DIED = Identity("boot", 4711, 1000)
 CASE = Case("web", "alpha", inferred=False, died=DIED)
@@ -104,3 +105,28 @@ def test_nobody_saw_it() -> None:
     assert left.act is Act.LEAVE
     assert judge.before_asking(unseen, Settings(act_on_inferred=True)) is None
     assert judge.before_asking(CASE, Settings()) is None
+
+
+UNHEARD = Sight(Life.ALIVE, Blindness.UNREACHABLE, 30.0, DIED, started_anew=False)
+
+
+@pytest.mark.parametrize(
+    ("sight", "act"),
+    [
+        (UNHEARD, Act.FAIL),
+        (replace(UNHEARD, unheard=29.9), Act.WAIT),
+        (replace(UNHEARD, life=Life.DEAD), Act.LEAVE),
+        (replace(UNHEARD, life=Life.UNKNOWN, process=None), Act.LEAVE),
+        (replace(UNHEARD, started_anew=True), Act.LEAVE),
+        (replace(UNHEARD, blind=None), Act.LEAVE),
+        *((replace(UNHEARD, blind=blind), Act.LEAVE) for blind in Blindness if blind is not Blindness.UNREACHABLE),
+    ],
+)
+def test_its_node_is_not_heard(sight: Sight, act: Act) -> None:
+    assert judge.unheard(sight, Settings(act_on_unreachable=30.0)).act is act
+    assert judge.unheard(sight, Settings()).act is Act.LEAVE
+
+
+def test_for_how_long_it_was_not_heard_is_said() -> None:
+    said = judge.unheard(UNHEARD, Settings(act_on_unreachable=30.0)).reason
+    assert said == "its node has not been heard for 30 s (--act-on-unreachable)"

@@ -224,10 +224,10 @@ def test_hands_off(stage: Stage, how: str) -> None:
         stage.settled("web", "alpha")
 
 
-def _start_by_hand(stage: Stage, resource: str, node: str, kill: bool = False) -> int:
-    """As an administrator would; the pid. The shell stays, to wait for it."""
+def _start_by_hand(stage: Stage, resource: str, node: str, kill: bool = False, after: float = 0) -> int:
+    """As an administrator would, who takes his time (`after`, seconds); the pid. The shell stays, to wait for it."""
     pidfile = f"/run/{resource}.pid"
-    killing = f"kill -9 $(cat {pidfile}); " if kill else ""
+    killing = f"kill -9 $(cat {pidfile}); sleep {after}; " if kill else ""
     command = f"{killing}sleep 1000000 </dev/null >/dev/null 2>&1 & echo $! > {pidfile}.new; mv {pidfile}.new {pidfile}; echo $!; wait"
     shell = stage.cluster[node].command("sh", "-c", command)
     return int(shell.lines[shell.wait_line(lambda line: line.strip().isdigit(), "its pid")])
@@ -284,18 +284,25 @@ def test_agent_killed_at_the_moment_of_death(stage: Stage) -> None:
         stage.settled("any", "beta")
 
 
+@contextlib.contextmanager
+def _cut_off(stage: Stage, node: str) -> Iterator[None]:
+    """From the broker, not from the cluster."""
+    namespace = stage.cluster[node].machine.namespace
+    ip("-n", namespace, "route", "add", "blackhole", f"{HUB}/32")
+    try:
+        yield
+    finally:
+        ip("-n", namespace, "route", "del", "blackhole", f"{HUB}/32")
+
+
 def test_node_cut_off_from_the_broker(stage: Stage) -> None:
     """Not from the cluster. That it is not heard is no death; one that happens meanwhile is told afterwards."""
     before, start = stage.settled("any", "beta"), stage.tool.now
-    namespace = stage.cluster["beta"].machine.namespace
-    ip("-n", namespace, "route", "add", "blackhole", f"{HUB}/32")
-    try:
+    with _cut_off(stage, "beta"):
         with stage.failing("any", 0), stage.failing("slow", 0):
             assert stage.tool.next("note", "any", start, blind="unreachable")
         killed = stage.signal("any", "beta")
         assert killed == before
-    finally:
-        ip("-n", namespace, "route", "del", "blackhole", f"{HUB}/32")
     with stage.failing("any", 1):
         stage.tool.next("outcome", "any", start, pid=before, action="failed", limit=40)
         stage.settled("any", "beta")
@@ -329,6 +336,86 @@ def test_dead_before_it_was_started(stage: Stage) -> None:
         assert stage.settled("web", "alpha") != killed
         assert not stage.tool.said("outcome", "web", start)
     assert "Traceback" not in said.running.stderr_text()
+
+
+def test_act_on_unreachable(stage: Stage) -> None:
+    """Failed once for a stretch in which the node is not heard, and not when it is heard again in time."""
+    tool = stage.start_tool_anew("--act-on-unreachable", "3s")
+    before, start = stage.settled("any", "beta"), tool.now
+    stage.settled("slow", "beta")
+    with stage.failing("any", 0), stage.failing("slow", 0):
+        with _cut_off(stage, "beta"):
+            tool.next("note", "any", start, blind="unreachable")
+        tool.next("note", "any", start, blind=None)
+        assert stage.settled("any", "beta") == before
+        assert not tool.said("outcome", "any", start)
+    start = tool.now
+    with stage.failing("any", 1), stage.failing("slow", 1):
+        with _cut_off(stage, "beta"):
+            for resource in ("any", "slow"):
+                outcome = tool.next("outcome", resource, start)
+                assert outcome["action"] == "failed", outcome
+                assert outcome["reason"] == "its node has not been heard for 3 s (--act-on-unreachable)"
+            stage.cluster.nodes[0].until(lambda: _other(stage, "any", "beta", before), "a new process", 20)
+        assert stage.settled("any", "beta") != before  # guarded: what happened meanwhile has been told
+        stage.settled("slow", "beta")
+    told = tool.said("outcome", "any", start)
+    assert [each["pid"] for each in told] == [before], told
+    start = tool.now
+    with stage.failing("any", 1):  # a death afterwards is one of its own
+        killed = stage.signal("any", "beta")
+        assert tool.next("outcome", "any", start, pid=killed)["action"] == "failed"
+        stage.settled("any", "beta")
+
+
+def test_dry_run(stage: Stage) -> None:
+    """It says what it would do, and the cluster hears nothing of it."""
+    tool = stage.start_tool_anew("--dry-run")
+    before, start = stage.settled("web", "alpha"), tool.now
+    with stage.failing("web", 0):
+        stage.signal("web", "alpha")
+        outcome = tool.next("outcome", "web", start)
+        assert (outcome["action"], outcome["pid"], outcome["exit_signal"]) == ("would-fail", before, 9), outcome
+        assert stage.pid("web", "alpha") == before
+        by_hand = _start_by_hand(stage, "web", "alpha")
+        assert stage.settled("web", "alpha") == by_hand
+    assert len(tool.said("outcome", "web", start)) == 1
+
+
+def test_grace(stage: Stage) -> None:
+    """Who starts it again within the grace may be slow; what nobody starts is failed after it."""
+    tool = stage.start_tool_anew("--grace", "2s")
+    before, start = stage.settled("web", "alpha"), tool.now
+    with stage.failing("web", 0):
+        by_hand = _start_by_hand(stage, "web", "alpha", kill=True, after=0.7)
+        outcome = tool.next("outcome", "web", start, pid=before)
+        assert (outcome["action"], str(by_hand) in outcome["reason"]) == ("left", True), outcome
+        assert stage.settled("web", "alpha") == by_hand
+    start = tool.now
+    with stage.failing("web", 1):
+        stage.signal("web", "alpha")
+        outcome = tool.next("outcome", "web", start, pid=by_hand)
+        assert outcome["action"] == "failed", outcome
+        assert outcome["seconds"] >= 2
+        stage.settled("web", "alpha")
+
+
+def test_act_on_inferred(stage: Stage) -> None:
+    """An agent without pins is killed, and what ends before the next one is there was seen by nobody."""
+    stage.stop_tool()
+    beta = stage.cluster["beta"]
+    stage.lab.stop(stage.agents["beta"])
+    unpinned = stage.agents["beta"] = beta.machine.agent(stage.lab, BROKER)
+    tool = stage.start_tool("alpha", "--act-on-inferred")
+    before, start = stage.settled("any", "beta"), tool.now
+    stage.settled("slow", "beta")
+    with stage.failing("any", 1), stage.failing("slow", 0):
+        stage.lab.kill(unpinned)
+        stage.signal("any", "beta")
+        stage.agents["beta"] = stage.start_agent(beta)
+        outcome = tool.next("outcome", "any", start, pid=before, limit=40)
+        assert (outcome["action"], outcome["inferred"], outcome["exit_signal"]) == ("failed", True, None), outcome
+        assert stage.settled("any", "beta") != before
 
 
 def test_as_a_resource_of_the_cluster(stage: Stage) -> None:

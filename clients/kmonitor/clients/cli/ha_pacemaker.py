@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, duration_or_none, parse_duration, run, say
+from kmonitor.clients.cli.options import Broker, Json, duration, duration_or_none, parse_duration, run, say
 from kmonitor.wire.errors import BrokerUnreachableError, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,14 @@ def pacemaker(
     act_on_inferred: Annotated[
         bool, typer.Option("--act-on-inferred", help="Act also on an end that nobody saw, and that was found afterwards.")
     ] = False,
+    act_on_unreachable: Annotated[
+        str | None,
+        typer.Option(
+            "--act-on-unreachable",
+            metavar="TIME",
+            help="Dangerous: act also when the broker has not heard a resource's node for so long. The resource may be well.",
+        ),
+    ] = None,
     grace: Annotated[
         str, typer.Option(metavar="TIME", help="Before a death is told, wait so long for a process that somebody else starts instead.")
     ] = "0",
@@ -72,7 +80,7 @@ def pacemaker(
     from kmonitor.clients.ha.settling import Options  # noqa: PLC0415
 
     rules = Rules() if config is None else load(config, duration_or_none)
-    options = Options(dry_run=dry_run, attribute=attribute, act_on_inferred=act_on_inferred)
+    options = Options(dry_run, attribute, act_on_inferred, duration(act_on_unreachable))
     run(_pacemaker(broker, _Plan(rules, options, every, duration_or_none(grace), json), retry=retry))
 
 
@@ -99,6 +107,7 @@ async def _guard(broker: str, plan: _Plan, crm: Crm) -> None:
     from kmonitor.clients.ha.processes import Processes  # noqa: PLC0415
     from kmonitor.clients.ha.report import JsonLines, Lines  # noqa: PLC0415
     from kmonitor.clients.ha.settling import Settling  # noqa: PLC0415
+    from kmonitor.clients.ha.unheard import Unheard  # noqa: PLC0415
     from kmonitor.clients.ha.view import View  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
@@ -108,12 +117,13 @@ async def _guard(broker: str, plan: _Plan, crm: Crm) -> None:
         drain = asyncio.create_task(_drain(beside))
         lookup = Lookup(beside)
         settling = Settling(crm, view, lookup, report, plan.options)
+        unheard = Unheard(settling, view, plan.options.settings)
 
         def grace_of(resource_id: str, primitive: str) -> float:
             own = plan.rules.of(resource_id, primitive).grace
             return plan.grace if own is None else own
 
-        work = Pacemaker(guard, view, Processes(crm, plan.rules), settling, lookup, report, poll=plan.poll, grace_of=grace_of)
+        work = Pacemaker(guard, view, Processes(crm, plan.rules), settling, lookup, report, unheard, poll=plan.poll, grace_of=grace_of)
         try:
             await work.run()
         except* BaseException as group:  # noqa: BLE001 - the first is the cause; the others were cancelled for it

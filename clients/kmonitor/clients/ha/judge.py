@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kmonitor.clients.ha.cluster_state import ClusterState, Resource
 from kmonitor.clients.identity import Identity
+from kmonitor.clients.verdict import Blindness, Life
 
 
 class Act(enum.Enum):
@@ -61,10 +62,26 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Sight:
+    """Of a process on a node, what is known of it now."""
+
+    life: Life
+    blind: Blindness | None
+    unheard: float
+    """Seconds for which `blind` has been UNREACHABLE; 0 if it is not."""
+    process: Identity | None
+    """The one that was seen alive last."""
+    started_anew: bool
+    """The cluster has started the resource there since: what was seen is not what runs."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the user chose."""
 
     act_on_inferred: bool = False
+    act_on_unreachable: float | None = None
+    """Seconds; None: never."""
 
 
 def before_asking(case: Case, settings: Settings) -> Decision | None:
@@ -72,6 +89,20 @@ def before_asking(case: Case, settings: Settings) -> Decision | None:
     if case.inferred and not settings.act_on_inferred:
         return Decision(Act.LEAVE, "nobody saw its end (--act-on-inferred would act): left to Pacemaker's monitor")
     return None
+
+
+def unheard(sight: Sight, settings: Settings) -> Decision:
+    """Is a process whose node the broker does not hear to be taken for dead? Before the cluster is asked, and again after: FAIL is what
+    `judge` may still turn down. WAIT: not for long enough yet. LEAVE: nothing of the kind, or no more."""
+    limit = settings.act_on_unreachable
+    if limit is None or sight.blind is not Blindness.UNREACHABLE:
+        return Decision(Act.LEAVE, "its node is heard, or it is not known whether it is")
+    if sight.life is not Life.ALIVE or sight.process is None:
+        return Decision(Act.LEAVE, "its process was not seen alive before its node was heard no more")
+    if sight.started_anew:
+        return Decision(Act.LEAVE, "the cluster has started it anew since its node was heard")
+    reason = f"its node has not been heard for {limit:g} s (--act-on-unreachable)"
+    return Decision(Act.FAIL if sight.unheard >= limit else Act.WAIT, reason)
 
 
 def judge(case: Case, state: ClusterState, *, idle: bool, planned: bool | None = None) -> Decision:

@@ -15,8 +15,9 @@ from kmonitor.clients.ha.cluster_state import Resource, Version
 from kmonitor.clients.ha.crm import CrmAwayError, CrmError
 from kmonitor.clients.ha.lookup import Lookup
 from kmonitor.clients.ha.processes import Processes
-from kmonitor.clients.ha.report import Report
+from kmonitor.clients.ha.report import Report, cause
 from kmonitor.clients.ha.settling import Settling
+from kmonitor.clients.ha.unheard import Unheard
 from kmonitor.clients.ha.view import View
 from kmonitor.clients.verdict import Blindness, Death, Life, Subject, Verdict
 from kmonitor.wire.errors import BrokerUnreachableError, KmonitorError, NotAuthorisedError
@@ -57,6 +58,7 @@ class Pacemaker:
         settling: Settling,
         lookup: Lookup,
         report: Report,
+        unheard: Unheard,
         *,
         poll: float,
         grace_of: Callable[[str, str], float],
@@ -68,6 +70,7 @@ class Pacemaker:
         self._settling = settling
         self._lookup = lookup
         self._report = report
+        self._unheard = unheard
         self._poll = poll
         self._grace_of = grace_of
         self._kept: dict[Place, Kept] = {}
@@ -97,12 +100,14 @@ class Pacemaker:
                 if place is not None:
                     self._take(place, verdict)
         finally:
+            self._unheard.close()
             for task in self._cases.values():
                 task.cancel()
 
     def _take(self, place: Place, verdict: Verdict) -> None:
         kept = self._kept[place]
         self._tell_blindness(place, kept, verdict)
+        self._unheard.take(place, verdict)
         if verdict.life is Life.ALIVE:
             self._alive.add(_evidence(kept))
             kept.known.add(kept.start)
@@ -127,7 +132,12 @@ class Pacemaker:
     async def _settle(self, place: Place, kept: Kept, death: Death | None, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
+        await self._unheard.settled(place)
         start = kept.start
+        if death is not None and self._unheard.told(place, death.process):
+            kept.known.add(start)
+            self._report.note(f"{place[0]} on {place[1]}: {cause(death)}: Pacemaker was told of it while its node was not heard")
+            return
         if death is None:
             was = self._verdict(kept).process
             await asyncio.sleep(SETTLED_S)
@@ -265,6 +275,7 @@ class Pacemaker:
     async def _drop(self, place: Place, kept: Kept) -> None:
         del self._kept[place]
         del self._of_name[kept.subject.name]
+        self._unheard.forget(place)
         self._said.pop(place, None)
         if kept.answered:
             await self._guard.remove(kept.subject.name)

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kmonitor.clients.notifications import Process
 from kmonitor.clients.verdict import Death
 
 
@@ -18,8 +19,8 @@ class Outcome:
 
     resource: str
     node: str
-    death: Death | None
-    """None: it was never seen alive."""
+    end: Death | Process | None
+    """A process: it is not known to have ended, and its node is not heard. None: it was never seen alive."""
     action: str
     reason: str
     seconds: float
@@ -50,8 +51,11 @@ class Lines:
             "given-up": "not failed, and given up:",
         }[outcome.action]
         why = f" {outcome.reason}" if outcome.action in ("left", "given-up") else ""
+        what = cause(outcome.end)
+        if not why and isinstance(outcome.end, Process):
+            what = f"{what}: {outcome.reason}"
         took = f" ({outcome.seconds * 1000:.0f} ms)" if outcome.action in ("failed", "would-fail") else ""
-        self._say(f"{outcome.resource} on {outcome.node}: {cause(outcome.death)}: {done}{why}{took}")
+        self._say(f"{outcome.resource} on {outcome.node}: {what}: {done}{why}{took}")
 
     def guarding(self, resource: str, node: str, subject: str, pid: int | None, comm: str) -> None:
         if pid is None:
@@ -71,9 +75,11 @@ class JsonLines:
     """For programs: stdout. `kind` is "outcome", "guarding" or "note"."""
 
     def outcome(self, outcome: Outcome) -> None:
-        death = outcome.death
+        death = outcome.end
         told: dict[str, Any] = {}
-        if death is not None:
+        if isinstance(death, Process):
+            told = {"pid": death.pid, "start_time": death.start_time, "boot_id": death.boot_id, "comm": death.comm}
+        elif death is not None:
             by = death.killed_by
             told = {
                 "pid": death.process.pid,
@@ -110,6 +116,8 @@ class JsonLines:
         print(json.dumps({"kind": kind, "time": time.time_ns(), **fields}), flush=True)
 
 
-def cause(death: Death | None) -> str:
+def cause(end: Death | Process | None) -> str:
     """Which process, and how it ended: "sleep (4711) killed by SIGKILL from pid 17 (bash), uid 0"."""
-    return "its process has ended" if death is None else f"{death.comm} ({death.process.pid}) {death}"
+    if isinstance(end, Process):
+        return f"{end.comm} ({end.pid}) is not seen"
+    return "its process has ended" if end is None else f"{end.comm} ({end.process.pid}) {end}"

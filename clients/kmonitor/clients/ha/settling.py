@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kmonitor.clients.guarded import identity
 from kmonitor.clients.ha import judge
 from kmonitor.clients.ha.crm import Crm, CrmError
 from kmonitor.clients.ha.judge import Act, Case, Decision, Present, Settings
@@ -15,6 +16,7 @@ from kmonitor.clients.ha.lookup import Found, Lookup
 from kmonitor.clients.ha.report import Outcome, Report, cause
 from kmonitor.clients.ha.view import View
 from kmonitor.clients.identity import Identity
+from kmonitor.clients.notifications import Process
 from kmonitor.clients.verdict import Death, Verdict
 
 BUSY_S = 1.0
@@ -32,6 +34,13 @@ class Options:
     dry_run: bool = False
     attribute: bool = False
     act_on_inferred: bool = False
+    act_on_unreachable: float | None = None
+    """Seconds; None: never."""
+
+    @property
+    def settings(self) -> Settings:
+        """Those that decide."""
+        return Settings(self.act_on_inferred, self.act_on_unreachable)
 
 
 class Settling:
@@ -54,7 +63,7 @@ class Settling:
         if died is not None and self._acted.get(place) == died:
             return None
         case = Case(*place, inferred=death is not None and death.inferred, died=died)
-        decision = judge.before_asking(case, Settings(self._options.act_on_inferred))
+        decision = judge.before_asking(case, self._options.settings)
         pause, said = FIRST_PAUSE_S, ""
         if decision is None and grace:
             await asyncio.sleep(grace)
@@ -79,38 +88,80 @@ class Settling:
             return None
         return self._end(place, death, "left", decision.reason, began)
 
+    async def settle_unheard(
+        self, place: tuple[str, str], process: Process, decide: Callable[[], Decision], telling: asyncio.Event
+    ) -> bool:
+        """A process of whose node nothing is heard: the cluster is asked as for a death, but its present process cannot be looked up.
+        `decide` says whether that is still so; `telling` is set from when Pacemaker is told on. Whether it came to an outcome, which was
+        reported: if not, sight is back."""
+        began = time.monotonic()
+        case = Case(*place, inferred=False, died=identity(process))
+        pause, said = FIRST_PAUSE_S, ""
+        while (unheard := decide()).act is Act.FAIL:
+            try:
+                decision, _ = await self._judge(case, time.monotonic() - began > BUSY_S)
+                if decision.act is Act.FAIL and decide().act is Act.FAIL:
+                    telling.set()
+                    await self._fail(place, process, unheard, began)
+                    return True
+            except CrmError as error:
+                telling.clear()
+                decision = Decision(Act.WAIT, str(error))
+                if str(error) != said:
+                    said = str(error)
+                    self._report.note(f"{place[0]} on {place[1]}: {cause(process)}: not told to Pacemaker yet: {error}")
+            if decision.act is Act.LEAVE:
+                self._end(place, process, "left", decision.reason, began)
+                return True
+            if decision.act is Act.WAIT:
+                if time.monotonic() - began > PATIENCE_S:
+                    self._end(place, process, "given-up", f"{decision.reason}, for {PATIENCE_S:g} s", began)
+                    return True
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE_S)
+        return False
+
+    async def _judge(self, case: Case, busy: bool, verdict: Verdict | None = None) -> tuple[Decision, Found | None]:
+        """What the cluster's state says of it, and what is there now if a `verdict` says where to look."""
+        idle = await self._view.idle()
+        state, found = await asyncio.gather(self._view.now(), self._found(verdict))
+        decision = judge.judge(case, state, idle=idle)
+        if decision.act is Act.WAIT and busy and not idle and case.died is not None:
+            decision = judge.judge(case, state, idle=idle, planned=await self._view.planned(case.resource))
+        return decision, found
+
+    async def _found(self, verdict: Verdict | None) -> Found | None:
+        return None if verdict is None else await self._lookup.look(verdict)
+
     async def _ask(self, case: Case, verdict: Verdict, busy: bool) -> Decision | None:
         """None: nothing had died, or it is of no concern any more."""
         if case.died is None and (decision := _of_unseen(await self._lookup.look(verdict))).act is not Act.FAIL:
             return None if decision.act is Act.LEAVE else decision
         # From here on it is known to have ended before the DC is asked: what the DC begins later cannot be the cause.
-        idle = await self._view.idle()
-        state, found = await asyncio.gather(self._view.now(), self._lookup.look(verdict))
-        decision = judge.judge(case, state, idle=idle)
-        if decision.act is Act.WAIT and busy and not idle and case.died is not None:
-            decision = judge.judge(case, state, idle=idle, planned=await self._view.planned(case.resource))
-        if decision.act is not Act.FAIL:
+        decision, found = await self._judge(case, busy, verdict)
+        if decision.act is not Act.FAIL or found is None:
             return decision
         if found.present is Present.UNKNOWN:
             return Decision(Act.WAIT, f"what runs there now cannot be looked up: {found.why}")
         return judge.present(decision, case, found.present, found.identity)
 
-    async def _fail(self, place: tuple[str, str], death: Death | None, decision: Decision, began: float) -> Outcome:
+    async def _fail(self, place: tuple[str, str], end: Death | Process | None, decision: Decision, began: float) -> Outcome:
         if not self._options.dry_run:
             await self._crm.fail(*place)
-        if death is not None:
-            self._acted[place] = death.process
-        outcome = self._end(place, death, "would-fail" if self._options.dry_run else "failed", decision.reason, began)
+        if end is not None:
+            self._acted[place] = end.process if isinstance(end, Death) else identity(end)
+        outcome = self._end(place, end, "would-fail" if self._options.dry_run else "failed", decision.reason, began)
         if self._options.attribute and not self._options.dry_run:
             try:
-                at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(death.time_unix_nano / 1e9 if death else None))
-                await self._crm.attribute(place[1], f"kmonitor-{place[0]}", f"{at}: {cause(death)}")
+                at = time.localtime(end.time_unix_nano / 1e9 if isinstance(end, Death) else None)
+                why = f"{cause(end)}: {decision.reason}" if isinstance(end, Process) else cause(end)
+                await self._crm.attribute(place[1], f"kmonitor-{place[0]}", f"{time.strftime('%Y-%m-%d %H:%M:%S', at)}: {why}")
             except CrmError as error:
                 self._report.note(f"{place[0]} on {place[1]}: its cause is not in a node attribute: {error}")
         return outcome
 
-    def _end(self, place: tuple[str, str], death: Death | None, action: str, reason: str, began: float) -> Outcome:
-        outcome = Outcome(*place, death, action, reason, time.monotonic() - began)
+    def _end(self, place: tuple[str, str], end: Death | Process | None, action: str, reason: str, began: float) -> Outcome:
+        outcome = Outcome(*place, end, action, reason, time.monotonic() - began)
         self._report.outcome(outcome)
         return outcome
 
