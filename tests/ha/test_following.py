@@ -10,8 +10,10 @@ from typing import Any, Self, cast
 
 from kmonitor.clients import Subject, Verdict
 from kmonitor.clients.ha.cluster_state import ClusterNode, ClusterState, Resource
+from kmonitor.clients.ha.judge import Settings
 from kmonitor.clients.ha.pacemaker import Pacemaker
 from kmonitor.clients.ha.report import Lines
+from kmonitor.clients.ha.unheard import Unheard
 
 NODES = {name: ClusterNode(name, online=True) for name in ("alpha", "beta")}
 WEB = Resource("web", "ocf:heartbeat:anything", "alpha", "Started")
@@ -55,6 +57,7 @@ class FakeProcesses:
 async def test_a_move_that_was_read_while_a_death_was_looked_into() -> None:
     """The state is what it was at the last look by then: all the same it was not gone by yet."""
     guard, view = FakeGuard(), FakeView()
+    unheard = cast(Any, Unheard)(None, view, Settings())
     made: Any = cast(Any, Pacemaker)(guard, view, FakeProcesses(), None, None, Lines(), poll=0.01, grace_of=lambda _name, _primitive: 0.0)
     running = asyncio.create_task(made.run())
     try:
