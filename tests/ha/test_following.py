@@ -58,7 +58,9 @@ async def test_a_move_that_was_read_while_a_death_was_looked_into() -> None:
     """The state is what it was at the last look by then: all the same it was not gone by yet."""
     guard, view = FakeGuard(), FakeView()
     unheard = cast(Any, Unheard)(None, view, Settings())
-    made: Any = cast(Any, Pacemaker)(guard, view, FakeProcesses(), None, None, Lines(), poll=0.01, grace_of=lambda _name, _primitive: 0.0)
+    made: Any = cast(Any, Pacemaker)(
+        guard, view, FakeProcesses(), None, None, Lines(), unheard, poll=0.01, grace_of=lambda _name, _primitive: 0.0
+    )
     running = asyncio.create_task(made.run())
     try:
         async with asyncio.timeout(10):
