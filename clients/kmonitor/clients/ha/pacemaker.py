@@ -16,6 +16,7 @@ from kmonitor.clients.ha.crm import CrmAwayError, CrmError
 from kmonitor.clients.ha.lookup import Lookup
 from kmonitor.clients.ha.processes import Processes
 from kmonitor.clients.ha.report import Report, cause
+from kmonitor.clients.ha.says import Says, means
 from kmonitor.clients.ha.settling import Settling
 from kmonitor.clients.ha.unheard import Unheard
 from kmonitor.clients.ha.view import View
@@ -78,7 +79,7 @@ class Pacemaker:
         self._alive: set[tuple[str, str]] = set()
         """Resource and what it is guarded by: seen alive through it once, so that it is known to say what it seems to say."""
         self._cases: dict[Place, asyncio.Task[None]] = {}
-        self._said: dict[object, str] = {}
+        self._says = Says(report)
         self._followed: Version | None = None
         """The content of the CIB that is guarded."""
 
@@ -86,7 +87,7 @@ class Pacemaker:
         """Until it is cancelled, or the guard's monitor ends: raises what that does, and CrmError if Pacemaker does not answer at first."""
         await self._view.update()
         await self._follow()
-        self._summary()
+        self._says.ready({place[0] for place in self._kept})
         async with asyncio.TaskGroup() as group:
             group.create_task(self._listen(), name="kmonitor ha: verdicts")
             group.create_task(self._keep_up(), name="kmonitor ha: cluster")
@@ -106,21 +107,21 @@ class Pacemaker:
 
     def _take(self, place: Place, verdict: Verdict) -> None:
         kept = self._kept[place]
-        self._tell_blindness(place, kept, verdict)
+        if verdict.blind is not kept.blind:
+            self._says.blindness(place, verdict, before=kept.blind)
+            kept.blind = verdict.blind
         self._unheard.take(place, verdict)
         if verdict.life is Life.ALIVE:
             self._alive.add(_evidence(kept))
             kept.known.add(kept.start)
             process = verdict.process
-            self._say_guarding(place, kept, process.pid if process else 0, process.comm if process else "")
+            self._says.guarding(place, kept.subject, process.pid if process else 0, process.comm if process else "")
         elif verdict.life is Life.DEAD and verdict.death is not None:
             what = f"{verdict.death.process} {verdict.death.inferred}"  # one that was inferred may be told with its status later
-            if self._said.get(place) == what:
-                return  # told again for its blindness' sake
-            self._said[place] = what
-            self._open(place, kept, verdict.death)
+            if self._says.is_new(place, what):  # else told again for its blindness' sake
+                self._open(place, kept, verdict.death)
         elif verdict.life is Life.ABSENT and verdict.blind is None:
-            self._say_guarding(place, kept, None, "")
+            self._says.guarding(place, kept.subject, None, "")
             self._unseen(place, kept)
 
     def _open(self, place: Place, kept: Kept, death: Death | None) -> None:
@@ -149,9 +150,9 @@ class Pacemaker:
             self._report.note(f"{place[0]} on {place[1]}: its end could not be dealt with: {error}")
             return
         if death is None and outcome is None:
-            self._note(
+            self._says.note(
                 ("absent", place),
-                f"{place[0]} on {place[1]}: {_means(kept.subject)} is not there, and the cluster has it active: nothing is done",
+                f"{place[0]} on {place[1]}: {means(kept.subject)} is not there, and the cluster has it active: nothing is done",
             )
         kept.known.add(start)
 
@@ -171,9 +172,9 @@ class Pacemaker:
             await asyncio.sleep(self._poll)
             try:
                 await self._view.update()
-                self._note("crm", "", "Pacemaker answers again")
+                self._says.note("crm", "", "Pacemaker answers again")
             except CrmError as error:
-                self._note("crm", f"Pacemaker does not answer here: {error}; trying again")
+                self._says.note("crm", f"Pacemaker does not answer here: {error}; trying again")
                 continue
             if self._is_behind() or any(kept.gone_since for kept in self._kept.values()) or self._missing():
                 with contextlib.suppress(CrmAwayError):
@@ -203,7 +204,7 @@ class Pacemaker:
             except CrmError as error:
                 subject = str(error)
             if isinstance(subject, str):
-                self._note(("why", resource.id), f"{resource.id}: not guarded: {subject}")
+                self._says.note(("why", resource.id), f"{resource.id}: not guarded: {subject}")
             else:
                 wanted[resource.place] = resource, subject
         for place, kept in list(self._kept.items()):
@@ -267,65 +268,19 @@ class Pacemaker:
         except (BrokerUnreachableError, NotAuthorisedError, ClosedError):
             raise
         except KmonitorError as refusal:  # of this one: the others are guarded
-            self._note(("add", place), f"{place[0]} on {place[1]}: not guarded yet: {refusal}")
+            self._says.note(("add", place), f"{place[0]} on {place[1]}: not guarded yet: {refusal}")
             return
         kept.answered = True
-        self._said.pop(("add", place), None)
+        self._says.forget(("add", place))
 
     async def _drop(self, place: Place, kept: Kept) -> None:
         del self._kept[place]
         del self._of_name[kept.subject.name]
         self._unheard.forget(place)
-        self._said.pop(place, None)
+        self._says.forget(place)
         if kept.answered:
             await self._guard.remove(kept.subject.name)
 
-    # ---- what is said, once
-
-    def _summary(self) -> None:
-        names = {place[0] for place in self._kept}
-        self._report.note(
-            f"ready: {len(names)} {'resource is' if len(names) == 1 else 'resources are'} guarded", ready=True, guarded=sorted(names)
-        )
-
-    def _say_guarding(self, place: Place, kept: Kept, pid: int | None, comm: str) -> None:
-        what = f"{pid} {comm}"
-        if self._said.get(("alive", place)) != what:
-            self._said["alive", place] = what
-            self._report.guarding(*place, _means(kept.subject), pid, comm)
-
-    def _tell_blindness(self, place: Place, kept: Kept, verdict: Verdict) -> None:
-        if verdict.blind is kept.blind:
-            return
-        before, kept.blind = kept.blind, verdict.blind
-        if verdict.blind in (None, Blindness.STARTING):
-            if before not in (None, Blindness.STARTING):
-                self._report.note(f"{place[0]} on {place[1]}: seen again", resource=place[0], node=place[1], blind=None)
-        else:
-            self._report.note(
-                f"{place[0]} on {place[1]}: not seen: {verdict.blind.value}{f' ({verdict.reason})' if verdict.reason else ''}; "
-                "until it is, Pacemaker's own monitor is all there is",
-                resource=place[0],
-                node=place[1],
-                blind=verdict.blind.value,
-            )
-
-    def _note(self, key: object, text: str, over: str = "") -> None:
-        """Say it unless it was the last that was said of this; with an empty text, that it is over, if it was said."""
-        if text:
-            if self._said.get(key) != text:
-                self._said[key] = text
-                self._report.note(text)
-        elif self._said.pop(key, None) is not None:
-            self._report.note(over)
-
 
 def _evidence(kept: Kept) -> tuple[str, str]:
-    return kept.resource.primitive, _means(kept.subject)
-
-
-def _means(subject: Subject) -> str:
-    """What it is guarded by, for people."""
-    if subject.pidfile is not None:
-        return f"pidfile {subject.pidfile}"
-    return f"unit {subject.unit}" if subject.unit is not None else f"control group {subject.cgroup}"
+    return kept.resource.primitive, means(kept.subject)
