@@ -72,6 +72,7 @@ class _HostShell(Running):
     def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = END_LIMIT) -> int:
         """As it is held."""
         self.close_input()
+        self.wait(limit)
         return super().stop(number, limit)
 
 
