@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab.process import Running
+from tests.lab.process import LabError, Running
 from tests.lab.services import Lab
 from tests.lab.stopped import stopped
 from tests.robustness.account import Account, Line
@@ -129,7 +129,13 @@ class Listener:
 
     def wait_counted(self, total: int, *, limit: float = 40.0) -> None:
         """Until events and those that gaps count are so many, over all its lives, and whatever else is on its way has come."""
-        self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
+        try:
+            self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
+        except LabError as error:
+            account = self.account.read()
+            lost = {node: dict(account.lost(node)) for node in account.told}
+            inferred = {node: dict(ends) for node, ends in account.inferred.items()}
+            raise LabError(f"{error}\n-- told: {account.told}\n-- counted in gaps: {lost}\n-- inferred ends: {inferred}") from None
         self.settle()
 
     def settle(self) -> None:
