@@ -30,7 +30,7 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_selector, check_pid, check_unit_name, node_matches
+from kmonitor.wire.selectors import check_cgroup_path, check_comm, check_node_selector, check_pid, check_unit_name, node_matches
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
@@ -263,7 +263,7 @@ class Broker:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
         try:
             for glob in wanted.comms:
-                check_glob(glob, "comm")
+                check_comm(glob)
             for pid in wanted.pids:
                 check_pid(pid)
             group = wanted.WhichOneof("group")
