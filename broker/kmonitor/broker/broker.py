@@ -417,8 +417,7 @@ class Broker:
             session.outbox.committed()
 
     def _tick(self) -> None:
-        """Every `progress_interval`: progress for all, and what is kept for late records goes."""
-        self.router.retire(self._position_of, self.log.end)
+        """Every `progress_interval`: progress for all."""
         known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
         for session in self.sessions:
             if session.detached:
@@ -429,7 +428,3 @@ class Broker:
             session.outbox.prune(self.log.end)
             session.progress([known[name] for name in session.matcher.nodes() if name in known])
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)
-
-    def _position_of(self, name: str) -> int:
-        node = self.nodes.get(name)
-        return node.position if node is not None else 0
