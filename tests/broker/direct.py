@@ -180,10 +180,10 @@ class DirectMonitor:
         return cursor
 
 
-def of_process(mask: int, pid: int, *, follow: bool = False) -> monitor_pb2.Registration:
-    """A registration of one process of the node."""
+def of_process(mask: int, pid: int, *, follow: bool = False, node: str = "a") -> monitor_pb2.Registration:
+    """A registration of one process of one node."""
     made = monitor_pb2.Registration(event_mask=mask, follow=follow)
-    made.nodes.names.append("a")
+    made.nodes.names.append(node)
     made.target.process.pid = pid
     return made
 

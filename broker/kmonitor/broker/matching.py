@@ -288,10 +288,10 @@ class Matcher:
 
     def _not_taken(self, block: Block, rows: Indices) -> Indices:
         """It may come again, from the log, or from an agent that nobody has acknowledged it to."""
-        epoch, position = self.taken.get(block.node, (0, 0))
-        if epoch != block.epoch or block.position > position:
+        taken = self.taken.get(block.node)
+        if taken is None or taken[0] != block.epoch or block.position > taken[1]:
             return rows
-        kept: Indices = rows[block.positions[rows] > np.uint64(position)]
+        kept: Indices = rows[block.positions[rows] > np.uint64(taken[1])]
         return kept
 
 
