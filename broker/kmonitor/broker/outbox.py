@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
-from kmonitor.broker.log import Entry, EventLog
+from kmonitor.broker.log import Entry, EventLog, Page
 from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.mark import Mark, MarkKind
 from kmonitor.broker.matching import PAST, Matcher
@@ -123,6 +123,10 @@ class Outbox:
         self._progress_due = False
         self._complete: dict[str, tuple[int, int, int]] = {}
         """Node -> (epoch, position, Unix ns) up to which all of it has come."""
+        self._page: Page | None = None
+        """What the log's disk has answered, and is still to be looked at."""
+        self._asked: asyncio.Future[Page] | None = None
+        """What it is to answer."""
         self._blocked_since: float | None = None
         self._blocked = False
         """It has come upon a mark that is not safe yet: see `committed`."""
@@ -179,7 +183,8 @@ class Outbox:
         self._complete = {node: (epoch, position, time_ns) for node, epoch, position, time_ns in nodes}
         if self._stretches:
             self._progress_due = True
-            self._fill()  # also one that has come upon a mark that is not safe yet says so
+            if self._gathering is None:
+                self.filled.set()  # also one that waits for a mark to be safe, or for the log's disk, says so
         elif self._progress is None:
             message = progress(nodes, self._log.end, self._log.log_id, self.stream_id)
             self.put(message)
@@ -190,6 +195,7 @@ class Outbox:
         self._items.clear()
         self._stretches.clear()
         self._gathering = None
+        self._page = self._asked = None
         self._lagging.discard(self)
         self.filled.set()
         self._taken.set()
@@ -273,7 +279,7 @@ class Outbox:
                 break  # one reading a turn: others have their turn too
             out += made
             size += sum(map(len, made))
-        if not self._items or self._gathering is not None or self._blocked:
+        if not self._items or self._gathering is not None or self._blocked or self._asked is not None:
             self.filled.clear()
         self._taken.set()
         return out
@@ -288,7 +294,7 @@ class Outbox:
             self._fill()
 
     def _fill(self) -> None:
-        if self._gathering is None:
+        if self._gathering is None and self._asked is None:
             self.filled.set()
 
     def _fall_back(self, offset: int) -> None:
@@ -332,9 +338,12 @@ class Outbox:
         out += stretch.notices
         stretch.missed.clear()
         stretch.notices.clear()
-        entries = self._log.read(stretch.start, READ_SIZE) if stretch.start < stretch.end else []
+        page = self._next_page(stretch) if stretch.start < stretch.end else None
+        entries, start = ([], 0) if page is None else (page.entries, stretch.start)
         parts: list[tuple[Block, Indices]] = []
         for entry in entries:
+            if entry.offset < start:
+                continue  # retention took it while it was read: it is among what was missed
             if entry.offset >= stretch.end:
                 stretch.start = stretch.end
                 break
@@ -352,8 +361,8 @@ class Outbox:
                     parts.append((entry, rows))
                 self._delivered[entry.node] = (entry.epoch, entry.end, entry.unix_ns(len(entry) - 1))
             stretch.start = entry.offset + 1
-        if not entries:
-            stretch.start = stretch.end
+        else:
+            stretch.start = max(stretch.start, 0 if page is None else page.following)
         out += self._messages(parts)
         for entry in entries:
             if isinstance(entry, Block):
@@ -370,6 +379,26 @@ class Outbox:
                 self._delivered.clear()
         self.prune(self._log.end)
         return out
+
+    def _next_page(self, stretch: _Stretch) -> Page | None:
+        """What comes next of a stretch; None while the log's disk is asked for it."""
+        if self._asked is not None:
+            return None
+        page, self._page = self._page, None
+        if page is None or page.following <= stretch.start:  # or retention took all of it meanwhile
+            found = self._log.fetch(stretch.start, READ_SIZE)
+            if isinstance(found, Page):
+                return found
+            self._asked = found
+            found.add_done_callback(self._answered)
+            return None
+        return page
+
+    def _answered(self, answer: asyncio.Future[Page]) -> None:
+        if self._asked is answer and not answer.cancelled():
+            self._asked = None
+            self._page = answer.result()
+            self._fill()
 
     def _read_so_far(self) -> Iterator[tuple[str, int, int, int]]:
         """Of the nodes that it watches now, no further than they are complete themselves: losses may stand behind the records around."""

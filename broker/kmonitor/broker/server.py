@@ -128,6 +128,8 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
+                if request.HasField("cursor"):
+                    await self._broker.locate(request.cursor)
                 if not self._broker.watch(session, request):
                     raise _ClosedError
                 await session.ready_for_request()
@@ -142,6 +144,7 @@ class Server:
             if request.HasField("linger_ms"):
                 self._broker.linger(session, request.linger_ms)
             if request.HasField("cursor"):
+                await self._broker.locate(request.cursor)
                 self._broker.resume(session, request.cursor, len(request.registrations))
             loop = asyncio.get_running_loop()
             until = loop.time() + _AT_A_TIME_S
