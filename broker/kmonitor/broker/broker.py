@@ -35,6 +35,8 @@ from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_se
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
+PROGRESS_MOST = 5.0
+"""Seconds. Clients take a stream that says nothing for longer than twice this for one that is gone: monitor.proto promises it."""
 DEFAULT_LINGER = 10.0  # seconds
 LINGER_MOST = 3600  # seconds
 

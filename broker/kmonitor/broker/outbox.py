@@ -32,9 +32,11 @@ from kmonitor.wire.record import Indices
 ROWS_LIMIT = 8 << 20
 """Bytes of blocks that a session holds on to before it falls back to the log."""
 MESSAGES_LIMIT = 4 << 20
-"""Bytes of other messages that wait; a session that lets more gather is ended."""
-GATHERING_LIMIT = 32 << 20
-"""The same of one that comes back: the answers wait for all its registrations, and then for what it has missed."""
+"""Bytes of other messages that may wait for a monitor that takes none; one that reads may be given more at once."""
+MESSAGES_MOST = 32 << 20
+"""Whether it reads or not, and beside what its registrations can be answered with."""
+STALLED_S = 10.0
+"""A monitor that has taken nothing for so long, while something waited for it, does not read."""
 MARK_WAIT = 1.0
 """Seconds, at most, that a mark waits to be safe: behind it waits all that came since."""
 READ_SIZE = 1 << 20
@@ -113,7 +115,8 @@ class Outbox:
         self._gathering: _Stretch | None = None
         """What is to be read first, while it is not known yet whose rows it is to be searched for."""
         self.evicted_while_gathering = False
-        self._limit = MESSAGES_LIMIT
+        self._read_at = 0.0
+        """When the monitor took something last, or had nothing to take; by the monotonic clock, seconds."""
         self._rows_bytes = 0
         self.messages_bytes = 0
         self._delivered: dict[str, tuple[int, int, int]] = {}
@@ -155,7 +158,6 @@ class Outbox:
         end = self._log.end
         stretch = _Stretch(min(max(start, self._log.oldest), end), end, floors=floors, number=number, resumed=True)
         self._gathering = stretch
-        self._limit = GATHERING_LIMIT
         self._items.append(stretch)
         self._stretches.append(stretch)
         self._lagging.add(self)
@@ -167,15 +169,27 @@ class Outbox:
             self._gathering.notices += before
             self._gathering.end = self._log.end
             self._gathering = None
+            self.has_read()
             self.filled.set()
 
-    def put(self, message: bytes) -> None:
-        """A message, behind all that is there. Raises OverflowedError."""
-        if self.messages_bytes + len(message) > self._limit:
+    def put(self, message: bytes, most: int = MESSAGES_MOST) -> None:
+        """A message, behind all that is there. Raises OverflowedError if it would be more than `most` bytes, or the monitor does not read."""
+        waiting = self.messages_bytes + len(message)
+        if waiting > MESSAGES_LIMIT and (waiting > most or self._is_stalled()):
             raise OverflowedError
+        if not self._items:
+            self.has_read()
         self._items.append(message)
         self.messages_bytes += len(message)
         self._fill()
+
+    def has_read(self) -> None:
+        """The monitor has taken something."""
+        self._read_at = time.monotonic()
+
+    def _is_stalled(self) -> bool:
+        # While it says what it had before, nothing is given to it.
+        return self._gathering is None and time.monotonic() - self._read_at > STALLED_S
 
     def put_progress(self, nodes: list[tuple[str, int, int, int]]) -> None:
         """How far all nodes are now: (node, epoch, position, Unix nanoseconds). Left out while one waits to be sent; a session that is
@@ -259,6 +273,7 @@ class Outbox:
 
     def take(self) -> list[bytes]:
         """The next messages to send, about READ_SIZE bytes. May be empty though more is to come: look at `len`."""
+        self.has_read()
         out: list[bytes] = []
         size = 0
         while self._items and size < READ_SIZE and self._gathering is None:
@@ -266,8 +281,6 @@ class Outbox:
             if isinstance(item, bytes):
                 self._items.popleft()
                 self.messages_bytes -= len(item)
-                if self.messages_bytes < MESSAGES_LIMIT // 2:
-                    self._limit = MESSAGES_LIMIT
                 if item is self._progress:
                     self._progress = None
                 made = [item]

@@ -168,6 +168,7 @@ class Server:
             async for batch in session.batches(self._turns):
                 for message in batch:
                     await context.write(message)
+                    session.outbox.has_read()
 
         sending = asyncio.ensure_future(send())
         taking = asyncio.ensure_future(take_requests(session))
@@ -228,6 +229,7 @@ class Server:
     async def _take_from_agent(self, link: Link, messages: AsyncIterator[agent_pb2.AgentMessage]) -> None:
         async for message in messages:
             self._broker.agents.receive(link, message)
+            await link.ready.wait()
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:
