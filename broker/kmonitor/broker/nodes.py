@@ -144,6 +144,10 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.complete = (0, 0)
         """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
+        self.boottime_to_unix_ns = 0
+        """Of its last block."""
+        self.untold: dict[int, int] = {}
+        """Losses that are to be told once the records before a position have come: that position -> where they begin."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
         self.number = 0
@@ -209,9 +213,17 @@ class Node:
         else:
             self._waiting.append((position, action))
 
+    def beats(self, beat: agent_pb2.Heartbeat) -> int:
+        """Take what the agent says of how far all has come; the boot time up to which it has, nanoseconds."""
+        self.reached(beat.position, beat.time_unix_nano)
+        self.complete = min(beat.position, self.position, *self.untold.values()), beat.time_unix_nano
+        # An agent that does not say it says nothing of a boot-time clock but in its blocks.
+        return beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+
     def forget_waiting(self) -> None:
         """What `when_reached` was told to wait for is of no use any more."""
         self._waiting.clear()
+        self.untold.clear()
 
     def describe(self) -> monitor_pb2.Node:
         """As ListNodes tells it."""

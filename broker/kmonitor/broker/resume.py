@@ -220,7 +220,7 @@ class Lingering:
         copy = self._copy(arm, span, mask)
         self._arms.router.add(copy)
         if copy.lingers:
-            self._arms.router.linger(copy)
+            self._arms.router.linger(copy, copy.exit_ns)
         node = self._arms.nodes.get(span.node)
         if copy.process is None or copy.lingers:
             return
