@@ -127,6 +127,8 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
+                if request.HasField("cursor"):
+                    await self._broker.locate(request.cursor)
                 if not self._broker.watch(session, request):
                     raise _ClosedError
                 await session.ready_for_request()
@@ -141,6 +143,7 @@ class Server:
             if request.HasField("linger_ms"):
                 self._broker.linger(session, request.linger_ms)
             if request.HasField("cursor"):
+                await self._broker.locate(request.cursor)
                 self._broker.resume(session, request.cursor, len(request.registrations))
             loop = asyncio.get_running_loop()
             until = loop.time() + _AT_A_TIME_S
@@ -164,6 +167,7 @@ class Server:
             async for batch in session.batches(self._turns):
                 for message in batch:
                     await context.write(message)
+                    session.outbox.has_read()
 
         sending = asyncio.ensure_future(send())
         taking = asyncio.ensure_future(take_requests(session))
@@ -224,6 +228,7 @@ class Server:
     async def _take_from_agent(self, link: Link, messages: AsyncIterator[agent_pb2.AgentMessage]) -> None:
         async for message in messages:
             self._broker.agents.receive(link, message)
+            await link.ready.wait()
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:
