@@ -158,6 +158,12 @@ class DirectMonitor:
         self.take()
         return [(event.type, event.pid) for item in self.told for event in item.events.events]
 
+    async def until(self, count: int) -> None:
+        """Until it has so many events: a log on a disk is read by a thread."""
+        async with asyncio.timeout(20):
+            while len(self.events) < count:  # noqa: ASYNC110 -- the outbox has no event for it that takes nothing
+                await asyncio.sleep(0.001)
+
     @property
     def gaps(self) -> list[monitor_pb2.Gap]:
         """All so far."""

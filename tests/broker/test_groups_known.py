@@ -68,9 +68,11 @@ async def test_what_happened_while_no_broker_ran(tmp_path: Path, *, inner_comes_
     agent.answer()
     agent.record(ended(300, 51))
     await agent.serve()
+    await outer.until(2)
     assert pids(outer) == [200, 300]
     assert outer.gaps == []
     if inner_comes_back:
+        await inner.until(2)
         assert pids(inner) == [200, 300]
     broker.stop()
     await log.close()
