@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -78,8 +77,8 @@ class _Stretch:
     """Node -> log offset before which its client has taken everything."""
     number: int = 0
     """The client was told of the marks up to this number."""
-    absences: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """Node -> epoch, and what is to be told before anything of that."""
+    absences: list[Notice] = field(default_factory=list)
+    """Each is told before anything of its node's epoch."""
     resumed: bool = False
     """It is what an earlier stream has not brought: what was told beside the log meanwhile was told to nobody."""
 
@@ -169,15 +168,15 @@ class Outbox:
         self._stretches.append(stretch)
         self._lagging.add(self)
 
-    def gathered(self, start: int, before: Iterable[Notice] = (), absences: Mapping[str, tuple[int, bytes]] = MappingProxyType({})) -> None:
+    def gathered(self, start: int, before: Iterable[Notice] = (), absences: Iterable[Notice] = ()) -> None:
         """What is to be delivered from the log is known now: from `start` on, and what is to be said `before` that.
 
-        `absences`: node -> epoch, and what is to be said before anything of that.
+        `absences`: each is said before anything of its node's epoch.
         """
         if self._gathering is not None:
             self._gathering.start = max(min(start, self._gathering.start), self._log.oldest)
             self._gathering.notices += before
-            self._gathering.absences.update(absences)
+            self._gathering.absences += absences
             self._gathering.end = self._log.end
             self._gathering = None
             self.has_read()
@@ -375,10 +374,12 @@ class Outbox:
                 stretch.start = entry.offset
                 self._blocked = True
                 break
-            if entry.node in stretch.absences and stretch.absences[entry.node][0] == entry.epoch:
+            due = [each for each in stretch.absences if each[:2] == (entry.node, entry.epoch)]
+            if due:
                 out += self._messages(parts)
                 parts = []
-                out.append(stretch.absences.pop(entry.node)[1])
+                out += (message for _, _, message in due)
+                stretch.absences = [each for each in stretch.absences if each not in due]
             if isinstance(entry, Mark):
                 out += self._messages(parts)
                 parts = []
@@ -400,7 +401,7 @@ class Outbox:
             number = min(stretch.start, stretch.end)
             out.append(progress(self._read_so_far(), number, self._log.log_id, self.stream_id))
         if stretch.start >= stretch.end:
-            out += (message for _, message in stretch.absences.values())
+            out += self._in_order(stretch.absences)
             self._items.popleft()
             self._stretches.popleft()
             if not self._stretches:

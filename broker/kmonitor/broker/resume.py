@@ -326,8 +326,8 @@ class Lingering:
             offsets = [self._log.offset_behind(name, span.epoch, span.first - 1) for span in spans]
             session.floors[name] = min((max(offset, 0) for offset in offsets if offset is not None), default=session.floors.get(name, 0))
             session.reads_from = min(session.reads_from, session.floors[name])
-        session.before += self._evicted(session, session.cursor)
-        session.outbox.gathered(session.reads_from, session.before, self._absences(session, session.cursor))
+        absences = session.before + self._absences(session, session.cursor)
+        session.outbox.gathered(session.reads_from, self._evicted(session, session.cursor), absences)
         session.before = []
         self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
@@ -338,9 +338,9 @@ class Lingering:
             if theirs.detached and all(each.taken for each in everything):
                 self.drop(theirs)
 
-    def _absences(self, session: Session, cursor: Cursor) -> dict[str, tuple[int, bytes]]:
-        """Node -> epoch and gap: what its earlier stream was told of absence, and has not taken, as far as one can know."""
-        found: dict[str, tuple[int, bytes]] = {}
+    def _absences(self, session: Session, cursor: Cursor) -> list[Notice]:
+        """What its earlier stream was told of absence, and has not taken, as far as one can know."""
+        found: list[Notice] = []
         for theirs in session.forerunners:
             for node, (epoch, first, until) in theirs.told_of_absence.items():
                 taken_epoch, taken = cursor.positions.get(node, (0, -1))
@@ -350,7 +350,7 @@ class Lingering:
                 start = max(first, taken + 1) if taken_epoch == epoch else first
                 # Of an empty one its position does not tell whether it was taken: rather twice than not at all.
                 if start < until or (first == until and start == until):
-                    found[node] = epoch, gap(node, _LOG, epoch, positions=(start, until), times=(0, time.time_ns()), counts={})
+                    found.append((node, epoch, gap(node, _LOG, epoch, positions=(start, until), times=(0, time.time_ns()), counts={})))
                     session.note_absence(node, epoch, first, until)
         return found
 
