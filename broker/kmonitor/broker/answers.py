@@ -18,7 +18,6 @@ from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
-
 logger = logging.getLogger(__name__)
 
 _AT_A_TIME_S = 0.01
