@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from kmonitor.broker import reflection
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.nodes import Link
@@ -61,8 +61,7 @@ class Server:
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (MONITOR_SERVICE, AGENT_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.add_to(self._server, (MONITOR_SERVICE, AGENT_SERVICE, health.SERVICE_NAME))
 
     async def start(self, address: str) -> int:
         """Listen, and return the port. Raises UsageError if that is not possible."""
