@@ -57,6 +57,7 @@ class Server:
         self._broker = broker
         self._turns = Turns()
         self._health = health.aio.HealthServicer()
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -229,6 +230,11 @@ class Server:
         async for message in messages:
             self._broker.agents.receive(link, message)
             await link.ready.wait()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a peer died while something was written to it, which gRPC logs as a failure of the handler: its stream has ended."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:
