@@ -42,6 +42,13 @@ def test_no_broker(lab: Lab, words: list[str]) -> None:
         refused(lab.run("kmon", *words, "--broker", address), 3, f"no broker answers at {address}", "kmonitor-broker", "--broker")
 
 
+def test_a_node_that_is_away(lab: Lab) -> None:
+    """The broker answers: it is the node that does not."""
+    address = lab.broker().address
+    lab.stop(lab.agent("alpha", address))
+    refused(lab.run("kmon", "ps", "--node", "alpha", "--broker", address), 2, "node alpha is not connected: start its agent there")
+
+
 def test_removing_a_node(lab: Lab, settled: tuple[str, str], kmon_options: list[str]) -> None:
     """Only one that is known, and not connected."""
     refused(lab.run("kmon", "nodes", "--remove", "nosuch", *kmon_options), 2, "unknown node 'nosuch'", "known nodes are", settled[1])

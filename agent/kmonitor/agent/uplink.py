@@ -30,7 +30,7 @@ log = logging.getLogger("kmonitor-agent")
 _BACKOFF_FIRST = 0.1
 HEARTBEAT_MOST_S = 1.0
 """However long the lease is: so often monitors can be told how far all is complete."""
-_BACKOFF_MOST = 5.0
+_BACKOFF_MOST = 2.0
 _CONNECT_TIMEOUT = 5.0
 _DRAIN_TIMEOUT = 1.0
 _NAME_TAKEN_TIMEOUT = 10.0
@@ -38,8 +38,11 @@ _NAME_TAKEN_TIMEOUT = 10.0
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 5000),
+    # A broker that has stopped, or whose machine is gone, sends no word of it.
+    ("grpc.keepalive_time_ms", 3000),
     ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),  # what ends the stream of one that has stopped: it is a minute else
+    ("grpc.http2.max_pings_without_data", 0),  # as many as it takes: else two, and then one a minute
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),  # a proxy for the web in the environment is not for this
     # Each attempt is a channel of its own: its back-off is ours alone.

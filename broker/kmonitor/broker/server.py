@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kmonitor.broker import reflection
@@ -21,8 +22,24 @@ from kmonitor.broker.sessions import Session
 from kmonitor.broker.turns import Turns
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
+from kmonitor.wire.plain import plain_text
 
 logger = logging.getLogger(__name__)
+
+
+class _Unreadable(logging.Filter):
+    """Makes a line of what gRPC logs as an error with a traceback: a request that is no message. Whoever sent it is told by gRPC."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, DecodeError):
+            record.msg, record.args = "a request cannot be read, and was refused: %s", (plain_text(str(error)),)
+            record.exc_info = record.exc_text = None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_Unreadable())
 
 MONITOR_SERVICE = "kmonitor.v1.MonitorService"
 AGENT_SERVICE = "kmonitor.v1.AgentService"
