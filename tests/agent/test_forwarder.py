@@ -30,11 +30,15 @@ class Feed:
 
     name = "netlink"
     epoch = 1
+    secret = b"it lies with the ring"
     record_version = RECORD_VERSION
 
     def __init__(self, size: int = RING) -> None:
         self.control = MemoryControl(lambda: None)
         self.ring = MemoryRing(size, self.control, Pause)
+
+    def begin_epoch(self) -> None:
+        self.epoch += 1
 
     def make(self, count: int) -> None:
         """So many exits, as far as there is room for them."""

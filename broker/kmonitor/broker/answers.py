@@ -15,6 +15,9 @@ from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
+LEVELS_MOST = 2048
+"""Of control groups: no path of 4096 bytes has more."""
+
 
 class Answers:
     """Takes the answers of all agents."""
@@ -29,8 +32,9 @@ class Answers:
         """The agent has done what an Interest said: answer those who wait for it."""
         processes = {(result.pid, result.start_time): result for result in message.processes}
         groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
-        for result in message.groups:
-            if result.cgroup_ids:
+        for group, result in groups.items():
+            # What nobody asked for is not kept: an agent could say any number of it.
+            if 0 < len(result.cgroup_ids) <= LEVELS_MOST and node.interest.claims_of(group):
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
         node.number = message.number
         position, end = message.position, max(message.position, message.end_position)

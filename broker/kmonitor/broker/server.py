@@ -6,17 +6,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.nodes import Link
+from kmonitor.broker.seldom import Seldom
 from kmonitor.broker.sessions import Session
 from kmonitor.broker.turns import Turns
 from kmonitor.v1 import agent_pb2, monitor_pb2
@@ -56,6 +59,7 @@ class Server:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._turns = Turns()
+        self._seldom = Seldom(logger)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
@@ -90,24 +94,24 @@ class Server:
             MONITOR_SERVICE,
             {
                 "Watch": grpc.stream_stream_rpc_method_handler(
-                    self._watch, request_deserializer=monitor_pb2.WatchRequest.FromString, response_serializer=None
+                    self._watch, request_deserializer=_decoder(monitor_pb2.WatchRequest), response_serializer=None
                 ),
                 "Subscribe": grpc.unary_stream_rpc_method_handler(
-                    self._subscribe, request_deserializer=monitor_pb2.SubscribeRequest.FromString, response_serializer=None
+                    self._subscribe, request_deserializer=_decoder(monitor_pb2.SubscribeRequest), response_serializer=None
                 ),
                 "ListNodes": grpc.unary_unary_rpc_method_handler(
                     self._list_nodes,
-                    request_deserializer=monitor_pb2.ListNodesRequest.FromString,
+                    request_deserializer=_decoder(monitor_pb2.ListNodesRequest),
                     response_serializer=monitor_pb2.ListNodesResponse.SerializeToString,
                 ),
                 "RemoveNode": grpc.unary_unary_rpc_method_handler(
                     self._remove_node,
-                    request_deserializer=monitor_pb2.RemoveNodeRequest.FromString,
+                    request_deserializer=_decoder(monitor_pb2.RemoveNodeRequest),
                     response_serializer=monitor_pb2.RemoveNodeResponse.SerializeToString,
                 ),
                 "ListProcesses": grpc.unary_unary_rpc_method_handler(
                     self._list_processes,
-                    request_deserializer=monitor_pb2.ListProcessesRequest.FromString,
+                    request_deserializer=_decoder(monitor_pb2.ListProcessesRequest),
                     response_serializer=monitor_pb2.ListProcessesResponse.SerializeToString,
                 ),
             },
@@ -119,7 +123,7 @@ class Server:
             {
                 "Connect": grpc.stream_stream_rpc_method_handler(
                     self._connect,
-                    request_deserializer=agent_pb2.AgentMessage.FromString,
+                    request_deserializer=_decoder(agent_pb2.AgentMessage),
                     response_serializer=agent_pb2.BrokerMessage.SerializeToString,
                 )
             },
@@ -128,6 +132,7 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
+                _check_decoded(request)
                 if not self._broker.watch(session, request):
                     raise _ClosedError
                 await session.ready_for_request()
@@ -137,6 +142,7 @@ class Server:
 
     async def _subscribe(self, request: monitor_pb2.SubscribeRequest, context: Context) -> None:
         async def take_requests(session: Session) -> None:
+            _check_decoded(request)
             if not request.registrations:
                 raise RefusedError(Code.INVALID_ARGUMENT, "the request has no registrations: give at least one")
             if request.HasField("linger_ms"):
@@ -181,12 +187,14 @@ class Server:
 
     async def _list_nodes(self, request: monitor_pb2.ListNodesRequest, context: Context) -> monitor_pb2.ListNodesResponse:
         try:
+            _check_decoded(request)
             return monitor_pb2.ListNodesResponse(nodes=self._broker.list_nodes(request.nodes))
         except RefusedError as refusal:
             await _abort(context, refusal)
 
     async def _remove_node(self, request: monitor_pb2.RemoveNodeRequest, context: Context) -> monitor_pb2.RemoveNodeResponse:
         try:
+            _check_decoded(request)
             self._broker.remove_node(request.node)
         except RefusedError as refusal:
             await _abort(context, refusal)
@@ -194,6 +202,7 @@ class Server:
 
     async def _list_processes(self, request: monitor_pb2.ListProcessesRequest, context: Context) -> monitor_pb2.ListProcessesResponse:
         try:
+            _check_decoded(request)
             return await self._broker.list_processes(request.node, request.filter)
         except RefusedError as refusal:
             await _abort(context, refusal)
@@ -205,9 +214,9 @@ class Server:
         reason = "its agent's stream broke"
         try:
             first = await anext(messages, None)
-            if first is None or first.WhichOneof("kind") != "hello":
+            if first is None or isinstance(first, _Undecodable) or first.WhichOneof("kind") != "hello":
                 raise RefusedError(Code.INVALID_ARGUMENT, "the first message is no hello")  # noqa: TRY301 -- as all refusals below
-            link = self._broker.agents.connect(first.hello)
+            link = self._broker.agents.connect(first.hello, _host(context.peer()))
             sending = asyncio.ensure_future(_send_to_agent(link, context))
             taking = asyncio.ensure_future(self._take_from_agent(link, messages))
             await _first_end(sending, taking)
@@ -215,7 +224,7 @@ class Server:
         except RefusedError as refusal:
             reason = str(refusal)
             if link is None or link.failure is None:
-                logger.warning("agent of %s refused: %s", context.peer(), reason)
+                self._seldom.warning("agent of %s refused: %s", context.peer(), reason)
             await _abort(context, refusal)
         finally:
             if link is not None:
@@ -224,7 +233,38 @@ class Server:
 
     async def _take_from_agent(self, link: Link, messages: AsyncIterator[agent_pb2.AgentMessage]) -> None:
         async for message in messages:
+            _check_decoded(message)
             self._broker.agents.receive(link, message)
+
+
+class _Undecodable:
+    """Stands for a message that is no such message."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def _decoder(kind: type[Message]) -> Callable[[bytes], Any]:
+    """As `FromString`; gRPC would write a traceback for what it raises."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return _Undecodable(kind.DESCRIPTOR.name)
+
+    return decode
+
+
+def _check_decoded(message: object) -> None:
+    if isinstance(message, _Undecodable):
+        raise RefusedError(Code.INVALID_ARGUMENT, f"what came is no {message.name} of this protocol")
+
+
+def _host(peer: str) -> str:
+    """Return the address without its port, from "ipv4:127.0.0.1:40000", "ipv6:%5B::1%5D:40000", "unix:"."""
+    kind, _, rest = urllib.parse.unquote(peer).partition(":")
+    return rest.rpartition(":")[0] if kind in {"ipv4", "ipv6"} else kind
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:
