@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from kmonitor.broker import broker as broker_module
-from kmonitor.broker import outbox, reconcile
+from kmonitor.broker import outbox, reconcile, router
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import RefusedError
 from kmonitor.broker.log import EventLog
@@ -31,7 +31,7 @@ from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import SqliteLog
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
-from tests.broker.kernels import GROUPS, Kernel
+from tests.broker.kernels import GROUPS, LATE, Kernel
 from tests.broker.naive_monitor import Monitor, Wish, wish
 from tests.broker.records import ABORT, EXEC
 
@@ -192,7 +192,7 @@ class ResumeMachine(RuleBasedStateMachine):
     @rule(
         which=NODE,
         who=WHO,
-        what=st.sampled_from(["exec", "exec", "fork", "fork", "exit", "abort"]),
+        what=st.sampled_from(["exec", "exec", "fork", "fork", "exit", "exit with a thread", "abort"]),
         lost=st.sampled_from([False] * 4 + [True]),
     )
     def do(self, which: int, who: int, what: str, lost: bool) -> None:
@@ -203,8 +203,8 @@ class ResumeMachine(RuleBasedStateMachine):
         process = processes[who % len(processes)]
         if what == "fork":
             kernel.fork(process, lost=lost)
-        elif what == "exit":
-            kernel.exit(process, lost=lost)
+        elif what in {"exit", "exit with a thread"}:
+            kernel.exit(process, lost=lost, late=what != "exit")
         elif what == "abort":
             kernel.act(process, ABORT)
             kernel.exit(process, lost=lost)
@@ -217,6 +217,11 @@ class ResumeMachine(RuleBasedStateMachine):
         pid = next((pid for pid in range(1, 9) if pid not in kernel.processes), None)
         if pid is not None:
             kernel.spawn(pid, group)
+
+    @precondition(lambda self: any(kernel.late for kernel in self.kernels))
+    @rule(which=NODE)
+    def end_threads(self, which: int) -> None:
+        self.kernels[which].end_threads()
 
     @rule(which=NODE, blocks=st.integers(1, 8), each=st.integers(1, 6))
     def burst(self, which: int, blocks: int, each: int) -> None:
@@ -244,7 +249,8 @@ class ResumeMachine(RuleBasedStateMachine):
         if kernel.link is None:
             self.call(kernel.connect, self.broker.agents)
             self.turn()
-        while self.call(kernel.read) | self.call(kernel.send, 1000):
+        # As an agent does: what is in the ring goes out before anything that comes from the broker is answered.
+        while self.call(kernel.send, 1000) | self.call(kernel.read):
             self.turn()
         self.call(kernel.beat)
         self.turn()
@@ -456,6 +462,7 @@ class ResumeMachine(RuleBasedStateMachine):
         try:
             self.settle()
             for kernel in self.kernels:
+                kernel.end_threads()
                 for process in list(kernel.processes.values()):
                     kernel.act(process, EXEC)
                     kernel.exit(process)
@@ -499,6 +506,7 @@ MORE = int(os.environ.get("KMONITOR_TEST_MORE", "1"))
 def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "_LOOK_AGAIN_SECONDS", NEVER)
     monkeypatch.setattr(outbox, "MARK_WAIT", NEVER)
+    monkeypatch.setattr(router, "LATE_NS", LATE)
     # Small, so that streams fall behind, and forget, after little.
     monkeypatch.setattr(outbox, "ROWS_LIMIT", 4_000)
     monkeypatch.setattr(outbox, "READ_SIZE", 3_000)

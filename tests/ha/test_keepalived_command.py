@@ -62,6 +62,10 @@ def table(**keys: str) -> str:
         (("--file", "x", "--process", "web1:pidfile=run", "--when-blind", "up"), "give an absolute path"),
         (("--file", "x", "--process", "web*:pid=3", "--when-blind", "up"), "cannot be a node's name"),
         (("--file", "x", "--process", "a:pid=3,comm=b", "--when-blind", "up"), "comm= belongs to unit= and cgroup="),
+        (
+            ("--file", "x", "--process", "a:unit=b,comm=elasticsearch-main", "--when-blind", "up"),
+            "comm 'elasticsearch-main' matches nothing",
+        ),
         (("--file", "/nowhere/x", *ONE, "--when-blind", "up"), "cannot write /nowhere/x: No such file or directory"),
         (("--file", "/tmp", *ONE, "--when-blind", "up"), "/tmp is a folder"),
         (("--config", "/nowhere.toml"), "cannot read /nowhere.toml: No such file or directory"),
@@ -86,6 +90,7 @@ def test_a_mistake(words: tuple[str, ...], wanted: str) -> None:
         (table(quorum='"1"'), "quorum = '1' is of the wrong type"),
         (table(quorum="true"), "quorum = True is of the wrong type"),
         (table(processes="[3]"), "processes is a list of texts"),
+        (table(processes='["a:cgroup=/b,comm=*elasticsearch-main"]'), "comm '*elasticsearch-main' matches nothing"),
         (table(file='"x"'), "give an absolute path"),
         (table() + table(), "/run/x is the file of two tracks"),
     ],

@@ -68,7 +68,7 @@ class InterestTable:
         for process in removed:
             self._remove(process)
         self._arm(wanted, answer, again=interest.reset)
-        answer.end_position = self._source.ring.producer
+        answer.end_position, answer.boottime_ns = self._source.ring.producer, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         if not wanted:
             self._set_any_mask(armed=self._any_watched())
         return answer

@@ -28,6 +28,8 @@ UP = monitor_pb2.NODE_STATE_UP
 UNREACHABLE = monitor_pb2.NODE_STATE_UNREACHABLE
 REBOOTED = monitor_pb2.NODE_STATE_REBOOTED
 
+LATE_LOSSES_MOST = 256
+"""Losses that one stream tells before the records around them: that of the hello is one."""
 NODES_MOST = 16_384
 """Names that are known at once."""
 
@@ -114,6 +116,9 @@ class Agents:
                 reason = "its agent connected" if not rebooted else "it is up with another boot id"
                 self._broker.tell_concerned(node, REBOOTED if rebooted else UP, reason, hello.boot_id)
             self._take_on(node, hello, new=new, restarted=restarted, rebooted=rebooted)
+            end = hello.end_position if hello.HasField("end_position") else hello.position + ring_bytes(hello)
+            node.told_position = max(node.told_position, end)
+            self._broker.lingering.returned(node)
             interest = self._broker.reconcile.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, epoch=hello.epoch)
         self._broker.remember_node(node)
         welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=node.logged, takes_parts=True)
@@ -148,8 +153,8 @@ class Agents:
             self._lost(node, message.lost)
         elif kind == "heartbeat":
             _check_sent(node, message.heartbeat.position, "a heartbeat")
-            node.reached(message.heartbeat.position, message.heartbeat.time_unix_nano)
-            node.complete = min(message.heartbeat.position, node.position), message.heartbeat.time_unix_nano
+            boottime_ns = node.beats(message.heartbeat)
+            self._broker.router.retire(node.name, boottime_ns, node.position, self._broker.log.end)
             if message.heartbeat.acknowledge:
                 link.ack(node.logged, node.expected, urge=True)
         elif kind == "hello":
@@ -162,6 +167,7 @@ class Agents:
                 _check_position(node, answer.position, "an answer")
                 if answer.end_position:  # older agents do not say
                     _check_position(node, answer.end_position, "an answer")
+                node.told_position = max(node.told_position, answer.position, answer.end_position)
                 self._broker.answers.applied(node, answer)
         elif kind == "pidfile_read":
             self._broker.answers.pidfile_read(node, message.pidfile_read)
@@ -267,6 +273,7 @@ class Agents:
         if position > max(node.expected, node.position):
             self._hole(node, position)
         time_ns = block.unix_ns(len(block) - 1) if len(block) else node.time_ns
+        node.boottime_to_unix_ns = block.boottime_to_unix_ns
         node.expected = block.end
         node.last = LastRecord.of(block) or node.last
         self._broker.store(block)
@@ -300,8 +307,13 @@ class Agents:
         if message.to_position > node.position:
             # A hello tells of what was lost while there was no stream, before the records around it have come. The gap belongs
             # behind them: who takes it has taken all before it.
+            node.late_losses += 1
+            if node.late_losses > LATE_LOSSES_MOST:
+                raise RefusedError(Code.RESOURCE_EXHAUSTED, f"node {node.name}: it tells of losses before the records around them")
+            node.untold[message.to_position] = message.from_position
             node.when_reached(message.to_position, partial(self._lost, node, message))
             return
+        node.untold.pop(message.to_position, None)
         totals = _totals(message)
         news = {key: total - node.lost.get(key, 0) for key, total in totals.items() if total > node.lost.get(key, 0)}
         if not news:

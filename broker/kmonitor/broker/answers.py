@@ -37,7 +37,7 @@ class Answers:
             if 0 < len(result.cgroup_ids) <= LEVELS_MOST and node.interest.claims_of(group):
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
         node.number = message.number
-        position, end = message.position, max(message.position, message.end_position)
+        position = message.position
         for ask in node.interest.answered(message.version):
             arm = ask.arm
             arm.answered(ask)
@@ -50,9 +50,9 @@ class Answers:
             self._arms.tell_of_absence(node, arm, position)
             if isinstance(ask.target, Process):
                 told = processes.get((ask.target.pid, ask.target.start))
-                self._process_answer(node, (position, end), ask, ask.target, told)
+                self._process_answer(node, message, ask, ask.target, told)
             elif isinstance(ask.target, Group):
-                self._group_answer(node, position, ask, groups.get(ask.target))
+                self._group_answer(node, message, ask, groups.get(ask.target))
             else:
                 new = self._arms.open(node, ask, position, None, None)
                 if ask.request is not None or new:
@@ -99,11 +99,16 @@ class Answers:
         self._arms.flush_soon(node)
 
     def _process_answer(
-        self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
+        self,
+        node: Node,
+        message: agent_pb2.InterestApplied,
+        ask: Ask,
+        target: Process,
+        result: agent_pb2.InterestApplied.ProcessResult | None,
     ) -> None:
-        """`positions`: from where on a process that runs is delivered; before which the end of one that does not was recorded."""
+        """`result`: what the message says of the process."""
         arm = ask.arm
-        position, end = positions
+        position, end = message.position, max(message.position, message.end_position)
         if result is None or result.error:
             unclaim(node, arm, target)
             self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
@@ -130,7 +135,7 @@ class Answers:
                     self._arms.over(arm)
             if living:
                 # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
-                node.when_reached(end, partial(self._reconcile.gone, node, ask, end, living))
+                node.when_reached(end, partial(self._reconcile.gone, node, ask, end, message.boottime_ns, living))
 
     def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult) -> None:
         arm = ask.arm
@@ -149,26 +154,29 @@ class Answers:
             first = self._arms.holds_from(node, ask, position, key, None)
             self._arms.tell(arm, ask.request, RUNNING, node, position=first, process=result.process)
 
-    def _group_answer(self, node: Node, position: int, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None) -> None:
-        arm = ask.arm
+    def _group_answer(
+        self, node: Node, message: agent_pb2.InterestApplied, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None
+    ) -> None:
+        """What was recorded of a group that is gone, or could not be, may still be on its way: its spans stay for that."""
+        arm, position = ask.arm, message.position
+        before = [span for span in self._arms.spans(arm) if not span.lingers]
         if result is not None and not result.error and result.cgroup_ids:
-            for span in self._arms.spans(arm):
+            for span in before:
                 if span.cgroup_id != result.cgroup_ids[0]:  # the unit was started anew
-                    self._arms.end(span, position)
+                    self._router.linger(span, message.boottime_ns)
             new = self._arms.open(node, ask, position, None, result.cgroup_ids[0])
             if ask.request is not None or new:
                 first = self._arms.holds_from(node, ask, position, None, result.cgroup_ids[0])
                 self._arms.tell(arm, ask.request, ARMED, node, position=first)
             return
-        was_there = bool(self._arms.spans(arm))
         if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that
             node.interest.drop(arm)
             self._arms.flush_soon(node)
-            for span in self._arms.spans(arm):
-                self._arms.end(span, position)
+            for span in before:
+                self._router.linger(span, message.boottime_ns)
         if result is not None and not result.error:
             # Who has watched it hears that it is over; who asks now, that there is none.
-            self._arms.tell(arm, ask.request, EXITED if was_there and ask.request is None else NOT_FOUND, node, position=position)
+            self._arms.tell(arm, ask.request, EXITED if before and ask.request is None else NOT_FOUND, node, position=position)
             self._arms.over(arm)
         else:
             self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)

@@ -30,7 +30,7 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_selector, check_pid, check_unit_name, node_matches
+from kmonitor.wire.selectors import check_cgroup_path, check_comm, check_node_selector, check_pid, check_unit_name, node_matches
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
@@ -263,7 +263,7 @@ class Broker:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
         try:
             for glob in wanted.comms:
-                check_glob(glob, "comm")
+                check_comm(glob)
             for pid in wanted.pids:
                 check_pid(pid)
             group = wanted.WhichOneof("group")
@@ -417,8 +417,7 @@ class Broker:
             session.outbox.committed()
 
     def _tick(self) -> None:
-        """Every `progress_interval`: progress for all, and what is kept for late records goes."""
-        self.router.retire(self._position_of, self.log.end)
+        """Every `progress_interval`: progress for all."""
         known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
         for session in self.sessions:
             if session.detached:
@@ -429,7 +428,3 @@ class Broker:
             session.outbox.prune(self.log.end)
             session.progress([known[name] for name in session.matcher.nodes() if name in known])
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)
-
-    def _position_of(self, name: str) -> int:
-        node = self.nodes.get(name)
-        return node.position if node is not None else 0

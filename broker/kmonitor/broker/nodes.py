@@ -229,10 +229,18 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.complete = (0, 0)
         """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
+        self.told_position = 0
+        """The furthest that its agent has named of its ring, in this epoch: an earlier broker may have delivered what lies before it."""
         self.last: LastRecord | None = None
         """The last record that came of this epoch: what lies there in the ring of an agent that comes back must be the same."""
         self.secrets: dict[int, bytes] = {}
         """Epoch -> hash of the secret that lies with that ring, the newest last; none for agents of older versions."""
+        self.boottime_to_unix_ns = 0
+        """Of its last block."""
+        self.untold: dict[int, int] = {}
+        """Losses that are to be told once the records before a position have come: that position -> where they begin."""
+        self.late_losses = 0
+        """How many of this stream had to wait for that."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
         self.number = 0
@@ -257,6 +265,11 @@ class Node:
     def up(self) -> bool:
         """Whether its agent is connected."""
         return self.link is not None
+
+    @property
+    def farthest(self) -> int:
+        """Nobody can have taken, or have been told of, an event at this position of the epoch or behind it."""
+        return max(self.expected, self.told_position)
 
     def reached(self, position: int, time_ns: int) -> None:
         """All records before `position` have come."""
@@ -290,6 +303,7 @@ class Node:
         self.expected = self.position = self.logged = position
         self.complete = position, self.complete[1]
         self.last = None
+        self.told_position = 0
         self._unlogged.clear()
 
     def when_reached(self, position: int, action: Callable[[], None]) -> None:
@@ -299,9 +313,18 @@ class Node:
         else:
             self._waiting.append((position, action))
 
+    def beats(self, beat: agent_pb2.Heartbeat) -> int:
+        """Take what the agent says of how far all has come; the boot time up to which it has, nanoseconds."""
+        self.reached(beat.position, beat.time_unix_nano)
+        self.complete = min(beat.position, self.position, *self.untold.values()), beat.time_unix_nano
+        # An agent that does not say it says nothing of a boot-time clock but in its blocks.
+        return beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+
     def forget_waiting(self) -> None:
         """What `when_reached` was told to wait for is of no use any more."""
         self._waiting.clear()
+        self.untold.clear()
+        self.late_losses = 0
 
     def describe(self) -> monitor_pb2.Node:
         """As ListNodes tells it."""

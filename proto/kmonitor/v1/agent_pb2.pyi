@@ -392,21 +392,25 @@ class Heartbeat(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     TIME_UNIX_NANO_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
+    BOOTTIME_NS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Everything before this position was sent."""
     time_unix_nano: _builtins.int
     acknowledge: _builtins.bool
     """Acknowledge all that came before at once, as soon as it is in the log: somebody waits for that."""
+    boottime_ns: _builtins.int
+    """Of the node's boot-time clock, nanoseconds: all records made before it were sent, and all losses from before it. 0 if that is not known."""
     def __init__(
         self,
         *,
         position: _builtins.int = ...,
         time_unix_nano: _builtins.int = ...,
         acknowledge: _builtins.bool = ...,
+        boottime_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "position", b"position", "time_unix_nano", b"time_unix_nano"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "boottime_ns", b"boottime_ns", "position", b"position", "time_unix_nano", b"time_unix_nano"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -593,6 +597,7 @@ class InterestApplied(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     END_POSITION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    BOOTTIME_NS_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
@@ -603,6 +608,8 @@ class InterestApplied(_message.Message):
     """Of this change; the next one's is larger (modulo 2^32), also if another agent of the same boot makes it. Records of what a process
     forks that it armed with `root` carry it.
     """
+    boottime_ns: _builtins.int
+    """When that was, of the node's boot-time clock, nanoseconds: what is told as EXITED or NOT_FOUND here has ended before. 0 if that is not known."""
     more: _builtins.bool
     """Another message follows at once with more results of the same version; they are one answer."""
     @_builtins.property
@@ -618,11 +625,12 @@ class InterestApplied(_message.Message):
         groups: _abc.Iterable[Global___InterestApplied.GroupResult] | None = ...,
         end_position: _builtins.int = ...,
         number: _builtins.int = ...,
+        boottime_ns: _builtins.int = ...,
         more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "groups", b"groups", "more", b"more", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boottime_ns", b"boottime_ns", "end_position", b"end_position", "groups", b"groups", "more", b"more", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
