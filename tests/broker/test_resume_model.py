@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,8 @@ from kmonitor.broker import broker as broker_module
 from kmonitor.broker import outbox, reconcile, router
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import RefusedError
-from kmonitor.broker.log import EventLog
+from kmonitor.broker.log import EventLog, Page
+from kmonitor.broker.log import sqlite as sqlite_module
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import SqliteLog
 from kmonitor.broker.sessions import Session
@@ -52,9 +53,32 @@ WHO = st.integers(0, 7)
 
 
 class HeldLog(SqliteLog):
-    """Writes when it is told to: what a crash finds in the file is not left to chance."""
+    """Writes, and answers, when it is told to: what a crash finds in the file, and what happens while it is read, is not left to chance."""
 
     held = True
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        super().__init__(path, max_bytes=max_bytes)
+        self.asked: list[tuple[asyncio.Future[Page], asyncio.Future[Page]]] = []
+        """What the disk was asked, and what waits for that."""
+
+    def fetch(self, offset: int, max_bytes: int) -> Page | asyncio.Future[Page]:
+        found = super().fetch(offset, max_bytes)
+        if isinstance(found, Page):
+            return found
+        waits: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
+        self.asked.append((found, waits))
+        return waits
+
+    async def answer(self) -> None:
+        """All that was asked so far."""
+        while self.asked:
+            found, waits = self.asked.pop(0)
+            waits.set_result(await found)
+        await asyncio.sleep(0)
+
+    def locate(self, places: Iterable[tuple[str, int, int]]) -> None:
+        """By those who ask, when they do."""
 
     def _hand_over(self) -> None:
         if self.held and not self._closing:
@@ -65,7 +89,9 @@ class HeldLog(SqliteLog):
     async def commit(self) -> None:
         """All so far."""
         self.held = False
+        await self.answer()
         await self.flush()
+        await self.answer()
         self.held = True
 
 
@@ -351,14 +377,37 @@ class ResumeMachine(RuleBasedStateMachine):
         self.index(monitor)
         for _ in range(count):
             while not monitor.wire and stream is not None and stream.session.failure is None and stream.session.outbox.filled.is_set():
-                for raw in self.call(stream.session.outbox.take):
-                    monitor.sent(raw)
+                self.read_stream(monitor, stream)
             if not monitor.wire:
                 break
             monitor.take()
             took = True
         self.turn()
         return took
+
+    def read_stream(self, monitor: Monitor, stream: Stream, *, answers: bool = True) -> int:
+        """What is to be sent next goes out. `answers`: the log's disk does."""
+        if answers and isinstance(self.log, HeldLog):
+            self.loop.run_until_complete(self.log.answer())
+        found = self.call(stream.session.outbox.take)
+        if not found and answers and isinstance(self.log, HeldLog) and self.log.asked:
+            self.loop.run_until_complete(self.log.answer())
+            found = self.call(stream.session.outbox.take)
+        for raw in found:
+            monitor.sent(raw)
+        return len(found)
+
+    @precondition(lambda self: self.file and any(self.monitors.values()))
+    @rule(number=WHO)
+    def begin_to_read(self, number: int) -> None:
+        """The log's disk takes its time."""
+        monitor = self.pick(number)
+        stream = self.monitors[monitor] if monitor is not None else None
+        if monitor is None or stream is None or monitor.wire or stream.session.failure is not None:
+            return
+        if stream.session.outbox.filled.is_set():
+            self.index(monitor)
+            self.read_stream(monitor, stream, answers=False)
 
     def index(self, monitor: Monitor) -> None:
         monitor.deeds = {(kernel.name, deed.epoch, deed.position): deed for kernel in self.kernels for deed in kernel.deeds if deed.data}
@@ -370,7 +419,7 @@ class ResumeMachine(RuleBasedStateMachine):
             return
         self.let_take(monitor, before)
         while stream.session.failure is None and stream.session.outbox.filled.is_set():
-            if not self.call(stream.session.outbox.take):
+            if not self.read_stream(monitor, stream):
                 break
         monitor.wire.clear()
         self.call(self.broker.close_session, stream.session)
@@ -510,6 +559,7 @@ def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.Mon
     # Small, so that streams fall behind, and forget, after little.
     monkeypatch.setattr(outbox, "ROWS_LIMIT", 4_000)
     monkeypatch.setattr(outbox, "READ_SIZE", 3_000)
+    monkeypatch.setattr(sqlite_module, "TAIL_BYTES", 6_000)
     for module in (outbox, broker_module):
         monkeypatch.setattr(module, "PAST", 6)
     chosen = settings(

@@ -57,6 +57,7 @@ async def ended(agent: Agent) -> tuple[grpc.StatusCode, str]:
 
 
 async def listed(here: Here) -> monitor_pb2.Node:
+    node: monitor_pb2.Node
     (node,) = (await here.monitor.ListNodes(monitor_pb2.ListNodesRequest())).nodes
     return node
 

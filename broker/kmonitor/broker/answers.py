@@ -3,20 +3,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
+from collections.abc import Iterator
 from functools import partial
 
 from kmonitor.broker.arms import ARMED, EXITED, NOT_FOUND, RUNNING, Arms, forget_named, session_of, unclaim, wants_exits
-from kmonitor.broker.errors import Code
+from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import Group
 from kmonitor.broker.keys import Pidfile, Process
-from kmonitor.broker.nodes import Node
+from kmonitor.broker.nodes import Link, Node
 from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
 LEVELS_MOST = 2048
 """Of control groups: no path of 4096 bytes has more."""
+
+
+logger = logging.getLogger(__name__)
+
+_AT_A_TIME_S = 0.01
+"""Answers are dealt with for so long, seconds; then come others."""
 
 
 class Answers:
@@ -29,7 +38,29 @@ class Answers:
         arms.on_unreadable = self.pidfile_read
 
     def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
-        """The agent has done what an Interest said: answer those who wait for it."""
+        """The agent has done what an Interest said: answer those who wait for it. If they are many, others have their turn in between, and
+        the agent's next message waits: see `Link.ready`."""
+        if node.link is not None:
+            self._go_on(node.link, self._applied(node, message))
+
+    def _go_on(self, link: Link, answering: Iterator[None]) -> None:
+        loop = asyncio.get_running_loop()
+        if link.node.link is not link:
+            return  # what was not answered is asked again of the next agent
+        until = loop.time() + _AT_A_TIME_S
+        try:
+            for _ in answering:
+                if loop.time() > until:
+                    link.ready.clear()
+                    link.heard = loop.time()  # what it says meanwhile lies unread
+                    loop.call_soon(self._go_on, link, answering)
+                    return
+        except Exception:
+            logger.exception("node %s: its agent's answer could not be dealt with: please report it", link.node.name)
+            link.close(RefusedError(Code.INTERNAL, "the answer could not be dealt with"))
+        link.ready.set()
+
+    def _applied(self, node: Node, message: agent_pb2.InterestApplied) -> Iterator[None]:
         processes = {(result.pid, result.start_time): result for result in message.processes}
         groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
         for group, result in groups.items():
@@ -39,6 +70,7 @@ class Answers:
         node.number = message.number
         position = message.position
         for ask in node.interest.answered(message.version):
+            yield
             arm = ask.arm
             arm.answered(ask)
             if ask.request is not None:

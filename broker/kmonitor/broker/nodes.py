@@ -20,7 +20,6 @@ from kmonitor.broker.registrations import Ask
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.record import SLOT_SIZE
 
-CALL_TIMEOUT = 5.0  # seconds
 RING_BYTES = 8 << 20
 """Taken for an agent that does not say how large its ring is."""
 ACK_BYTES = 256 << 10
@@ -102,6 +101,9 @@ class Link:
         """Why the broker ended the stream."""
         self.filled = asyncio.Event()
         self.closed = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set unless the broker still works on what the agent said last: the next message is to wait."""
+        self.ready.set()
         self._messages: deque[agent_pb2.BrokerMessage] = deque()
         self.spared = False
         """Whether the last look at its lease came too late to be held against it."""
@@ -187,19 +189,17 @@ class Link:
         if self._later is not None:
             self._later.cancel()
         self.closed.set()
+        self.ready.set()
         self.filled.set()
 
     async def list_processes(self, wanted: monitor_pb2.ProcessFilter) -> agent_pb2.ProcessList:
-        """Ask the agent. Raises RefusedError if it does not answer within CALL_TIMEOUT, or goes away."""
+        """Ask the agent, and wait for as long as it is there: its heartbeats say so. Raises RefusedError if it goes away."""
         call_id = next(self._call_ids)
         call: asyncio.Future[agent_pb2.ProcessList] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = call
         self.send(agent_pb2.BrokerMessage(list_processes=agent_pb2.ListProcessesCall(call_id=call_id, filter=wanted)))
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                return await call
-        except TimeoutError:
-            raise RefusedError(Code.DEADLINE_EXCEEDED, f"node {self.node.name} did not answer within {CALL_TIMEOUT:g} s") from None
+            return await call
         finally:
             self._calls.pop(call_id, None)
 
