@@ -20,6 +20,8 @@ PART_BYTES = 1 << 20
 """Of one message with a part of an answer, about."""
 INTEREST_MOST = 128 << 20
 """Bytes of an Interest in parts: some 4,000,000 processes, as many as the largest table has."""
+_FRAME = 4
+"""Bytes around an item of a message, at most: its tag and its length."""
 _NAME_MOST = 512
 
 _PROCESS = agent_pb2.InterestApplied.ProcessResult
@@ -96,13 +98,13 @@ def answer_parts(answer: agent_pb2.InterestApplied) -> Iterator[agent_pb2.Intere
     part, size = begin(), 0
     for process in answer.processes:
         part.processes.append(process)
-        size += process.ByteSize()
+        size += process.ByteSize() + _FRAME
         if size >= PART_BYTES:
             yield part
             part, size = begin(), 0
     for group in answer.groups:
         part.groups.append(group)
-        size += group.ByteSize()
+        size += group.ByteSize() + _FRAME
         if size >= PART_BYTES:
             yield part
             part, size = begin(), 0

@@ -84,9 +84,10 @@ class PinFolder:
             entry.unlink()
 
     def remove(self) -> None:
-        """Unpin everything, and take the folder away."""
-        self.clear()
-        self.path.rmdir()
+        """Unpin everything, and take the folder away, if somebody else has not."""
+        with contextlib.suppress(FileNotFoundError):
+            self.clear()
+            self.path.rmdir()
         if self.path.parent == DEFAULT_ROOT:  # another one is not ours to remove
             with contextlib.suppress(OSError):
                 DEFAULT_ROOT.rmdir()  # other nodes' pins may be in there

@@ -8,7 +8,7 @@ this process alone, and goes with it, as the ring does.
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 
 from kmonitor.agent import libbpf
 from kmonitor.agent.pins import PinFolder
@@ -19,7 +19,7 @@ _PIN = "map_secret"
 
 def make_secret() -> bytes:
     """Return a new one."""
-    return secrets.token_bytes(_BYTES)
+    return os.urandom(_BYTES)
 
 
 def pin_secret(pins: PinFolder, secret: bytes) -> None:

@@ -29,6 +29,8 @@ ACK_S = 0.25
 """The rest waits no longer than this, seconds."""
 PART_BYTES = 1 << 20
 """Of one message with a part of an Interest, about."""
+_FRAME = 4
+"""Bytes around an item of a message, at most: its tag and its length."""
 ANSWER_MOST = 64 << 20
 """Bytes of an answer in parts: some 900,000 processes."""
 
@@ -65,13 +67,13 @@ def parts_of(interest: agent_pb2.Interest) -> Iterator[agent_pb2.Interest]:
     part, size = begin(), 0
     for process in interest.processes:
         part.processes.append(process)
-        size += process.ByteSize()
+        size += process.ByteSize() + _FRAME
         if size >= PART_BYTES:
             yield part
             part, size = begin(), 0
     for group in interest.groups:
         part.groups.append(group)
-        size += group.ByteSize()
+        size += group.ByteSize() + _FRAME
         if size >= PART_BYTES:
             yield part
             part, size = begin(), 0
