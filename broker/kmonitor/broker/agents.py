@@ -153,8 +153,8 @@ class Agents:
             self._lost(node, message.lost)
         elif kind == "heartbeat":
             _check_sent(node, message.heartbeat.position, "a heartbeat")
-            boottime_ns = node.beats(message.heartbeat)
-            self._broker.router.retire(node.name, boottime_ns, node.position, self._broker.log.end)
+            node.beats(message.heartbeat)
+            self._broker.router.retire(node.name, node.complete_ns, node.position, self._broker.log.end)
             if message.heartbeat.acknowledge:
                 link.ack(node.logged, node.expected, urge=True)
         elif kind == "hello":

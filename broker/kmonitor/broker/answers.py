@@ -66,8 +66,9 @@ class Answers:
         for group, result in groups.items():
             # What nobody asked for is not kept: an agent could say any number of it.
             if 0 < len(result.cgroup_ids) <= LEVELS_MOST and node.interest.claims_of(group):
-                self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
+                self._router.learn_group(node.name, node.epoch, result.cgroup_ids)
         node.number = message.number
+        node.applied = message.version, message.boottime_ns
         position = message.position
         for ask in node.interest.answered(message.version):
             yield

@@ -17,6 +17,7 @@ from kmonitor.broker.interest import NodeInterest
 from kmonitor.broker.keys import Key
 from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
+from kmonitor.broker.router import Heard
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.record import SLOT_SIZE
 
@@ -237,6 +238,10 @@ class Node:
         """The last record that came of this epoch: what lies there in the ring of an agent that comes back must be the same."""
         self.secrets: dict[int, bytes] = {}
         """Epoch -> hash of the secret that lies with that ring, the newest last; none for agents of older versions."""
+        self.complete_ns = 0
+        """The same, by the node's boot-time clock."""
+        self.applied = 0, 0
+        """Version of the last Interest that its agent has answered, and when that took effect, boot-time nanoseconds."""
         self.boottime_to_unix_ns = 0
         """Of its last block."""
         self.untold: dict[int, int] = {}
@@ -306,6 +311,7 @@ class Node:
         self.complete = position, self.complete[1]
         self.last = None
         self.told_position = 0
+        self.complete_ns, self.applied = 0, (0, 0)
         self._unlogged.clear()
 
     def when_reached(self, position: int, action: Callable[[], None]) -> None:
@@ -315,12 +321,16 @@ class Node:
         else:
             self._waiting.append((position, action))
 
-    def beats(self, beat: agent_pb2.Heartbeat) -> int:
-        """Take what the agent says of how far all has come; the boot time up to which it has, nanoseconds."""
+    def beats(self, beat: agent_pb2.Heartbeat) -> None:
+        """Take what the agent says of how far all has come."""
         self.reached(beat.position, beat.time_unix_nano)
         self.complete = min(beat.position, self.position, *self.untold.values()), beat.time_unix_nano
         # An agent that does not say it says nothing of a boot-time clock but in its blocks.
-        return beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+        self.complete_ns = beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+
+    def heard(self) -> Heard:
+        """How far it has obeyed and told."""
+        return Heard(self.epoch, self.interest.version + 1, *self.applied, self.complete_ns)
 
     def forget_waiting(self) -> None:
         """What `when_reached` was told to wait for is of no use any more."""
