@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from kmonitor.broker.agents import Agents
 from kmonitor.broker.answers import Answers
@@ -15,8 +17,9 @@ from kmonitor.broker.arms import NO_NODE, Arms
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.filters import NO_FILTER
 from kmonitor.broker.keeper import LogKeeper
-from kmonitor.broker.keys import parse_found, parse_key
+from kmonitor.broker.keys import Key, check_list_length, check_nodes_named, parse_found, parse_key, terms
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import PAST, Span
@@ -30,15 +33,30 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_cgroup_path, check_comm, check_node_selector, check_pid, check_unit_name, node_matches
+from kmonitor.wire.selectors import (
+    check_cgroup_path,
+    check_comm,
+    check_globs,
+    check_node_selector,
+    check_pid,
+    check_unit_name,
+)
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
+PROGRESS_MOST = 2.0
+"""Seconds. Clients take a stream that says nothing for 3 s for a stale one, and one that says nothing for 10 s for one that is gone."""
 DEFAULT_LINGER = 10.0  # seconds
 LINGER_MOST = 3600  # seconds
 
+_NAME_SHOWN = 253
+"""Characters of what somebody took for a node's name."""
+FILTERS_MOST = 256
+"""Different filters of a session's registrations of all processes."""
 COUNTED_MOST = 2048
-"""Entries times sessions without a stream that are looked at when the log drops something: some 0.1 s."""
+"""Entries times sessions without a stream that are looked at when the log drops something at once: some 0.1 s, if it were at once."""
+COUNTED_S = 0.005
+"""For so long at a time what the log drops is counted, seconds; then come others."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +96,21 @@ class Broker:
         self._linger = linger
         self._keeper = LogKeeper(log) if log.durable else None
         self._progress_interval = progress_interval
+        self._faulty: set[str] = set()
+        """Steps that have failed."""
+        self._removed: dict[str, None] = {}
+        """Nodes that the log still knows."""
         self._ticker: asyncio.TimerHandle | None = None
         if self._keeper is not None:
+            self._keeper.groups(arms)
+            self.router.on_group = self._keeper.group_changed
             self._keeper.nodes(arms)
             for session in self._keeper.sessions(arms, self._make_session):
                 self.lingering.keep(session)
             log.forget_values()
+        self._removed.update((name, None) for name in log.nodes() if self.nodes.get(name) is None)
         log.on_evict = self._evicting
+        log.is_missed = self._is_missed
         log.on_commit = self._committed
         log.on_trouble = self._troubled
         self._tick()
@@ -160,6 +186,7 @@ class Broker:
             processes = parse_found(found, key.target)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
+        self._check_filters(session, key)
         unknown = [name for name in key.terms.exact_names if self.nodes.get(name) is None]
         if unknown and not self.nodes.settling and not session.resuming:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
@@ -175,7 +202,7 @@ class Broker:
         registration.mask |= message.event_mask
         registration.find(processes)
         adopted = bool(session.resuming and new) and self.lingering.adopt(registration, new)
-        names = [node.name for node in self.nodes.selected(key)] + unknown
+        names = [node.name for node in self.nodes.selected(key.terms)] + unknown
         request = Request(request_id, len(names))
         for name in names:
             if session.resuming and not adopted and session.cursor is not None:
@@ -198,6 +225,15 @@ class Broker:
                 )
             )
 
+    def _check_filters(self, session: Session, key: Key) -> None:
+        """Each of a node's blocks is held against each of these filters: that must not take more than others can wait."""
+        kinds = session.registrations.node_wide_filters
+        if key.target is None and key.terms.filter not in kinds and len(kinds) >= FILTERS_MOST:
+            raise RefusedError(
+                Code.RESOURCE_EXHAUSTED,
+                f"a stream has at most {FILTERS_MOST} different filters for all processes of a node: leave out the filter, and select here",
+            )
+
     def deregister(self, session: Session, request_id: int, message: monitor_pb2.Registration) -> None:
         """Clear bits of a registration. The answer goes to the session. Raises RefusedError."""
         try:
@@ -217,6 +253,16 @@ class Broker:
         """The client has taken so much from an earlier stream, and brings its registrations in so many requests. Raises RefusedError."""
         if not session.registrations and session.cursor is None:
             self.lingering.begin(session, cursor, requests)
+
+    async def locate(self, cursor: monitor_pb2.Cursor) -> None:
+        """Find out what `resume` has to know of this cursor, without keeping others waiting for the log's disk. Raises RefusedError."""
+        try:
+            check_nodes_named(item.node for item in cursor.positions)
+        except UsageError as error:
+            raise RefusedError(Code.INVALID_ARGUMENT, f"the cursor: {error}") from None
+        ready = self.log.locate([(item.node, item.epoch, item.position) for item in cursor.positions])
+        if ready is not None:
+            await ready
 
     def resumed(self, session: Session) -> None:
         """One of these requests was taken, or refused."""
@@ -251,10 +297,11 @@ class Broker:
     def list_nodes(self, selector: monitor_pb2.NodeSelector) -> list[monitor_pb2.Node]:
         """The known nodes, by name. Raises RefusedError."""
         try:
+            check_list_length("node names", selector.names)
             check_node_selector(selector.names, selector.labels)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
-        chosen = [node for node in self.nodes if node_matches(node.name, node.labels, selector.names, selector.labels)]
+        chosen = self.nodes.selected(terms(selector.names, selector.labels.items(), NO_FILTER, follow=False))
         return [node.describe() for node in sorted(chosen, key=lambda node: node.name)]
 
     async def list_processes(self, name: str, wanted: monitor_pb2.ProcessFilter) -> monitor_pb2.ListProcessesResponse:
@@ -262,6 +309,9 @@ class Broker:
         if not name:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
         try:
+            for what, items in (("comms", wanted.comms), ("pids", wanted.pids), ("uids", wanted.uids)):
+                check_list_length(what, items)
+            check_globs(wanted.comms, "comm")
             for glob in wanted.comms:
                 check_comm(glob)
             for pid in wanted.pids:
@@ -275,7 +325,7 @@ class Broker:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         node = self.nodes.get(name)
         if node is None:
-            raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
+            raise RefusedError(Code.NOT_FOUND, f"unknown node {name[:_NAME_SHOWN]!r}: {self.nodes.names()}")
         if node.link is None:
             raise RefusedError(Code.UNAVAILABLE, f"node {name} is not connected")
         boot_id, epoch = node.boot_id, node.epoch  # of the agent that is asked; by the time it answers no other can have come
@@ -298,7 +348,7 @@ class Broker:
         """An operator says that a node will not come back. Raises RefusedError."""
         node = self.nodes.get(name)
         if node is None:
-            raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
+            raise RefusedError(Code.NOT_FOUND, f"unknown node {name[:_NAME_SHOWN]!r}: {self.nodes.names()}")
         if node.link is not None or node.drain is not None:
             raise RefusedError(Code.FAILED_PRECONDITION, f"node {name} is connected: stop its agent first")
         self.tell_concerned(node, monitor_pb2.NODE_STATE_GONE, "an operator removed it", node.boot_id)
@@ -307,6 +357,7 @@ class Broker:
             for span in session.matcher.spans(name):  # of processes that have just ended
                 self.router.end(span, node.position, self.log.end)
         self.nodes.remove(name)
+        self._removed[name] = None
         if self._keeper is not None:
             self._keeper.node_removed(name)
 
@@ -367,18 +418,25 @@ class Broker:
     def _orphan_found(self, span: Span) -> bool:
         return self.arming.orphan_found(span)
 
-    def _evicting(self, until: int) -> None:
-        """The log is about to drop all entries before `until`: who has not read them is to know what that was."""
+    def _is_missed(self, until: int) -> bool:
+        """Whether anybody has still to read something before `until`."""
+        return bool(len(self.lingering)) or any((outbox.reads_from or 0) < until for outbox in self.lagging)
+
+    def _evicting(self, until: int) -> int:
+        """The log is about to drop all entries before `until`: who has not read them is to know what that was. Up to where that is done."""
         try:
-            self._count_evicted(until)
+            return self._count_evicted(until)
         except Exception:  # the log must go on
             logger.exception("counting what the log drops failed: please report it")
+            return until
 
-    def _count_evicted(self, until: int) -> None:
+    def _count_evicted(self, until: int) -> int:
         readers = [outbox for outbox in self.lagging if outbox.reads_from is not None and outbox.reads_from < until]
         detached = list(self.lingering)
-        offset = self.log.oldest
         budget = COUNTED_MOST
+        clock = time.monotonic
+        stop = clock() + COUNTED_S
+        offset = self.log.oldest
         while (readers or detached) and offset < until:
             entries = self.log.read(offset, READ_SIZE)
             for entry in entries:
@@ -393,6 +451,8 @@ class Broker:
                         budget -= 1
                 if isinstance(entry, Block):
                     entry.trim()
+                if clock() > stop:
+                    return min(offset, until)
             if not entries:
                 break
             if budget < 0 and detached:
@@ -400,6 +460,7 @@ class Broker:
                 for session in detached:
                     session.evicted.give_up()
                 detached = []
+        return until
 
     def _committed(self, offset: int) -> None:
         self.agents.committed(offset)
@@ -417,19 +478,42 @@ class Broker:
             session.outbox.committed()
 
     def _tick(self) -> None:
-        """Every `progress_interval`: progress for all, and what is kept for late records goes."""
-        self.router.retire(self._position_of, self.log.end)
-        known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
-        for session in self.sessions:
-            if session.detached:
-                if session.matcher.ended_spans > 2 * PAST:
-                    session.matcher.prune(self.log.end, keep=PAST)
-                    session.matcher.recall()
-                continue
-            session.outbox.prune(self.log.end)
-            session.progress([known[name] for name in session.matcher.nodes() if name in known])
+        """Every `progress_interval`: progress for all, and what is of no use any more goes. What fails stops nothing else."""
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)
+        known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
+        for session in list(self.sessions):
+            self._attempt("progress of a monitor", partial(self._progress, session, known))
+        for name in self.router:
+            node = self.nodes.get(name)
+            heard = None if node is None else node.heard()
+            self._attempt(
+                "forgetting control groups", partial(self.router.sweep, name, heard, self.sessions, self.log.oldest, self.log.end)
+            )
+        self._attempt("forgetting removed nodes", self._forget_removed)
 
-    def _position_of(self, name: str) -> int:
-        node = self.nodes.get(name)
-        return node.position if node is not None else 0
+    def _progress(self, session: Session, known: dict[str, tuple[str, int, int, int]]) -> None:
+        if session.detached:
+            if session.matcher.ended_spans > 2 * PAST:
+                session.matcher.prune(self.log.end, keep=PAST)
+                session.matcher.recall()
+            return
+        session.outbox.prune(self.log.end)
+        session.progress([known[name] for name in session.matcher.nodes() if name in known])
+
+    def _forget_removed(self) -> None:
+        """How far a removed node had come is known for as long as the log has something of it."""
+        for name in list(self._removed):
+            if self.nodes.get(name) is not None:
+                del self._removed[name]
+            elif all(end.offset < self.log.oldest for end in self.log.ends(name).values()):
+                self.log.forget(name)
+                del self._removed[name]
+
+    def _attempt(self, what: str, step: Callable[[], None]) -> None:
+        """Do a step that the others must not suffer from. A fault is logged once for each kind of step."""
+        try:
+            step()
+        except Exception:
+            if what not in self._faulty:
+                self._faulty.add(what)
+                logger.exception("%s failed, and is tried again: please report it", what)

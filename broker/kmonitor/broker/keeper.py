@@ -14,14 +14,14 @@ from typing import Any
 from kmonitor.broker.arms import Arms
 from kmonitor.broker.keys import Pidfile, Process, parse_key
 from kmonitor.broker.log import EventLog
-from kmonitor.broker.matching import Span
+from kmonitor.broker.matching import Group, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.registrations import ArmState, Registration, make_registration
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
 
-NODES, SESSIONS, REGISTRATIONS, SPANS = "nodes", "sessions", "registrations", "spans"
+NODES, SESSIONS, REGISTRATIONS, SPANS, GROUPS = "nodes", "sessions", "registrations", "spans", "groups"
 
 
 class LogKeeper:
@@ -52,6 +52,11 @@ class LogKeeper:
         """An operator removed it."""
         self._log.put(NODES, name, None)
 
+    def group_changed(self, node: str, group: Group, above: tuple[int, ...] | None) -> None:
+        """A control group that a node's records may name has become known, with those above it; or is known no more."""
+        epoch, cgroup_id = group
+        self._log.put(GROUPS, f"{node}/{epoch}/{cgroup_id}", None if above is None else _dump([node, epoch, cgroup_id, above]))
+
     def session_opened(self, session: Session) -> None:
         """From now on all of it is remembered."""
         session.keeper = self
@@ -62,7 +67,14 @@ class LogKeeper:
         self._log.put(
             SESSIONS,
             str(session.id),
-            _dump({"linger": session.linger, "stream_id": session.stream_id, "remembers_from": session.matcher.remembers_from}),
+            _dump(
+                {
+                    "linger": session.linger,
+                    "stream_id": session.stream_id,
+                    "remembers_from": session.matcher.remembers_from,
+                    "absence": session.told_of_absence,
+                }
+            ),
         )
 
     def session_closed(self, session: Session) -> None:
@@ -108,6 +120,12 @@ class LogKeeper:
 
     # -- once
 
+    def groups(self, arms: Arms) -> None:
+        """Make the control groups known that records may name: those in the log, and those that wait in the nodes' rings."""
+        for value in self._log.values(GROUPS).values():
+            node, epoch, *cgroup_ids, above = json.loads(value)
+            arms.router.learn_group(node, epoch, [*cgroup_ids, *above])
+
     def nodes(self, arms: Arms) -> None:
         """Make the nodes of before, none of them connected."""
         for name, value in self._log.values(NODES).items():
@@ -130,6 +148,8 @@ class LogKeeper:
             session.id = int(key)
             session.stream_id = session.outbox.stream_id = content["stream_id"]
             session.matcher.remembers_from = content["remembers_from"]
+            for node, (epoch, first, until) in content.get("absence", {}).items():
+                session.told_of_absence[node] = epoch, first, until
             sessions[session.id] = session
         registrations: dict[tuple[int, int], Registration] = {}
         for name, value in self._log.values(REGISTRATIONS).items():
@@ -168,7 +188,7 @@ class LogKeeper:
                 continue
             arms.router.add(span)
             if span.lingers:
-                arms.router.linger(span)
+                arms.router.linger(span, span.exit_ns)
             elif span.process is not None:
                 span.arm.spans += 1
         for span in sorted(ended, key=lambda each: each.end_offset):
@@ -203,9 +223,6 @@ class LogKeeper:
                 node.interest.want_node(arm, registration.mask, None)
             else:
                 node.interest.want_group(arm, target, registration.mask, None)
-            for span in arms.spans(arm):
-                if span.cgroup_id is not None:
-                    arms.router.route_of(arm.node).cgroup_tree.above.setdefault(span.cgroup_id, ())
 
 
 def _key_of(registration: Registration) -> str:
@@ -281,15 +298,17 @@ def _pack_span(session: Session, span: Span) -> bytes:
     return _dump(
         [
             session.id, _serial(span.arm.registration), span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
-            span.follow, span.end, span.lingers, span.root, span.since, span.end_offset,
+            span.follow, span.end, span.exit_ns, span.root, span.since, span.end_offset,
         ]
     )  # fmt: skip
 
 
 def _unpack_span(registration: Registration, content: list[Any]) -> Span:
-    _, _, node, epoch, mask, first, process, cgroup_id, follow, end, lingers, root, since, end_offset = content
+    _, _, node, epoch, mask, first, process, cgroup_id, follow, end, exit_ns, root, since, end_offset = content
     arm = registration.make_arm(node)
+    if isinstance(exit_ns, bool):  # an earlier version wrote down only whether it had ended
+        exit_ns = exit_ns - 1
     return Span(
         registration.session, arm, node, epoch, mask, first, None if process is None else (process[0], process[1]), cgroup_id,
-        follow, registration.key.terms.filter, end=end, lingers=lingers, root=root, since=since, end_offset=end_offset,
+        follow, registration.key.terms.filter, end=end, exit_ns=exit_ns, root=root, since=since, end_offset=end_offset,
     )  # fmt: skip

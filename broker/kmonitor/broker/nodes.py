@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import NodeInterest
-from kmonitor.broker.keys import Key
+from kmonitor.broker.keys import Terms
 from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
+from kmonitor.broker.router import Heard
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
-CALL_TIMEOUT = 5.0  # seconds
 RING_BYTES = 8 << 20
 """Taken for an agent that does not say how large its ring is."""
 ACK_BYTES = 256 << 10
@@ -39,6 +39,9 @@ class Link:
         """Why the broker ended the stream."""
         self.filled = asyncio.Event()
         self.closed = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set unless the broker still works on what the agent said last: the next message is to wait."""
+        self.ready.set()
         self._messages: deque[agent_pb2.BrokerMessage] = deque()
         self.spared = False
         """Whether the last look at its lease came too late to be held against it."""
@@ -102,19 +105,17 @@ class Link:
         if self._later is not None:
             self._later.cancel()
         self.closed.set()
+        self.ready.set()
         self.filled.set()
 
     async def list_processes(self, wanted: monitor_pb2.ProcessFilter) -> agent_pb2.ProcessList:
-        """Ask the agent. Raises RefusedError if it does not answer within CALL_TIMEOUT, or goes away."""
+        """Ask the agent, and wait for as long as it is there: its heartbeats say so. Raises RefusedError if it goes away."""
         call_id = next(self._call_ids)
         call: asyncio.Future[agent_pb2.ProcessList] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = call
         self.send(agent_pb2.BrokerMessage(list_processes=agent_pb2.ListProcessesCall(call_id=call_id, filter=wanted)))
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                return await call
-        except TimeoutError:
-            raise RefusedError(Code.DEADLINE_EXCEEDED, f"node {self.node.name} did not answer within {CALL_TIMEOUT:g} s") from None
+            return await call
         finally:
             self._calls.pop(call_id, None)
 
@@ -144,6 +145,14 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.complete = (0, 0)
         """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
+        self.complete_ns = 0
+        """The same, by the node's boot-time clock."""
+        self.applied = 0, 0
+        """Version of the last Interest that its agent has answered, and when that took effect, boot-time nanoseconds."""
+        self.boottime_to_unix_ns = 0
+        """Of its last block."""
+        self.untold: dict[int, int] = {}
+        """Losses that are to be told once the records before a position have come: that position -> where they begin."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
         self.number = 0
@@ -200,6 +209,7 @@ class Node:
         """Its positions start anew here."""
         self.expected = self.position = self.logged = position
         self.complete = position, self.complete[1]
+        self.complete_ns, self.applied = 0, (0, 0)
         self._unlogged.clear()
 
     def when_reached(self, position: int, action: Callable[[], None]) -> None:
@@ -209,9 +219,21 @@ class Node:
         else:
             self._waiting.append((position, action))
 
+    def beats(self, beat: agent_pb2.Heartbeat) -> None:
+        """Take what the agent says of how far all has come."""
+        self.reached(beat.position, beat.time_unix_nano)
+        self.complete = min(beat.position, self.position, *self.untold.values()), beat.time_unix_nano
+        # An agent that does not say it says nothing of a boot-time clock but in its blocks.
+        self.complete_ns = beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+
+    def heard(self) -> Heard:
+        """How far it has obeyed and told."""
+        return Heard(self.epoch, self.interest.version + 1, *self.applied, self.complete_ns)
+
     def forget_waiting(self) -> None:
         """What `when_reached` was told to wait for is of no use any more."""
         self._waiting.clear()
+        self.untold.clear()
 
     def describe(self) -> monitor_pb2.Node:
         """As ListNodes tells it."""
@@ -262,9 +284,9 @@ class Nodes:
         """Forget a node."""
         del self._nodes[name]
 
-    def selected(self, key: Key) -> list[Node]:
-        """The known nodes that a registration is about."""
-        return [node for node in self._nodes.values() if key.terms.selects(node.name, node.labels)]
+    def selected(self, terms: Terms) -> list[Node]:
+        """The known nodes that a registration or a request with these terms is about."""
+        return [node for node in self._nodes.values() if terms.selects(node.name, node.labels)]
 
     def names(self, limit: int = 20) -> str:
         """For people: the known nodes."""

@@ -111,7 +111,12 @@ class Lingering:
         if session.resuming:
             session.resuming -= 1
             if not session.resuming:
-                self._finish(session)
+                places = [(span.node, span.epoch, span.first - 1) for span in self._untaken(session)]
+                ready = self._log.locate(places)
+                if ready is None:
+                    self._finish(session)
+                else:
+                    ready.add_done_callback(lambda _: self._finish(session) if session in self._sessions and session.takes else None)
 
     def adopt(self, registration: Registration, mask: int) -> bool:
         """Give a registration of a stream that comes back what an earlier one had. False if there is none that had the same."""
@@ -191,6 +196,7 @@ class Lingering:
             if (at[0] == epoch or absent is not None) and first > taken + 1:
                 positions, times = (taken + 1, first), (0, time.time_ns())
                 session.before.append(gap(node, _LOG, epoch, positions=positions, times=times, counts={}))
+                session.note_absence(node, epoch, *positions)
             if arm is not None:
                 arm.absent = None
 
@@ -203,11 +209,11 @@ class Lingering:
         taken_epoch, taken = cursor.positions.get(node.name, (0, 0))
         if taken_epoch == epoch:
             start = max(start, taken + 1)
-        told_epoch, until = session.told_of_absence.get(node.name, (0, 0))
+        told_epoch, _, until = session.told_of_absence.get(node.name, (0, 0, 0))
         if told_epoch == epoch:
             start = max(start, until)  # for another registration
         if first > start:
-            session.told_of_absence[node.name] = epoch, first
+            session.note_absence(node.name, epoch, start, first)
             session.before.append(gap(node.name, _LOG, epoch, positions=(start, first), times=(0, time.time_ns()), counts={}))
 
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
@@ -215,7 +221,7 @@ class Lingering:
         copy = self._copy(arm, span, mask)
         self._arms.router.add(copy)
         if copy.lingers:
-            self._arms.router.linger(copy)
+            self._arms.router.linger(copy, copy.exit_ns)
         node = self._arms.nodes.get(span.node)
         if copy.process is None or copy.lingers:
             return
@@ -293,6 +299,12 @@ class Lingering:
     def _nodes_in_log(self) -> list[str]:
         return [node.name for node in self._arms.nodes if self._log.ends(node.name)]
 
+    def _untaken(self, session: Session) -> Iterator[Span]:
+        """Its spans on nodes of which it has taken nothing yet."""
+        assert session.cursor is not None
+        for name in session.matcher.nodes_known() - session.cursor.positions.keys():
+            yield from session.matcher.spans_on(name)
+
     def _finish(self, session: Session) -> None:
         """All that is brought again was brought: say what cannot be delivered, then deliver."""
         assert session.cursor is not None
@@ -303,7 +315,7 @@ class Lingering:
             session.floors[name] = min((max(offset, 0) for offset in offsets if offset is not None), default=session.floors.get(name, 0))
             session.reads_from = min(session.reads_from, session.floors[name])
         session.before += self._evicted(session, session.cursor)
-        session.outbox.gathered(session.reads_from, session.before)
+        session.outbox.gathered(session.reads_from, session.before, self._absences(session, session.cursor))
         session.before = []
         self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
@@ -313,6 +325,22 @@ class Lingering:
             everything = (*theirs.registrations.values(), *theirs.past.values())
             if theirs.detached and all(each.taken for each in everything):
                 self.drop(theirs)
+
+    def _absences(self, session: Session, cursor: Cursor) -> dict[str, tuple[int, bytes]]:
+        """Node -> epoch and gap: what its earlier stream was told of absence, and has not taken, as far as one can know."""
+        found: dict[str, tuple[int, bytes]] = {}
+        for theirs in session.forerunners:
+            for node, (epoch, first, until) in theirs.told_of_absence.items():
+                taken_epoch, taken = cursor.positions.get(node, (0, -1))
+                epochs = list(self._log.ends(node))
+                if taken_epoch in epochs and epoch in epochs and epochs.index(taken_epoch) > epochs.index(epoch):
+                    continue
+                start = max(first, taken + 1) if taken_epoch == epoch else first
+                # Of an empty one its position does not tell whether it was taken: rather twice than not at all.
+                if start < until or (first == until and start == until):
+                    found[node] = epoch, gap(node, _LOG, epoch, positions=(start, until), times=(0, time.time_ns()), counts={})
+                    session.note_absence(node, epoch, first, until)
+        return found
 
     def _evicted(self, session: Session, cursor: Cursor) -> list[bytes]:
         """Gaps for what retention has taken, or the earlier session has forgotten."""

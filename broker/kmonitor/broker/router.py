@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from kmonitor.broker.block import Block, ProcessKey
-from kmonitor.broker.matching import CgroupTree, Matcher, Span, rows_of_cgroups
+from kmonitor.broker.matching import NO_GROUPS, CgroupTree, Group, Matcher, Span, rows_of_cgroups
 from kmonitor.broker.multimap import Multimap
 from kmonitor.broker.trees import Trees
 from kmonitor.wire.masks import EventType
@@ -18,6 +19,10 @@ from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, Indices
 
 _FORK = int(EventType.PROCESS_FORK)
 _EXIT = int(EventType.PROCESS_EXIT)
+
+LATE_NS = 2_000_000_000
+"""By the node's clock: no thread is recorded so long after the end of its process. The kernel counts a thread out of its process some
+microseconds before it records the thread's end, unless it does not let it run just then."""
 
 
 class Receiver(Protocol):
@@ -36,6 +41,33 @@ class Receiver(Protocol):
 
 
 @dataclass(slots=True)
+class _Idle:
+    """A control group that the node's kernel is to watch no more."""
+
+    version: int
+    """With this Interest, or a later one, it is told so."""
+    until_ns: int = 0
+    """By then, boot-time nanoseconds, it had been; 0 if that is not known."""
+    offset: int = -1
+    """No record that names it comes from this log offset on; -1 if one may still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """How far a node's agent has obeyed and told."""
+
+    epoch: int
+    next_version: int
+    """Of the Interest that comes next."""
+    applied: int
+    """Version of the last one that was answered ..."""
+    applied_ns: int
+    """... and when it had taken effect, boot-time nanoseconds."""
+    complete_ns: int
+    """All from before it has come, boot-time nanoseconds."""
+
+
+@dataclass(slots=True)
 class Route:
     """The open spans of all sessions on one node, by what they match."""
 
@@ -46,6 +78,14 @@ class Route:
     following: int = 0
     """How many of the process spans follow."""
     trees: Trees = field(default_factory=Trees)
+    lingering: OrderedDict[Span, None] = field(default_factory=OrderedDict)
+    """Those whose processes have ended, in about that order."""
+    idle: dict[Group, _Idle] = field(default_factory=dict)
+    """Those of `cgroup_tree` without an open span."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.processes or self.cgroups or self.everything or self.cgroup_tree.above or len(self.trees))
 
 
 class Router:
@@ -61,15 +101,63 @@ class Router:
         self._on_child = on_child
         self._on_orphan = on_orphan
         self._on_end = on_end
+        self.on_group: Callable[[str, Group, tuple[int, ...] | None], None] = lambda _node, _group, _above: None
+        """Called when a group became known, with those above it, or is known no more (None)."""
         self._routes: dict[str, Route] = {}
-        self._lingering: list[Span] = []
-        """Spans whose process has ended since the last `retire`."""
-        self._retiring: list[Span] = []
-        """... and those of before it."""
 
     def route_of(self, node: str) -> Route:
-        """The index of a node."""
-        return self._routes.setdefault(node, Route())
+        """The index of a node, which is made if there is none."""
+        route = self._routes.get(node)
+        if route is None:
+            route = self._routes[node] = Route()
+        return route
+
+    def groups_of(self, node: str) -> CgroupTree:
+        """What is known of a node's control groups."""
+        route = self._routes.get(node)
+        return NO_GROUPS if route is None else route.cgroup_tree
+
+    def learn_group(self, node: str, epoch: int, cgroup_ids: Iterable[int]) -> None:
+        """The id of a group that a node's kernel watches, then of those above it. Before any record that names it."""
+        cgroup_id, *above = cgroup_ids
+        tree = self.route_of(node).cgroup_tree
+        if tree.above.get((epoch, cgroup_id)) != tuple(above):
+            tree.above[epoch, cgroup_id] = tuple(above)
+            self.on_group(node, (epoch, cgroup_id), tuple(above))
+
+    def sweep(self, node: str, heard: Heard | None, receivers: Iterable[Receiver], oldest: int, end: int) -> None:
+        """Forget what is of no use any more: call it now and then.
+
+        A group is of use while it has a span that is open. After that, as long as anybody has spans of a group above it: until no record
+        that names it can come, and the log has dropped those that came. `heard`: of a node that is connected, or may come back; None of
+        one that will not. `oldest`, `end`: of the log.
+        """
+        route = self._routes.get(node)
+        if route is None:
+            return
+        for group in list(route.cgroup_tree.above):
+            epoch, cgroup_id = group
+            if cgroup_id in route.cgroups and heard is not None and epoch == heard.epoch:
+                route.idle.pop(group, None)
+                continue
+            idle = route.idle.setdefault(group, _Idle(0 if heard is None else heard.next_version))
+            if idle.offset < 0 and (heard is None or epoch != heard.epoch):
+                idle.offset = end
+            elif idle.offset < 0 and heard is not None:
+                if not idle.until_ns and heard.applied >= idle.version:
+                    idle.until_ns = heard.applied_ns + LATE_NS
+                if idle.until_ns and heard.complete_ns >= idle.until_ns:
+                    idle.offset = end
+            above = route.cgroup_tree.above[group]
+            if 0 <= idle.offset <= oldest or not any(each.matcher.has_group(node, (epoch, one)) for each in receivers for one in above):
+                del route.cgroup_tree.above[group], route.idle[group]
+                self.on_group(node, group, None)
+        if not route:
+            del self._routes[node]
+
+    def __iter__(self) -> Iterator[str]:
+        """The nodes of which anything is known."""
+        return iter(list(self._routes))
 
     def add(self, span: Span) -> None:
         """From now on blocks are held against this span too."""
@@ -89,7 +177,8 @@ class Router:
 
     def living(self, node: str) -> list[Span]:
         """The spans of processes whose end has not come."""
-        return [span for span in self.route_of(node).processes.values() if not span.lingers]
+        route = self._routes.get(node)
+        return [] if route is None else [span for span in route.processes.values() if not span.lingers]
 
     def end(self, span: Span, position: int, offset: int) -> None:
         """The span ends before `position`; no block from log offset `offset` on is held against it."""
@@ -102,26 +191,30 @@ class Router:
             route.cgroups.discard(span.cgroup_id, span)
         else:
             del route.everything[span]
+        route.lingering.pop(span, None)
         span.end = max(position, span.first)
         receiver: Receiver = span.owner
         receiver.matcher.ended(span, offset)
 
-    def linger(self, span: Span) -> None:
-        """The span's process has ended: `retire` ends it soon."""
-        span.lingers = True
+    def linger(self, span: Span, exit_ns: int) -> None:
+        """The span's process or group has ended, at this time of the node's boot-time clock or before: `retire` ends the span."""
+        span.exit_ns = exit_ns
         receiver: Receiver = span.owner
         receiver.matcher.changed(span)
-        self._lingering.append(span)
+        self.route_of(span.node).lingering[span] = None
 
-    def retire(self, position_of: Callable[[str], int], offset: int) -> None:
-        """End the spans whose processes ended before the last call: call it every second or so.
+    def retire(self, node: str, boottime_ns: int, position: int, offset: int) -> None:
+        """End the spans of what has ended, once nothing more of it can come: what is missing of it was said, too.
 
-        `position_of`: the position up to which a node's records have come. `offset`: of the next block in the log.
+        `boottime_ns`: by the node's boot-time clock, up to when all that was made or lost has come. `position`: up to where its
+        records have. `offset`: of the next block in the log. An agent that is cut off says neither, and its node's spans wait.
         """
-        for span in self._retiring:
-            if span.end is None:
-                self.end(span, position_of(span.node), offset)
-        self._retiring, self._lingering = self._lingering, []
+        route = self._routes.get(node)
+        while route is not None and route.lingering:
+            span = next(iter(route.lingering))
+            if span.exit_ns + LATE_NS > boottime_ns:
+                return
+            self.end(span, position, offset)
 
     def route(self, block: Block) -> None:
         """Offer the block's rows to the sessions that want them. It is in the log already."""
@@ -139,7 +232,7 @@ class Router:
                 receivers.update((span.owner, None) for span in route.processes[key])
         if route.cgroups:
             for nearest in rows_of_cgroups(block):
-                for cgroup_id in route.cgroup_tree.self_and_above(nearest):
+                for cgroup_id in route.cgroup_tree.self_and_above(block.epoch, nearest):
                     receivers.update((span.owner, None) for span in route.cgroups.get(cgroup_id, ()))
         if route.everything and bool((block.column("flags") & F_MATCH_NODE).any()):
             receivers.update((span.owner, None) for span in route.everything)
@@ -227,11 +320,11 @@ class Router:
         if len(rows) == 0:
             return
         keys = zip(block.column("tgid")[rows].tolist(), block.column("start_boottime_ns")[rows].tolist(), strict=True)
-        for key in keys:
+        for key, exit_ns in zip(keys, block.column("boottime_ns")[rows].tolist(), strict=True):
             for span in list(route.processes.get(key, ())):
                 if span.epoch == block.epoch and not span.lingers:
                     # Threads that end at the same time may be recorded behind the exit of their process: `retire` ends the span.
-                    self.linger(span)
+                    self.linger(span, exit_ns)
                     self._on_end(span)
 
 

@@ -74,6 +74,7 @@ class Server:
         self._broker = broker
         self._turns = Turns()
         self._health = health.aio.HealthServicer()
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -144,6 +145,8 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
+                if request.HasField("cursor"):
+                    await self._broker.locate(request.cursor)
                 if not self._broker.watch(session, request):
                     raise _ClosedError
                 await session.ready_for_request()
@@ -158,6 +161,7 @@ class Server:
             if request.HasField("linger_ms"):
                 self._broker.linger(session, request.linger_ms)
             if request.HasField("cursor"):
+                await self._broker.locate(request.cursor)
                 self._broker.resume(session, request.cursor, len(request.registrations))
             loop = asyncio.get_running_loop()
             until = loop.time() + _AT_A_TIME_S
@@ -181,6 +185,7 @@ class Server:
             async for batch in session.batches(self._turns):
                 for message in batch:
                     await context.write(message)
+                    session.outbox.has_read()
 
         sending = asyncio.ensure_future(send())
         taking = asyncio.ensure_future(take_requests(session))
@@ -241,6 +246,12 @@ class Server:
     async def _take_from_agent(self, link: Link, messages: AsyncIterator[agent_pb2.AgentMessage]) -> None:
         async for message in messages:
             self._broker.agents.receive(link, message)
+            await link.ready.wait()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that a peer died while something was written to it, which gRPC logs as a failure of the handler: its stream has ended."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:

@@ -23,7 +23,7 @@ from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change
-from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
+from kmonitor.broker.outbox import MESSAGES_MOST, Missed, Outbox, OverflowedError, count_types
 from kmonitor.broker.registered import Registered
 from kmonitor.broker.registrations import ArmState, Registration
 from kmonitor.broker.router import Router
@@ -37,6 +37,8 @@ REQUESTS_PENDING = 1024
 """Requests that no node has answered yet, above which no more are read."""
 PAST_REGISTRATIONS = 4096
 """Registrations that are over, kept for a stream that comes back."""
+ANSWER_BYTES = 1024
+"""So much more may wait for each registration: all of them are answered at once when a node comes back."""
 MISSED_MARKS = 1024
 MISSED_ROWS = 1 << 16
 """So many rows that retention has taken are known one by one, for a session without a stream."""
@@ -109,10 +111,11 @@ class Evicted:
         for part in self._parts:
             if part.offset < floors.get(part.node, 0):
                 continue
-            epoch, position = positions.get(part.node, (0, -1))
-            if part.epoch != epoch and not is_later(part.node, part.epoch, epoch):
+            taken = positions.get(part.node)
+            if taken is not None and part.epoch != taken[0] and not is_later(part.node, part.epoch, taken[0]):
                 continue
-            first = int(np.searchsorted(part.positions, np.uint64(position), side="right")) if epoch == part.epoch else 0
+            same = taken is not None and part.epoch == taken[0]
+            first = int(np.searchsorted(part.positions, np.uint64(taken[1]), side="right")) if taken is not None and same else 0
             if first == len(part.positions):
                 continue
             missed = Missed(int(part.positions[first]), part.end, *part.times, count_types(part.types[first:]))
@@ -158,8 +161,8 @@ class Session:
         """Registrations that are over, and still have spans."""
         self.cursor: Cursor | None = None
         """What the client took from an earlier stream, if it brought that."""
-        self.told_of_absence: dict[str, tuple[int, int]] = {}
-        """Node -> (epoch, position) up to which a gap says that nobody kept its place there."""
+        self.told_of_absence: dict[str, tuple[int, int, int]] = {}
+        """Node -> (epoch, from, to): the positions where, as a gap says, nobody kept its place there."""
         self.resuming = 0
         """Register requests that are still to come before anything is delivered."""
         self.detached = False
@@ -216,7 +219,7 @@ class Session:
         if self.failure is not None or self.detached:
             return
         try:
-            self.outbox.put(message)
+            self.outbox.put(message, MESSAGES_MOST + ANSWER_BYTES * len(self.registrations))
         except OverflowedError:
             self._overflowed()
         self._weigh()
@@ -226,6 +229,14 @@ class Session:
         if self.failure is None and not self.detached:
             with contextlib.suppress(OverflowedError):  # it has much to read before that
                 self.outbox.put_progress(nodes)
+
+    def note_absence(self, node: str, epoch: int, first: int, until: int) -> None:
+        """It is told that nobody kept its place on a node between two positions. A stream that comes back may not have taken that."""
+        before = self.told_of_absence.get(node)
+        if before is not None and before[0] == epoch:
+            first, until = min(first, before[1]), max(until, before[2])
+        self.told_of_absence[node] = epoch, first, until
+        self._changed()
 
     def pends(self, answers: int) -> None:
         """So many more answers are awaited; fewer, if negative."""
