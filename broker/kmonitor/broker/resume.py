@@ -20,6 +20,7 @@ from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.matching import Matcher, Span
+from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import Notice, gap_of
 from kmonitor.broker.registrations import Arm, ArmState, Registration
@@ -31,8 +32,6 @@ DETACHED_MOST = 1024
 """Sessions without a stream; the one that has waited longest goes when there are more."""
 
 _LAST = (1 << 64) - 1
-_RING_MOST = 1 << 31
-"""Bytes: taken for an agent that does not say how large its ring is."""
 
 _LOG = monitor_pb2.GAP_REASON_LOG
 
@@ -86,10 +85,9 @@ class Lingering:
             node = self._arms.nodes.get(name)
             far = position == _LAST
             if node is not None and node.up and node.epoch == epoch:
-                # An earlier broker may have delivered what its log does not have, and this one has not got yet: it is in the ring still.
-                far |= position > node.expected + (node.hello.ring_bytes or _RING_MOST)
+                far |= position >= node.farthest
             if far:
-                raise RefusedError(Code.INVALID_ARGUMENT, f"the cursor's position {position} of node {name!r} is beyond all that there was")
+                raise _beyond(name, position)
         # Of another log, or not to be believed: marks are rather told a second time than not at all.
         number = message.number if message.log_id == self._log.log_id and message.number <= self._log.end else 0
         cursor = Cursor(positions, message.log_id, number, message.stream_id)
@@ -106,6 +104,16 @@ class Lingering:
                 other.fail(RefusedError(Code.ALREADY_EXISTS, "another stream goes on with what this one registered"))
         session.reads_from, session.floors = self._place(cursor)
         session.outbox.gather(session.reads_from, session.floors, cursor.number)
+
+    def returned(self, node: Node) -> None:
+        """It is known how far the ring of a node has come that was away: end the streams whose cursors are further."""
+        for session in list(self._sessions):
+            epoch, position = session.matcher.taken.get(node.name, (0, 0))
+            if epoch == node.epoch and position >= node.farthest:
+                if session.detached:
+                    self.drop(session)
+                else:
+                    session.fail(_beyond(node.name, position))
 
     def requested(self, session: Session) -> None:
         """One of these requests was taken, or refused."""
@@ -403,6 +411,10 @@ class Lingering:
             if spans:
                 positions = max(taken + 1, min(span.first for span in spans)), end.dropped.end
                 yield name, each, gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
+
+
+def _beyond(name: str, position: int) -> RefusedError:
+    return RefusedError(Code.INVALID_ARGUMENT, f"the cursor's position {position} of node {name!r} is beyond all that there was")
 
 
 def _places(cursor: Cursor, matcher: Matcher) -> Iterator[tuple[str, int, int]]:
