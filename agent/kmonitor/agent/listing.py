@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import fnmatch
-
 from kmonitor.agent import cgroups
 from kmonitor.agent.errors import CaptureError
 from kmonitor.agent.processes import Found
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
+from kmonitor.wire.selectors import Globs
 
 
 def to_proto(found: Found) -> events_pb2.Process:
@@ -57,11 +56,9 @@ def _group_ids(wanted: monitor_pb2.ProcessFilter) -> list[int]:
 
 def select(processes: list[Found], wanted: monitor_pb2.ProcessFilter) -> list[events_pb2.Process]:
     """Processes by pid, name and user."""
-    pids, uids = set(wanted.pids), set(wanted.uids)
+    pids, uids, comms = set(wanted.pids), set(wanted.uids), Globs(wanted.comms)
     return [
         to_proto(found)
         for found in processes
-        if (not pids or found.pid in pids)
-        and (not uids or found.uid in uids)
-        and (not wanted.comms or any(fnmatch.fnmatchcase(found.comm, glob) for glob in wanted.comms))
+        if (not pids or found.pid in pids) and (not uids or found.uid in uids) and (not wanted.comms or comms.match(found.comm))
     ]

@@ -24,6 +24,7 @@ from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boot_id
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
+from kmonitor.wire.plain import plain_text
 from kmonitor.wire.record import RECORD_SIZE, SLOT_SIZE
 from kmonitor.wire.version import installed_version
 
@@ -32,7 +33,7 @@ log = logging.getLogger("kmonitor-agent")
 _BACKOFF_FIRST = 0.1
 HEARTBEAT_MOST_S = 1.0
 """However long the lease is: so often monitors can be told how far all is complete."""
-_BACKOFF_MOST = 5.0
+_BACKOFF_MOST = 2.0
 _CONNECT_TIMEOUT = 5.0
 _DRAIN_TIMEOUT = 1.0
 _NAME_TAKEN_TIMEOUT = 10.0
@@ -40,8 +41,11 @@ _NAME_TAKEN_TIMEOUT = 10.0
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 5000),
+    # A broker that has stopped, or whose machine is gone, sends no word of it.
+    ("grpc.keepalive_time_ms", 3000),
     ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),  # what ends the stream of one that has stopped: it is a minute else
+    ("grpc.http2.max_pings_without_data", 0),  # as many as it takes: else two, and then one a minute
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),  # a proxy for the web in the environment is not for this
     # Each attempt is a channel of its own: its back-off is ours alone.
@@ -296,5 +300,4 @@ class Uplink:
 
 def _reason(error: grpc.aio.AioRpcError) -> str:
     first = (error.details() or "").strip().splitlines()
-    text = first[0][:_REASON_MOST] if first else error.code().name
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return plain_text(first[0][:_REASON_MOST]) if first else error.code().name

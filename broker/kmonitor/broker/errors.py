@@ -7,6 +7,9 @@ import enum
 
 from kmonitor.wire.errors import KmonitorError
 
+MESSAGE_MOST = 600
+"""Characters."""
+
 
 class Code(enum.IntEnum):
     """Those numbers of google.rpc.Code that the broker uses; gRPC's status codes are the same."""
@@ -28,5 +31,6 @@ class RefusedError(KmonitorError):
     """A request, or a stream, that the broker does not accept or go on with."""
 
     def __init__(self, code: Code, message: str) -> None:
-        super().__init__(message)
+        # It may repeat what somebody wrote, and goes where there is room for a line.
+        super().__init__(message if len(message) <= MESSAGE_MOST else message[: MESSAGE_MOST - 3] + "...")
         self.code = code

@@ -70,7 +70,14 @@ class LogKeeper:
         self._log.put(
             SESSIONS,
             str(session.id),
-            _dump({"linger": session.linger, "stream_id": session.stream_id, "remembers_from": session.matcher.remembers_from}),
+            _dump(
+                {
+                    "linger": session.linger,
+                    "stream_id": session.stream_id,
+                    "remembers_from": session.matcher.remembers_from,
+                    "absence": session.told_of_absence,
+                }
+            ),
         )
 
     def session_closed(self, session: Session) -> None:
@@ -154,6 +161,8 @@ class LogKeeper:
             session.id = int(key)
             session.stream_id = session.outbox.stream_id = content["stream_id"]
             session.matcher.remembers_from = content["remembers_from"]
+            for node, (epoch, first, until) in content.get("absence", {}).items():
+                session.told_of_absence[node] = epoch, first, until
             sessions[session.id] = session
         registrations: dict[tuple[int, int], Registration] = {}
         for name, value in self._log.values(REGISTRATIONS).items():

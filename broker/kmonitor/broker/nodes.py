@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kmonitor.broker.block import Block
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import NodeInterest
-from kmonitor.broker.keys import Key
+from kmonitor.broker.keys import Terms
 from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
 from kmonitor.broker.router import Heard
@@ -393,9 +393,9 @@ class Nodes:
         """Forget a node."""
         del self._nodes[name]
 
-    def selected(self, key: Key) -> list[Node]:
-        """The known nodes that a registration is about."""
-        return [node for node in self._nodes.values() if key.terms.selects(node.name, node.labels)]
+    def selected(self, terms: Terms) -> list[Node]:
+        """The known nodes that a registration or a request with these terms is about."""
+        return [node for node in self._nodes.values() if terms.selects(node.name, node.labels)]
 
     def names(self, limit: int = 20) -> str:
         """For people: the known nodes."""

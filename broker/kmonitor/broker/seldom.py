@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import time
 
+from kmonitor.wire.plain import plain_text
+
 MOST = 20
 PER_S = 10.0
 
@@ -27,5 +29,4 @@ class Seldom:
             self._began, self._count = now, 0
         self._count += 1
         if self._count <= MOST:
-            line = text % arguments
-            self._logger.warning("%s", "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
+            self._logger.warning("%s", plain_text(text % arguments))

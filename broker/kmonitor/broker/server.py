@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kmonitor.broker import reflection
@@ -26,6 +26,20 @@ from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
 
 logger = logging.getLogger(__name__)
+_seldom = Seldom(logger)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether what gRPC logs is worth a traceback: neither that a peer died while something was written to it, nor that a request
+    is no message, which is a line of ours."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, DecodeError):
+        _seldom.warning("a request cannot be read, and was refused: %s", error)
+    return not isinstance(error, DecodeError | grpc.aio.InternalError)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+
 
 MONITOR_SERVICE = "kmonitor.v1.MonitorService"
 AGENT_SERVICE = "kmonitor.v1.AgentService"
@@ -59,7 +73,6 @@ class Server:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._turns = Turns()
-        self._seldom = Seldom(logger)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
@@ -93,24 +106,24 @@ class Server:
             MONITOR_SERVICE,
             {
                 "Watch": grpc.stream_stream_rpc_method_handler(
-                    self._watch, request_deserializer=_decoder(monitor_pb2.WatchRequest), response_serializer=None
+                    self._watch, request_deserializer=monitor_pb2.WatchRequest.FromString, response_serializer=None
                 ),
                 "Subscribe": grpc.unary_stream_rpc_method_handler(
-                    self._subscribe, request_deserializer=_decoder(monitor_pb2.SubscribeRequest), response_serializer=None
+                    self._subscribe, request_deserializer=monitor_pb2.SubscribeRequest.FromString, response_serializer=None
                 ),
                 "ListNodes": grpc.unary_unary_rpc_method_handler(
                     self._list_nodes,
-                    request_deserializer=_decoder(monitor_pb2.ListNodesRequest),
+                    request_deserializer=monitor_pb2.ListNodesRequest.FromString,
                     response_serializer=monitor_pb2.ListNodesResponse.SerializeToString,
                 ),
                 "RemoveNode": grpc.unary_unary_rpc_method_handler(
                     self._remove_node,
-                    request_deserializer=_decoder(monitor_pb2.RemoveNodeRequest),
+                    request_deserializer=monitor_pb2.RemoveNodeRequest.FromString,
                     response_serializer=monitor_pb2.RemoveNodeResponse.SerializeToString,
                 ),
                 "ListProcesses": grpc.unary_unary_rpc_method_handler(
                     self._list_processes,
-                    request_deserializer=_decoder(monitor_pb2.ListProcessesRequest),
+                    request_deserializer=monitor_pb2.ListProcessesRequest.FromString,
                     response_serializer=monitor_pb2.ListProcessesResponse.SerializeToString,
                 ),
             },
@@ -122,7 +135,7 @@ class Server:
             {
                 "Connect": grpc.stream_stream_rpc_method_handler(
                     self._connect,
-                    request_deserializer=_decoder(agent_pb2.AgentMessage),
+                    request_deserializer=agent_pb2.AgentMessage.FromString,
                     response_serializer=agent_pb2.BrokerMessage.SerializeToString,
                 )
             },
@@ -131,7 +144,6 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
-                _check_decoded(request)
                 if request.HasField("cursor"):
                     await self._broker.locate(request.cursor)
                 if not self._broker.watch(session, request):
@@ -143,7 +155,6 @@ class Server:
 
     async def _subscribe(self, request: monitor_pb2.SubscribeRequest, context: Context) -> None:
         async def take_requests(session: Session) -> None:
-            _check_decoded(request)
             if not request.registrations:
                 raise RefusedError(Code.INVALID_ARGUMENT, "the request has no registrations: give at least one")
             if request.HasField("linger_ms"):
@@ -190,14 +201,12 @@ class Server:
 
     async def _list_nodes(self, request: monitor_pb2.ListNodesRequest, context: Context) -> monitor_pb2.ListNodesResponse:
         try:
-            _check_decoded(request)
             return monitor_pb2.ListNodesResponse(nodes=self._broker.list_nodes(request.nodes))
         except RefusedError as refusal:
             await _abort(context, refusal)
 
     async def _remove_node(self, request: monitor_pb2.RemoveNodeRequest, context: Context) -> monitor_pb2.RemoveNodeResponse:
         try:
-            _check_decoded(request)
             self._broker.remove_node(request.node)
         except RefusedError as refusal:
             await _abort(context, refusal)
@@ -205,7 +214,6 @@ class Server:
 
     async def _list_processes(self, request: monitor_pb2.ListProcessesRequest, context: Context) -> monitor_pb2.ListProcessesResponse:
         try:
-            _check_decoded(request)
             return await self._broker.list_processes(request.node, request.filter)
         except RefusedError as refusal:
             await _abort(context, refusal)
@@ -217,7 +225,7 @@ class Server:
         reason = "its agent's stream broke"
         try:
             first = await anext(messages, None)
-            if first is None or isinstance(first, _Undecodable) or first.WhichOneof("kind") != "hello":
+            if first is None or first.WhichOneof("kind") != "hello":
                 raise RefusedError(Code.INVALID_ARGUMENT, "the first message is no hello")  # noqa: TRY301 -- as all refusals below
             link = self._broker.agents.connect(first.hello, _host(context.peer()))
             sending = asyncio.ensure_future(_send_to_agent(link, context))
@@ -227,7 +235,7 @@ class Server:
         except RefusedError as refusal:
             reason = str(refusal)
             if link is None or link.failure is None:
-                self._seldom.warning("agent of %s refused: %s", context.peer(), reason)
+                _seldom.warning("agent of %s refused: %s", context.peer(), reason)
             await _abort(context, refusal)
         finally:
             if link is not None:
@@ -236,33 +244,8 @@ class Server:
 
     async def _take_from_agent(self, link: Link, messages: AsyncIterator[agent_pb2.AgentMessage]) -> None:
         async for message in messages:
-            _check_decoded(message)
             self._broker.agents.receive(link, message)
             await link.ready.wait()
-
-
-class _Undecodable:
-    """Stands for a message that is no such message."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-def _decoder(kind: type[Message]) -> Callable[[bytes], Any]:
-    """As `FromString`; gRPC would write a traceback for what it raises."""
-
-    def decode(data: bytes) -> Any:
-        try:
-            return kind.FromString(data)
-        except DecodeError:
-            return _Undecodable(kind.DESCRIPTOR.name)
-
-    return decode
-
-
-def _check_decoded(message: object) -> None:
-    if isinstance(message, _Undecodable):
-        raise RefusedError(Code.INVALID_ARGUMENT, f"what came is no {message.name} of this protocol")
 
 
 def _host(peer: str) -> str:

@@ -21,6 +21,10 @@ _BOOT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|slice|socket|mount|swap)")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,62})?")
 _GLOB = re.compile(r"[*?\[]")
+GLOBS_MOST = 64
+"""In one list of a request."""
+GLOBS_LENGTH = 1024
+"""Characters of all of them together: matching the worst of them takes 20 us a name."""
 LABELS_MOST = 64
 """Of one node."""
 _LABEL_VALUE_MAX = 255
@@ -53,6 +57,32 @@ def check_glob(text: str, what: str) -> str:
     except UnicodeEncodeError:
         raise BadSelectorError(f"glob {text!r} for {what}: what is not UTF-8 cannot be sent") from None
     return text
+
+
+def check_globs(texts: Iterable[str], what: str) -> None:
+    """Raise BadSelectorError if there are more globs among these names than are matched in a moment."""
+    globs = [text for text in texts if is_glob(text)]
+    length = sum(map(len, globs))
+    if len(globs) > GLOBS_MOST or length > GLOBS_LENGTH:
+        raise BadSelectorError(
+            f"{len(globs)} globs for {what}, {length} characters: at most {GLOBS_MOST}, and {GLOBS_LENGTH} characters together"
+        )
+
+
+class Globs:
+    """Some names and globs, compiled."""
+
+    __slots__ = ("_exact", "_pattern")
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        texts = list(texts)
+        globs = [text for text in texts if is_glob(text)]
+        self._exact = frozenset(texts).difference(globs)
+        self._pattern = re.compile("|".join(map(fnmatch.translate, globs))) if globs else None
+
+    def match(self, text: str) -> bool:
+        """Whether any of them does; case-sensitive."""
+        return text in self._exact or (self._pattern is not None and self._pattern.match(text) is not None)
 
 
 def check_comm(glob: str) -> str:
@@ -93,6 +123,8 @@ def check_agent_name(name: str) -> str:
 
 def check_node_selector(names: Iterable[str], labels: Mapping[str, str]) -> None:
     """Raise BadSelectorError for a malformed name, glob or label key."""
+    names = list(names)
+    check_globs(names, "node")
     for name in names:
         if is_glob(name):
             check_glob(name, "node")
@@ -147,10 +179,13 @@ def check_address(address: str) -> str:
 
 def node_matches(name: str, node_labels: Mapping[str, str], names: Iterable[str], labels: Mapping[str, str]) -> bool:
     """Whether a node is selected: by any of `names` (none is all), and with all of `labels`."""
-    patterns = list(names)
-    if patterns and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-        return False
-    return all(node_labels.get(key) == value for key, value in labels.items())
+    names = list(names)
+    return (not names or Globs(names).match(name)) and has_labels(node_labels, labels.items())
+
+
+def has_labels(node_labels: Mapping[str, str], labels: Iterable[tuple[str, str]]) -> bool:
+    """Whether a node has all of these labels."""
+    return all(node_labels.get(key) == value for key, value in labels)
 
 
 def check_pid(pid: int) -> int:
