@@ -132,7 +132,7 @@ class Uplink:
                     raise
             except RingWentBackError as error:
                 log.warning(
-                    "the broker at %s knows another ring by the name of this one (%s), as after a snapshot was restored: going on in a new "
+                    "the broker at %s knows another ring by the name of this one, as after a snapshot was restored (%s): going on in a new "
                     "epoch; monitors are told of a gap",
                     self._address,
                     error,
@@ -239,9 +239,10 @@ class Uplink:
             log.warning("the stream to %s broke (%s): trying again", self._address, _reason(error))
         except asyncio.InvalidStateError:
             # grpc.aio says so when something is written to a call that has ended meanwhile: the reader knows why.
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await call.read()
-            log.warning("the stream to %s broke: trying again", self._address)
+            ended = grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), grpc.aio.Metadata(), await call.details())
+            if final := self._final(ended):
+                raise final from None
+            log.warning("the stream to %s broke (%s): trying again", self._address, _reason(ended))
         finally:
             call.cancel()
             for task in tasks:

@@ -260,7 +260,8 @@ class Agents:
             # It was sent again because the acknowledgement did not get through.
             same = None if node.last is None else node.last.agrees(position, data)
             if same is False:
-                raise went_back(node, f"another record lies at position {node.last.position if node.last else 0}")
+                node.disproven = f"another record lies at position {node.last.position if node.last else 0}"
+                raise went_back(node, node.disproven)
             link.proven |= bool(same)
             if position + len(data) <= node.expected:
                 return
