@@ -22,7 +22,7 @@ Lines = dict[str, dict[str, Any]]
 NAMES = [
     *("kernel", "BTF", "tracepoints", "libbpf", "user"),
     *("CAP_BPF", "CAP_PERFMON", "CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SYS_NICE", "CAP_SYS_RESOURCE"),
-    *("user namespace", "pid namespace", "lockdown", "unprivileged BPF", "bpffs", "cgroup v2"),
+    *("user namespace", "pid namespace", "/proc", "lockdown", "unprivileged BPF", "bpffs", "cgroup v2"),
     *("bcc", "kernel headers", "proc connector"),
     *("source core", "source bcc", "source netlink", "auto"),
 ]

@@ -19,6 +19,8 @@ from kmonitor.agent.capabilities import effective, in_initial_user_namespace, mi
 from kmonitor.agent.cgroups import hierarchy_root
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.probe import HOOKS
+from kmonitor.agent.processes import HIDDEN_ADVICE
+from kmonitor.agent.procfs import how_hidden
 from kmonitor.wire.errors import KmonitorError
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
@@ -49,6 +51,7 @@ def facts(pin_root: Path) -> list[Check]:
         *capabilities(),
         user_namespace(),
         pid_namespace(),
+        proc(),
         lockdown(),
         unprivileged(),
         bpffs(pin_root),
@@ -144,6 +147,17 @@ def pid_namespace() -> Check:
     if name == _INITIAL_PID_NAMESPACE:
         return Check("ok", "pid namespace", "initial")
     return Check("warn", "pid namespace", name, "host pids are not seen here: kmonitor-agent --scope pidns, or docker run --pid=host")
+
+
+def proc() -> Check:
+    """What /proc hides. The kernel's own list of processes, which source core reads, is whole all the same."""
+    try:
+        how = how_hidden()
+    except OSError:
+        return Check("warn", "/proc", "not mounted", "mount -t proc proc /proc")
+    if how:
+        return Check("warn", "/proc", f"hides other users' processes ({how}): sources bcc and netlink need to see them", HIDDEN_ADVICE)
+    return Check("ok", "/proc", "shows every process")
 
 
 def lockdown() -> Check:

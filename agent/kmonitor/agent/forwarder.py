@@ -27,9 +27,11 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 class Forwarder:
-    """One stream's sending side. Everything that is written goes through `_lock`: what the broker reads is in order.
+    """One stream's sending side. Owned by the event loop's thread, as are the ring and the maps. `run`, `tell_late` and `heartbeat` are
+    tasks of the stream's.
 
-    Owned by the event loop's thread, as are the ring and the maps. `run`, `tell_late` and `heartbeat` are tasks of the stream's.
+    What has a place in the order of events is made and written under `_lock`: what the broker reads is in order. A change of the source
+    holds it for as long as the change takes, up to seconds; heartbeats, and what has no such place, go out meanwhile.
     """
 
     def __init__(self, feed: Feed, write: Write, gather_s: float = GATHER_S) -> None:
@@ -37,8 +39,13 @@ class Forwarder:
         self._ring = feed.ring
         self._pace = Pace(gather_s)
         self._fill = min(FILL_BYTES, feed.ring.size // 8)
-        self._write = write
+        self._to_broker = write
+        self._writing = asyncio.Lock()
+        """A call takes one write at a time."""
         self._lock = asyncio.Lock()
+        self._beat_s: float | None = None
+        """Between two heartbeats, once that is known."""
+        self._beat_at = asyncio.get_running_loop().time()
         self._wake = asyncio.Event()
         self._offset = boottime_to_unix_ns()
         self._complete_ns = 0
@@ -156,6 +163,7 @@ class Forwarder:
     async def heartbeat(self, seconds: float) -> None:
         """Renew the lease every so often, for ever. What it calls complete lies before any loss that was not told."""
         loop = asyncio.get_running_loop()
+        self._beat_s = seconds
         while True:
             async with self._lock:
                 now_ns = time.time_ns()  # before the looks: what is made or lost after it is not spoken of
@@ -170,21 +178,45 @@ class Forwarder:
             self._offset = boottime_to_unix_ns()
             await asyncio.sleep(seconds)
 
+    async def _beat_until(self, changed: asyncio.Event) -> None:
+        """Renew the lease while a change is made. Nothing is sent meanwhile, so no more is complete than was."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout_at(None if self._beat_s is None else self._beat_at + self._beat_s):
+                    await changed.wait()
+            except TimeoutError:
+                self._losses.look(loop.time())
+                await self._beat()
+            else:
+                return
+
     async def _beat(self, *, acknowledge: bool = False) -> None:
+        self._beat_at = asyncio.get_running_loop().time()
         beat = agent_pb2.Heartbeat(
             position=self._losses.complete_before(self._ring.position), time_unix_nano=self._complete_ns, acknowledge=acknowledge
         )
         await self._write(agent_pb2.AgentMessage(heartbeat=beat).SerializeToString())
 
-    async def answer(self, make: Callable[[], agent_pb2.AgentMessage]) -> None:
+    async def answer(self, make: Callable[[], Awaitable[agent_pb2.AgentMessage]]) -> None:
         """Do what changes the source, and write the answer before any record that comes of it."""
         async with self._lock:
-            await self._write(make().SerializeToString())
+            changed = asyncio.Event()
+            beating = asyncio.create_task(self._beat_until(changed))
+            try:
+                message = await make()
+            finally:
+                changed.set()
+                await beating
+            await self._write(message.SerializeToString())
 
     async def send(self, message: agent_pb2.AgentMessage) -> None:
         """Write a message that has no place in the order of events."""
-        async with self._lock:
-            await self._write(message.SerializeToString())
+        await self._write(message.SerializeToString())
+
+    async def _write(self, message: bytes) -> None:
+        async with self._writing:
+            await self._to_broker(message)
 
     def acknowledge(self, ack: agent_pb2.Ack) -> None:
         """The broker has got everything before one position, and has it in its log before another: only that may be forgotten.

@@ -14,11 +14,13 @@ from collections.abc import Awaitable, Callable
 
 import grpc.aio
 
-from kmonitor.agent.errors import BpfError, PidfileError, PidfileMissingError
+from kmonitor.agent.errors import PidfileError, PidfileMissingError
 from kmonitor.agent.listing import to_proto
+from kmonitor.agent.processes import HIDDEN_ADVICE
+from kmonitor.agent.slices import in_thread
 from kmonitor.agent.source import Processes
 from kmonitor.v1 import agent_pb2, monitor_pb2
-from kmonitor.wire.errors import BadSelectorError
+from kmonitor.wire.errors import BadSelectorError, KmonitorError
 from kmonitor.wire.selectors import check_pid, check_pidfile
 
 LINE_MOST = 64
@@ -119,15 +121,18 @@ class PidfileReader:
         try:
             async with self._turns:
                 pid = await self._read(call.path)
-            found = self._processes.look_up([pid]).get(pid)
+            look = await in_thread(lambda: self._processes.look_up([pid]))
+            found = look.get(pid)
         except PidfileMissingError:
             answer.state = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
         except PidfileError as error:
             answer.error = str(error)
-        except BpfError as error:
+        except (KmonitorError, OSError) as error:
             answer.error = f"names a process that cannot be looked up: {error}"
         else:
-            if found is not None and found.live:
+            if pid in look.hidden:
+                answer.error = f"names process {pid}, which is there, but /proc hides it from the agent: {HIDDEN_ADVICE}"
+            elif found is not None and found.live:
                 answer.state = monitor_pb2.REGISTRATION_STATE_RUNNING
                 answer.process.CopyFrom(to_proto(found))
             else:

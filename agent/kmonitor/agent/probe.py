@@ -115,6 +115,10 @@ class Probe:
         """Names the ring: when it was made, in Unix nanoseconds."""
         return self.control["epoch"]
 
+    async def prepare(self, node_mask: int) -> None:
+        """The kernel knows every process."""
+        del node_mask
+
     def catch_up(self) -> None:
         """The kernel matches each event when it happens: nothing is ever behind."""
 

@@ -15,6 +15,9 @@ from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
+Result = agent_pb2.InterestApplied.ProcessResult
+GroupResult = agent_pb2.InterestApplied.GroupResult
+
 
 class Answers:
     """Takes the answers of all agents."""
@@ -34,6 +37,7 @@ class Answers:
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
         node.number = message.number
         position, end = message.position, max(message.position, message.end_position)
+        nothing = message.error or "the agent gave no answer for it"
         for ask in node.interest.answered(message.version):
             arm = ask.arm
             arm.answered(ask)
@@ -46,9 +50,12 @@ class Answers:
             self._arms.tell_of_absence(node, arm, position)
             if isinstance(ask.target, Process):
                 told = processes.get((ask.target.pid, ask.target.start))
-                self._process_answer(node, (position, end), ask, ask.target, told)
+                self._process_answer(node, (position, end), ask, ask.target, told or Result(error=nothing))
             elif isinstance(ask.target, Group):
-                self._group_answer(node, position, ask, groups.get(ask.target))
+                self._group_answer(node, position, ask, groups.get(ask.target) or GroupResult(error=nothing))
+            elif message.error:
+                self._give_up(node, position, arm)
+                self._arms.failed(arm, ask, message.error, node)
             else:
                 new = self._arms.open(node, ask, position, None, None)
                 if ask.request is not None or new:
@@ -94,15 +101,13 @@ class Answers:
                 self._arms.refused(arm.registration, ask.request)
         self._arms.flush_soon(node)
 
-    def _process_answer(
-        self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult | None
-    ) -> None:
+    def _process_answer(self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: Result) -> None:
         """`positions`: from where on a process that runs is delivered; before which the end of one that does not was recorded."""
         arm = ask.arm
         position, end = positions
-        if result is None or result.error:
+        if result.error:
             unclaim(node, arm, target)
-            self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
+            self._arms.failed(arm, ask, result.error, node)
         elif result.state == RUNNING:
             self._runs(node, position, ask, target, result)
         else:
@@ -128,7 +133,7 @@ class Answers:
                 # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
                 node.when_reached(end, partial(self._reconcile.gone, node, ask, end, living))
 
-    def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult) -> None:
+    def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: Result) -> None:
         arm = ask.arm
         start = result.process.start_time or target.start
         key = node.interest.settle_process(arm, target.pid, target.start, start)
@@ -145,9 +150,9 @@ class Answers:
             first = self._arms.holds_from(node, ask, position, key, None)
             self._arms.tell(arm, ask.request, RUNNING, node, position=first, process=result.process)
 
-    def _group_answer(self, node: Node, position: int, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None) -> None:
+    def _group_answer(self, node: Node, position: int, ask: Ask, result: GroupResult) -> None:
         arm = ask.arm
-        if result is not None and not result.error and result.cgroup_ids:
+        if not result.error and result.cgroup_ids:
             for span in self._arms.spans(arm):
                 if span.cgroup_id != result.cgroup_ids[0]:  # the unit was started anew
                     self._arms.end(span, position)
@@ -157,14 +162,18 @@ class Answers:
                 self._arms.tell(arm, ask.request, ARMED, node, position=first)
             return
         was_there = bool(self._arms.spans(arm))
-        if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that
+        self._give_up(node, position, arm)
+        if result.error:
+            self._arms.failed(arm, ask, result.error, node)
+        else:
+            # Who has watched it hears that it is over; who asks now, that there is none.
+            self._arms.tell(arm, ask.request, EXITED if was_there and ask.request is None else NOT_FOUND, node, position=position)
+            self._arms.over(arm)
+
+    def _give_up(self, node: Node, position: int, arm: Arm) -> None:
+        """A group, or the whole node, is not armed."""
+        if not arm.asks:  # else the agent may be about to say that it has armed it: it must not be told to undo that
             node.interest.drop(arm)
             self._arms.flush_soon(node)
             for span in self._arms.spans(arm):
                 self._arms.end(span, position)
-        if result is not None and not result.error:
-            # Who has watched it hears that it is over; who asks now, that there is none.
-            self._arms.tell(arm, ask.request, EXITED if was_there and ask.request is None else NOT_FOUND, node, position=position)
-            self._arms.over(arm)
-        else:
-            self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)

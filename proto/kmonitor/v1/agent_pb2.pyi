@@ -506,7 +506,7 @@ class InterestApplied(_message.Message):
         """As asked."""
         state: _monitor_pb2.RegistrationState.ValueType
         error: _builtins.str
-        """Set if it could not be armed: the map is full."""
+        """Set if it could not be armed, such as when the map is full."""
         @_builtins.property
         def process(self) -> _events_pb2.Process: ...
         def __init__(
@@ -537,6 +537,7 @@ class InterestApplied(_message.Message):
         unit: _builtins.str
         state: _monitor_pb2.RegistrationState.ValueType
         error: _builtins.str
+        """Set if it could not be looked up or armed, such as when two groups are named as a unit's."""
         @_builtins.property
         def cgroup_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """Of the group, then of those above it."""
@@ -564,6 +565,7 @@ class InterestApplied(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     END_POSITION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
     """Events from this position on were filtered with this version."""
@@ -573,6 +575,8 @@ class InterestApplied(_message.Message):
     """Of this change; the next one's is larger (modulo 2^32), also if another agent of the same boot makes it. Records of what a process
     forks that it armed with `root` carry it.
     """
+    error: _builtins.str
+    """Set if it could not be done, as a whole or to its end: what has no result of its own was not done."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterestApplied.ProcessResult]: ...
     @_builtins.property
@@ -586,10 +590,11 @@ class InterestApplied(_message.Message):
         groups: _abc.Iterable[Global___InterestApplied.GroupResult] | None = ...,
         end_position: _builtins.int = ...,
         number: _builtins.int = ...,
+        error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "groups", b"groups", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "error", b"error", "groups", b"groups", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
