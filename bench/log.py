@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from kmonitor.broker.block import Block
+from kmonitor.broker.log import Page
 from kmonitor.broker.log.sqlite import SqliteLog
 from kmonitor.wire.record import F_MATCH_NODE, RECORD_VERSION, RING_HEADER_SIZE, SLOT_DTYPE, SLOT_SIZE
 
@@ -101,13 +102,14 @@ async def _read(log: SqliteLog) -> str:
     """What is no longer in memory, 1 MiB at a time."""
     offset, size, costs = log.oldest, 0, []
     while size < 64 << 20:
-        before = time.thread_time()
-        found = log.read(offset, 1 << 20)
-        if not found:
+        before = time.perf_counter()
+        found = log.fetch(offset, 1 << 20)
+        page = found if isinstance(found, Page) else await found
+        if offset >= log.end:
             break
-        costs.append(1000 * (time.thread_time() - before))
-        offset = found[-1].offset + 1
-        size += sum(entry.size for entry in found)
+        costs.append(1000 * (time.perf_counter() - before))
+        offset = page.following
+        size += sum(entry.size for entry in page.entries)
     return f"a step of 1 MiB in memory {statistics.median(costs):.1f} ms, at most {max(costs):.1f} ms"
 
 

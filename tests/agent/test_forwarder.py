@@ -334,3 +334,40 @@ async def test_a_change_that_takes_long(feed: Feed) -> None:
         kinds = [kind for _, message in broker.messages if (kind := message.WhichOneof("kind")) in ("block", "applied", "lost")]
         assert kinds[:3] == ["block", "applied", "block"]
         assert sum(len(message.block.data) for message in broker.of("block")) == 6 * SLOT_SIZE
+
+
+async def test_in_a_storm_that_loses_some_all_the_time_it_goes_on_all_the_same(feed: Feed) -> None:
+    """The present is never complete then, and something is always about to be told: what was before is complete in the end."""
+    lost: list[int] = []  # when, boot-time nanoseconds, after each of them
+    async with sending(feed, beat=0.02) as (forwarder, broker), asyncio.timeout(20):
+        beats: list[agent_pb2.Heartbeat] = []
+        while len(lost) <= 20 or not beats or beats[-1].boottime_ns < lost[20]:
+            feed.lose(1)
+            lost.append(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+            feed.make(10)
+            forwarder.wake()
+            await asyncio.sleep(0.005)
+            beats = [message.heartbeat for message in broker.of("heartbeat")]
+            forwarder.acknowledge(agent_pb2.Ack(position=feed.ring.position, received=feed.ring.position))
+    told = 0
+    for _, message in broker.messages:
+        if message.WhichOneof("kind") == "lost":
+            told = message.lost.counts[0].total
+        elif message.WhichOneof("kind") == "heartbeat":
+            assert sum(at < message.heartbeat.boottime_ns for at in lost) <= told
+
+
+async def test_what_was_is_complete_while_a_broker_does_not_keep_up() -> None:
+    """There is always more in the ring than it takes."""
+    feed = Feed(8 << 20)
+    async with sending(feed, beat=0.02) as (forwarder, broker), asyncio.timeout(20):
+        feed.make_others(8 * BLOCK)
+        start = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        got = 0
+        while not any(message.heartbeat.boottime_ns > start for message in broker.of("heartbeat")):
+            feed.make_others(BLOCK)
+            got += BLOCK_BYTES
+            forwarder.acknowledge(agent_pb2.Ack(position=got, received=got))
+            came = len(broker.of("heartbeat"))
+            await broker.until("heartbeat", came + 1)
+            assert feed.ring.producer - feed.ring.position > 2 * BLOCK_BYTES

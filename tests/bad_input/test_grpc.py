@@ -41,6 +41,7 @@ BAD = {
     "node glob": (registration(("[a",)), INVALID, "malformed glob '[a' for node"),
     "node name": (registration(("a b",)), INVALID, "cannot be a node's name"),
     "empty node name": (registration(("",)), INVALID, "cannot be a node's name"),
+    "long comm": (registration(comms=("elasticsearch-main",)), INVALID, "comm 'elasticsearch-main' matches nothing"),
     "comm glob": (registration(comms=("ok*", "[a")), INVALID, "malformed glob '[a' for comm"),
     "cgroup": (registration(target=monitor_pb2.Target(cgroup="/a/../b")), INVALID, "control group '/a/../b'"),
     "pidfile": (registration(target=monitor_pb2.Target(pidfile="run/x.pid")), INVALID, "pidfile 'run/x.pid': give an absolute path"),
@@ -199,6 +200,11 @@ def test_dead_pid(channel: grpc.Channel, settled: tuple[str, str], dead_pid: int
         (monitor_pb2.ListProcessesRequest(), INVALID, "name one node"),
         (monitor_pb2.ListProcessesRequest(node="nosuch"), NOT_FOUND, "unknown node 'nosuch': known nodes are"),
         (
+            monitor_pb2.ListProcessesRequest(node="alpha", filter=monitor_pb2.ProcessFilter(comms=["?" * 16])),
+            INVALID,
+            "matches nothing: it takes 16 bytes",
+        ),
+        (
             monitor_pb2.ListProcessesRequest(node="alpha", filter=monitor_pb2.ProcessFilter(comms=["[a"])),
             INVALID,
             "malformed glob '[a' for comm",
@@ -219,7 +225,7 @@ def test_dead_pid(channel: grpc.Channel, settled: tuple[str, str], dead_pid: int
             "'../x.service' is not the name of a systemd unit",
         ),
     ],
-    ids=["no node", "unknown node", "comm glob", "pid 0", "cgroup", "unit"],
+    ids=["no node", "unknown node", "long comm", "comm glob", "pid 0", "cgroup", "unit"],
 )
 def test_list_processes(channel: grpc.Channel, request_: monitor_pb2.ListProcessesRequest, code: grpc.StatusCode, words: str) -> None:
     found, details = status_of(lambda: [monitor_pb2_grpc.MonitorServiceStub(channel).ListProcesses(request_, timeout=GRPC_LIMIT)])

@@ -12,12 +12,14 @@ from kmonitor.broker.errors import RefusedError
 from kmonitor.broker.nodes import Link
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
 from kmonitor.wire.record import F_INFERRED, F_MATCH_CGROUP, F_MATCH_NODE, F_MATCH_PROCESS, RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
-from tests.broker.records import EXEC, EXIT, FORK, build, rec
+from tests.broker.records import EXEC, EXIT, FORK, THREAD_EXIT, build, rec
 
 ProcessKey = tuple[int, int]
 GROUPS = {"/a": 50, "/a/b": 51, "/c": 60}
 START = 1024
 """Of each epoch's positions. Not 0: a cursor cannot say that nothing was taken of a node from 0 on."""
+LATE = 20
+"""By the world's clock: a thread's end is recorded no later than this after the end of its process."""
 RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
 EXITED = monitor_pb2.REGISTRATION_STATE_EXITED
 NOT_FOUND = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
@@ -96,6 +98,10 @@ class Kernel:
     clock: Iterator[int]
     epoch: int = 1
     boot: int = 1
+    late: list[tuple[int, Process, int]] = field(default_factory=list)
+    """Threads whose end is still to be recorded: when their process ended, it, and the mask that its entry had."""
+    inbox: list[agent_pb2.BrokerMessage] = field(default_factory=list)
+    """What the agent has not read yet."""
     position: int = START
     acked: int = START
     sent: int = START
@@ -143,20 +149,28 @@ class Kernel:
         self.act(parent, FORK, child=child, lost=lost)
         return child
 
-    def exit(self, process: Process, *, lost: bool = False) -> None:
-        """The kernel drops its entry, whether there is room to say so or not."""
-        self.act(process, EXIT, lost=lost)
+    def exit(self, process: Process, *, lost: bool = False, late: bool = False) -> None:
+        """The kernel drops its entry, whether there is room to say so or not. `late`: a thread's end is recorded after that."""
+        deed = self.act(process, EXIT, lost=lost)
         entry = self._entry_of(process)
+        if late:
+            self.late.append((deed.at, process, 0 if entry is None else entry.mask))
         if entry is not None:
             del self.watched[process.pid]
         process.lives = False
         del self.processes[process.pid]
 
-    def act(self, process: Process, kind: int, *, child: Process | None = None, lost: bool = False) -> Deed:
-        """Record it, if it was asked for and there is room."""
+    def end_threads(self) -> None:
+        """Record the ends of threads whose process has ended before them."""
+        late, self.late = self.late, []
+        for _, process, mask in late:
+            self.act(process, THREAD_EXIT, mask=mask)
+
+    def act(self, process: Process, kind: int, *, child: Process | None = None, lost: bool = False, mask: int = 0) -> Deed:
+        """Record it, if it was asked for and there is room. `mask`: of an entry that is there for threads only."""
         entry = self._entry_of(process)
         ids = [each for each in above(process.group) if each in self.groups]
-        flags = F_MATCH_PROCESS if entry is not None and entry.mask & kind else 0
+        flags = F_MATCH_PROCESS if (mask if entry is None else entry.mask) & kind else 0
         flags |= F_MATCH_NODE if self.node_mask & kind else 0
         flags |= F_MATCH_CGROUP if any(self.groups[each] & kind for each in ids) else 0
         deed = Deed(next(self.clock), self.name, self.epoch, self.position, kind, process, child, flags, lost and flags != 0)
@@ -213,8 +227,7 @@ class Kernel:
         assert first[0].WhichOneof("kind") == "welcome"
         self.sent = max(self.acked, first[0].welcome.position)
         self._settle()
-        for message in first[1:]:
-            self._obey(message)
+        self.inbox = first[1:]  # read when it is read: what is in the ring may go out before
 
     def disconnect(self) -> None:
         """The stream breaks."""
@@ -222,6 +235,7 @@ class Kernel:
             self.agents.disconnect(self.link, "it broke")
         self.link = None
         self.told = []
+        self.inbox = []
 
     def start_anew(self, *, reboot: bool) -> None:
         """Ring and tables are gone; after a reboot the processes too."""
@@ -229,6 +243,7 @@ class Kernel:
         self.epoch += 1
         self.position = self.acked = self.sent = START
         self.ring, self.losses, self.watched, self.groups, self.node_mask = [], [], {}, {}, 0
+        self.late = []
         if reboot:
             self.boot += 1
             self.invented += len(self.processes) + 8
@@ -240,7 +255,7 @@ class Kernel:
         """Do what the broker says. Whether there was anything."""
         if self.link is None:
             return False
-        messages = self.link.take()
+        messages, self.inbox = [*self.inbox, *self.link.take()], []
         for message in messages:
             self._obey(message)
         return bool(messages)
@@ -271,7 +286,14 @@ class Kernel:
         """Say how far it is complete."""
         if self.link is not None:
             position = min([self.sent, *(deed.position for deed in self.losses)])
-            self._say(agent_pb2.AgentMessage(heartbeat=agent_pb2.Heartbeat(position=position, time_unix_nano=2_000_000)))
+            beat = agent_pb2.Heartbeat(position=position, time_unix_nano=2_000_000, boottime_ns=self._complete_until())
+            self._say(agent_pb2.AgentMessage(heartbeat=beat))
+
+    def _complete_until(self) -> int:
+        if self.told:
+            return 0  # of what the hello said is lost, not all records around it were sent
+        unsent = [deed.at for deed in self.ring if deed.position >= self.sent] + [deed.at for deed in self.losses]
+        return min([next(self.clock), *unsent, *(ended + LATE for ended, _, _ in self.late)])
 
     def _say(self, message: agent_pb2.AgentMessage) -> bool:
         assert self.link is not None
@@ -317,7 +339,9 @@ class Kernel:
 
     def _apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
         self.number += 1
-        answer = agent_pb2.InterestApplied(version=interest.version, position=self.position, number=self.number, end_position=self.position)
+        answer = agent_pb2.InterestApplied(
+            version=interest.version, position=self.position, number=self.number, end_position=self.position, boottime_ns=next(self.clock)
+        )
         if interest.reset:
             kept = {each.pid for each in interest.processes if each.event_mask}
             following = any(each.follow for each in interest.processes)

@@ -110,13 +110,13 @@ def test_a_second_claim_is_looked_up_and_settled() -> None:
     interest: NodeInterest[str] = NodeInterest()
     interest.want_process("A", 5, 0, mask=0x40, follow=False, ask="first")
     first = interest.delta()
-    assert interest.answered(first.version) == ["first"]
+    assert list(interest.answered(first.version)) == ["first"]
     interest.settle_process("A", 5, 0, 50)
     interest.want_process("B", 5, 0, mask=0x20, follow=False, ask="second")
     second = interest.delta()
     assert [(item.start_time, item.event_mask, item.look_up) for item in second.processes] == [(0, 0x60, True)]
-    assert interest.answered(first.version) == []
-    assert interest.answered(second.version) == ["second"]
+    assert list(interest.answered(first.version)) == []
+    assert list(interest.answered(second.version)) == ["second"]
     interest.settle_process("B", 5, 0, 50)
     assert interest.watched_processes == 1
     interest.drop("A")

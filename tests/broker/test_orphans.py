@@ -66,8 +66,7 @@ class Node:
         self.router.route(block)
 
     def retire(self) -> None:
-        for _ in range(2):
-            self.router.retire(lambda _: self.position, 0)
+        self.router.retire("a", 1 << 62, self.position, 0)
 
 
 def own(kind: int, pid: int, root: tuple[int, int] | int = 0, armed: int = 0, **more: Any) -> Rec:

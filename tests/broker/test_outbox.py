@@ -132,12 +132,12 @@ async def test_spans_that_ended_are_kept_until_passed_and_then_dropped() -> None
     for number in range(200, 300):
         bench.feed([rec(FORK, 100, flags=OWN, child_tgid=number, child_start_boottime_ns=number * 10)])
         bench.feed([rec(EXIT, number, flags=OWN)])
-        bench.router.retire(lambda _: bench.at, bench.log.end)
-    bench.router.retire(lambda _: bench.at, bench.log.end)
+        bench.router.retire("a", 1 << 62, bench.at, bench.log.end)
+    bench.router.retire("a", 1 << 62, bench.at, bench.log.end)
     assert bench.session.outbox.behind
     bench.drain()
     assert len(bench.events()) == 200
-    bench.router.retire(lambda _: bench.at, bench.log.end)
+    bench.router.retire("a", 1 << 62, bench.at, bench.log.end)
     bench.session.outbox.prune(bench.log.end)
     assert len(bench.session.matcher.spans("a")) == 1
 

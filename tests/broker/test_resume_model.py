@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +23,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from kmonitor.broker import broker as broker_module
-from kmonitor.broker import outbox, reconcile
+from kmonitor.broker import outbox, reconcile, router
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import RefusedError
-from kmonitor.broker.log import EventLog
+from kmonitor.broker.log import EventLog, Page
+from kmonitor.broker.log import sqlite as sqlite_module
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import SqliteLog
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
-from tests.broker.kernels import GROUPS, Kernel
+from tests.broker.kernels import GROUPS, LATE, Kernel
 from tests.broker.naive_monitor import Monitor, Wish, wish
 from tests.broker.records import ABORT, EXEC
 
@@ -52,9 +53,32 @@ WHO = st.integers(0, 7)
 
 
 class HeldLog(SqliteLog):
-    """Writes when it is told to: what a crash finds in the file is not left to chance."""
+    """Writes, and answers, when it is told to: what a crash finds in the file, and what happens while it is read, is not left to chance."""
 
     held = True
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        super().__init__(path, max_bytes=max_bytes)
+        self.asked: list[tuple[asyncio.Future[Page], asyncio.Future[Page]]] = []
+        """What the disk was asked, and what waits for that."""
+
+    def fetch(self, offset: int, max_bytes: int) -> Page | asyncio.Future[Page]:
+        found = super().fetch(offset, max_bytes)
+        if isinstance(found, Page):
+            return found
+        waits: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
+        self.asked.append((found, waits))
+        return waits
+
+    async def answer(self) -> None:
+        """All that was asked so far."""
+        while self.asked:
+            found, waits = self.asked.pop(0)
+            waits.set_result(await found)
+        await asyncio.sleep(0)
+
+    def locate(self, places: Iterable[tuple[str, int, int]]) -> None:
+        """By those who ask, when they do."""
 
     def _hand_over(self) -> None:
         if self.held and not self._closing:
@@ -65,7 +89,9 @@ class HeldLog(SqliteLog):
     async def commit(self) -> None:
         """All so far."""
         self.held = False
+        await self.answer()
         await self.flush()
+        await self.answer()
         self.held = True
 
 
@@ -192,7 +218,7 @@ class ResumeMachine(RuleBasedStateMachine):
     @rule(
         which=NODE,
         who=WHO,
-        what=st.sampled_from(["exec", "exec", "fork", "fork", "exit", "abort"]),
+        what=st.sampled_from(["exec", "exec", "fork", "fork", "exit", "exit with a thread", "abort"]),
         lost=st.sampled_from([False] * 4 + [True]),
     )
     def do(self, which: int, who: int, what: str, lost: bool) -> None:
@@ -203,8 +229,8 @@ class ResumeMachine(RuleBasedStateMachine):
         process = processes[who % len(processes)]
         if what == "fork":
             kernel.fork(process, lost=lost)
-        elif what == "exit":
-            kernel.exit(process, lost=lost)
+        elif what in {"exit", "exit with a thread"}:
+            kernel.exit(process, lost=lost, late=what != "exit")
         elif what == "abort":
             kernel.act(process, ABORT)
             kernel.exit(process, lost=lost)
@@ -217,6 +243,11 @@ class ResumeMachine(RuleBasedStateMachine):
         pid = next((pid for pid in range(1, 9) if pid not in kernel.processes), None)
         if pid is not None:
             kernel.spawn(pid, group)
+
+    @precondition(lambda self: any(kernel.late for kernel in self.kernels))
+    @rule(which=NODE)
+    def end_threads(self, which: int) -> None:
+        self.kernels[which].end_threads()
 
     @rule(which=NODE, blocks=st.integers(1, 8), each=st.integers(1, 6))
     def burst(self, which: int, blocks: int, each: int) -> None:
@@ -244,7 +275,8 @@ class ResumeMachine(RuleBasedStateMachine):
         if kernel.link is None:
             self.call(kernel.connect, self.broker.agents)
             self.turn()
-        while self.call(kernel.read) | self.call(kernel.send, 1000):
+        # As an agent does: what is in the ring goes out before anything that comes from the broker is answered.
+        while self.call(kernel.send, 1000) | self.call(kernel.read):
             self.turn()
         self.call(kernel.beat)
         self.turn()
@@ -345,14 +377,37 @@ class ResumeMachine(RuleBasedStateMachine):
         self.index(monitor)
         for _ in range(count):
             while not monitor.wire and stream is not None and stream.session.failure is None and stream.session.outbox.filled.is_set():
-                for raw in self.call(stream.session.outbox.take):
-                    monitor.sent(raw)
+                self.read_stream(monitor, stream)
             if not monitor.wire:
                 break
             monitor.take()
             took = True
         self.turn()
         return took
+
+    def read_stream(self, monitor: Monitor, stream: Stream, *, answers: bool = True) -> int:
+        """What is to be sent next goes out. `answers`: the log's disk does."""
+        if answers and isinstance(self.log, HeldLog):
+            self.loop.run_until_complete(self.log.answer())
+        found = self.call(stream.session.outbox.take)
+        if not found and answers and isinstance(self.log, HeldLog) and self.log.asked:
+            self.loop.run_until_complete(self.log.answer())
+            found = self.call(stream.session.outbox.take)
+        for raw in found:
+            monitor.sent(raw)
+        return len(found)
+
+    @precondition(lambda self: self.file and any(self.monitors.values()))
+    @rule(number=WHO)
+    def begin_to_read(self, number: int) -> None:
+        """The log's disk takes its time."""
+        monitor = self.pick(number)
+        stream = self.monitors[monitor] if monitor is not None else None
+        if monitor is None or stream is None or monitor.wire or stream.session.failure is not None:
+            return
+        if stream.session.outbox.filled.is_set():
+            self.index(monitor)
+            self.read_stream(monitor, stream, answers=False)
 
     def index(self, monitor: Monitor) -> None:
         monitor.deeds = {(kernel.name, deed.epoch, deed.position): deed for kernel in self.kernels for deed in kernel.deeds if deed.data}
@@ -364,7 +419,7 @@ class ResumeMachine(RuleBasedStateMachine):
             return
         self.let_take(monitor, before)
         while stream.session.failure is None and stream.session.outbox.filled.is_set():
-            if not self.call(stream.session.outbox.take):
+            if not self.read_stream(monitor, stream):
                 break
         monitor.wire.clear()
         self.call(self.broker.close_session, stream.session)
@@ -456,6 +511,7 @@ class ResumeMachine(RuleBasedStateMachine):
         try:
             self.settle()
             for kernel in self.kernels:
+                kernel.end_threads()
                 for process in list(kernel.processes.values()):
                     kernel.act(process, EXEC)
                     kernel.exit(process)
@@ -499,9 +555,11 @@ MORE = int(os.environ.get("KMONITOR_TEST_MORE", "1"))
 def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "_LOOK_AGAIN_SECONDS", NEVER)
     monkeypatch.setattr(outbox, "MARK_WAIT", NEVER)
+    monkeypatch.setattr(router, "LATE_NS", LATE)
     # Small, so that streams fall behind, and forget, after little.
     monkeypatch.setattr(outbox, "ROWS_LIMIT", 4_000)
     monkeypatch.setattr(outbox, "READ_SIZE", 3_000)
+    monkeypatch.setattr(sqlite_module, "TAIL_BYTES", 6_000)
     for module in (outbox, broker_module):
         monkeypatch.setattr(module, "PAST", 6)
     chosen = settings(

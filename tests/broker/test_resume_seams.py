@@ -76,6 +76,15 @@ def tick(broker: Broker) -> None:
     broker._tick()
 
 
+async def beat(here: Here, agent: Served) -> None:
+    """The agent says that all of long ago has come, and the broker has heard it."""
+    node = next(each for each in here.broker.nodes if each.name == "a")
+    said = node.complete[1] + 1
+    heartbeat = agent_pb2.Heartbeat(position=agent.position, time_unix_nano=said, boottime_ns=1 << 62)
+    await agent.call.write(agent_pb2.AgentMessage(heartbeat=heartbeat))
+    await until(lambda: node.complete[1] == said)
+
+
 def outstay(here: Here) -> None:
     """Those who have left stay away for longer than their places are kept."""
     for session in here.broker.lingering:
@@ -243,8 +252,8 @@ async def test_retention_counts_for_those_whose_ended_processes_are_remembered(h
         await agent.send([rec(FORK, 100, flags=OWN, child_tgid=pid, child_start_boottime_ns=pid * 10)])
         await agent.send([rec(EXIT, pid, flags=OWN)])
     await agent.acknowledged()
-    for _ in range(4):
-        tick(here.broker)
+    await beat(here, agent)
+    tick(here.broker)
     (session,) = here.broker.sessions
     assert session.matcher.remembers_from
     here.log.max_bytes = 40_000
@@ -270,8 +279,8 @@ async def test_what_a_session_has_forgotten_is_a_gap(here: Here, monkeypatch: py
         await agent.send([rec(FORK, 100, flags=OWN, child_tgid=pid, child_start_boottime_ns=pid * 10)])
         await agent.send([rec(EXIT, pid, flags=OWN)])
     await agent.acknowledged()
-    for _ in range(4):
-        tick(here.broker)
+    await beat(here, agent)
+    tick(here.broker)
     await taker.open()
     await taker.until("registered")
     assert [(gap.reason, gap.from_position, gap.to_position) for gap in taker.gaps] == [(LOG, 1, agent.position)]
@@ -640,8 +649,8 @@ async def many_ends(here: Here, agent: Served) -> None:
         await agent.send([rec(FORK, 100, flags=OWN, child_tgid=pid, child_start_boottime_ns=pid * 10)])
         await agent.send([rec(EXIT, pid, flags=OWN)])
     await agent.acknowledged()
-    for _ in range(4):
-        tick(here.broker)
+    await beat(here, agent)
+    tick(here.broker)
 
 
 async def test_forgotten_ends_of_a_node_without_a_position(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,16 @@ async def broker() -> AsyncIterator[FakeBroker]:
 
 @pytest.fixture
 async def kmon(broker: FakeBroker) -> AsyncIterator[Kmon]:
-    """Start `kmon ARGS...` against the fake broker; killed at the end of the test if it still runs."""
+    """Start `kmon ARGS...` against the fake broker; killed at the end of the test if it still runs. `streams` is as in a shell
+    ("2>/dev/full", ">&-"), `env` what else stands in the environment."""
     started: list[Process] = []
 
-    async def start(*args: str, stdout: int = PIPE) -> Process:
-        environment = {**os.environ, "KMONITOR_BROKER": broker.address}
+    async def start(*args: str, stdout: int = PIPE, streams: str = "", env: Mapping[str, str] | None = None) -> Process:
+        environment = {**os.environ, "KMONITOR_BROKER": broker.address, **(env or {})}
+        program = Path(sys.executable).parent / "kmon"
+        words: list[str | Path] = [program, *args] if not streams else ["sh", "-c", f'exec "$0" "$@" {streams}', program, *args]
         process = await asyncio.create_subprocess_exec(
-            Path(sys.executable).parent / "kmon", *args, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=stdout, stderr=PIPE
+            *words, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=stdout, stderr=PIPE
         )
         started.append(process)
         return process

@@ -85,6 +85,9 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         self.pidfiles: dict[tuple[str, str], int | str] = {}
         self.boots: dict[str, str] = {}
         self.refuse: grpc.StatusCode | None = None
+        self.refusal = "refused by the test"
+        self.described: dict[str, Any] = {}  # what ListNodes says of each node beside its name and state
+        self.comms: dict[int, str] = {}  # pid -> name, where it is not "sleep"
         self.answers = True
         self.heeds_close: bool | None = True
         self.removed: list[str] = []
@@ -142,7 +145,7 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
                     session.send(*self.answer(request))
 
         if self.refuse is not None:
-            await context.abort(self.refuse, "refused by the test")
+            await context.abort(self.refuse, self.refusal)
         async with self._news:
             self.sessions.append(session)
             self._news.notify_all()
@@ -165,10 +168,14 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
     async def ListNodes(self, request: Any, context: Any) -> monitor_pb2.ListNodesResponse:  # noqa: N802
         """The nodes, all UP or UNREACHABLE."""
         if self.refuse is not None:
-            await context.abort(self.refuse, "refused by the test")
+            await context.abort(self.refuse, self.refusal)
         return monitor_pb2.ListNodesResponse(
             nodes=[
-                monitor_pb2.Node(name=name, state=2 if name in self.unreachable else 1, source="core", labels={"role": "web"})  # type: ignore[arg-type]
+                monitor_pb2.Node(
+                    name=name,
+                    state=2 if name in self.unreachable else 1,  # type: ignore[arg-type]
+                    **({"source": "core", "labels": {"role": "web"}} | self.described),
+                )
                 for name in reversed(self.nodes)
             ]
         )
@@ -177,7 +184,7 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         """Of a known node; NOT_FOUND for others."""
         if request.node not in self.nodes:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no node {request.node}")
-        found = [process_of(pid, start) for (node, pid), start in self.processes.items() if node == request.node and start]
+        found = [self._process(pid, start) for (node, pid), start in self.processes.items() if node == request.node and start]
         return monitor_pb2.ListProcessesResponse(node=request.node, processes=found, boot_id=self.boots.get(request.node, BOOT))
 
     async def RemoveNode(self, request: Any, context: Any) -> monitor_pb2.RemoveNodeResponse:  # noqa: N802
@@ -189,6 +196,9 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         self.nodes.remove(request.node)
         self.removed.append(request.node)
         return monitor_pb2.RemoveNodeResponse()
+
+    def _process(self, pid: int, start: int) -> events_pb2.Process:
+        return process_of(pid, start, self.comms.get(pid, "sleep"))
 
     def answer(self, request: monitor_pb2.WatchRequest) -> Sequence[monitor_pb2.Notification]:
         """What a broker would say."""
@@ -216,7 +226,7 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
             else:
                 start = self.processes.get((name, pid), 0)
                 state = NOT_FOUND if start == 0 else EXITED if start is None or asked not in (0, start) else RUNNING
-                process = process_of(pid, start) if state == RUNNING and start else None
+                process = self._process(pid, start) if state == RUNNING and start else None
                 if boot_id not in ("", self.boots.get(name, BOOT)):
                     state, process = EXITED, None
             if name in self.unreachable:
@@ -237,9 +247,9 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         return answers
 
 
-def process_of(pid: int, start: int) -> events_pb2.Process:
+def process_of(pid: int, start: int, comm: str = "sleep") -> events_pb2.Process:
     """A process that runs."""
-    return events_pb2.Process(pid=pid, ppid=1, uid=1000, gid=1001, comm="sleep", start_time=start, threads=1)
+    return events_pb2.Process(pid=pid, ppid=1, uid=1000, gid=1001, comm=comm, start_time=start, threads=1)
 
 
 def registered(

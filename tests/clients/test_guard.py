@@ -50,6 +50,7 @@ async def test_what_cannot_be_guarded(guard: ProcessGuard, broker: FakeBroker) -
         (BadSelectorError, "give one of pid, pidfile, unit and cgroup", Subject("b", "web1", pid=1, unit="x")),
         (BadSelectorError, "start_time and boot_id belong to a pid", Subject("b", "web1", unit="x", start_time=3)),
         (BadSelectorError, "comms belong to a unit or cgroup", Subject("b", "web1", pid=12, comms=("x",))),
+        (BadSelectorError, "comm 'elasticsearch-main' matches nothing", Subject("b", "web1", unit="x", comms=("elasticsearch-main",))),
         (BadSelectorError, "unit", Subject("b", "web1", unit="no such/unit")),
     ]
     for kind, words, subject in wrong:

@@ -59,7 +59,7 @@ async def test_a_move_that_was_read_while_a_death_was_looked_into() -> None:
     guard, view = FakeGuard(), FakeView()
     unheard = cast(Any, Unheard)(None, view, Settings())
     made: Any = cast(Any, Pacemaker)(
-        guard, view, FakeProcesses(), None, None, Lines(), unheard, poll=0.01, grace_of=lambda _name, _primitive: 0.0
+        guard, view, FakeProcesses(), None, None, Lines(print), unheard, poll=0.01, grace_of=lambda _name, _primitive: 0.0
     )
     running = asyncio.create_task(made.run())
     try:

@@ -62,6 +62,10 @@ def table(**keys: str) -> str:
         (("--file", "x", "--process", "web1:pidfile=run", "--when-blind", "up"), "give an absolute path"),
         (("--file", "x", "--process", "web*:pid=3", "--when-blind", "up"), "cannot be a node's name"),
         (("--file", "x", "--process", "a:pid=3,comm=b", "--when-blind", "up"), "comm= belongs to unit= and cgroup="),
+        (
+            ("--file", "x", "--process", "a:unit=b,comm=elasticsearch-main", "--when-blind", "up"),
+            "comm 'elasticsearch-main' matches nothing",
+        ),
         (("--file", "/nowhere/x", *ONE, "--when-blind", "up"), "cannot write /nowhere/x: No such file or directory"),
         (("--file", "/tmp", *ONE, "--when-blind", "up"), "/tmp is a folder"),
         (("--config", "/nowhere.toml"), "cannot read /nowhere.toml: No such file or directory"),
@@ -86,6 +90,7 @@ def test_a_mistake(words: tuple[str, ...], wanted: str) -> None:
         (table(quorum='"1"'), "quorum = '1' is of the wrong type"),
         (table(quorum="true"), "quorum = True is of the wrong type"),
         (table(processes="[3]"), "processes is a list of texts"),
+        (table(processes='["a:cgroup=/b,comm=*elasticsearch-main"]'), "comm '*elasticsearch-main' matches nothing"),
         (table(file='"x"'), "give an absolute path"),
         (table() + table(), "/run/x is the file of two tracks"),
     ],
@@ -154,13 +159,26 @@ def test_it_is_never_seen_half_written(tmp_path: Path) -> None:
     file.close()
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_a_link_is_no_track_file(tmp_path: Path) -> None:
+    """keepalived resolves it when it starts, and would not see another file in the link's place; and whoever made it may mean harm."""
+    (tmp_path / "x").write_text("0\n", encoding="ascii")
     (tmp_path / "link").symlink_to("x")
-    file = TrackFile(tmp_path / "link")
+    with pytest.raises(UsageError, match="link cannot be a track file: it is a symbolic link; remove it, or name another"):
+        TrackFile(tmp_path / "link").open()
+    assert TrackFile(tmp_path / "link").read() is None
+    assert (tmp_path / "x").read_text(encoding="ascii") == "0\n"
+
+
+def test_a_link_that_comes_later_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("precious", encoding="ascii")
+    file = TrackFile(tmp_path / "x")
     file.open()
     file.write(1)
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "x").read_text(encoding="ascii") == "1\n"
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").symlink_to("other")
+    assert file.mend()
+    assert not (tmp_path / "x").is_symlink()
+    assert (tmp_path / "other").read_text(encoding="ascii") == "precious"
     file.close()
 
 

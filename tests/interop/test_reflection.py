@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.lab.services import Lab
@@ -31,7 +32,33 @@ def test_reflection_lists_the_services(channel: grpc.Channel) -> None:
         "kmonitor.v1.AgentService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "grpc.reflection.v1.ServerReflection",
     }
+
+
+def test_reflection_by_its_newer_name(channel: grpc.Channel) -> None:
+    """As grpcurl asks first, and others only. The messages are the older one's, which are the same."""
+    ask = channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    listed, asked = (reflection_pb2.ServerReflectionRequest(list_services=""), reflection_pb2.ServerReflectionRequest(file_by_filename="x"))
+    services, missing = ask(iter((listed, asked)), timeout=LIMIT)
+    assert "kmonitor.v1.MonitorService" in [service.name for service in services.list_services_response.service]
+    assert missing.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_resolves_itself(channel: grpc.Channel, version: str) -> None:
+    """Whoever lists the services asks for each of them."""
+    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+    service = pool.FindServiceByName(f"grpc.reflection.{version}.ServerReflection")
+    [method] = service.methods
+    answer = method.output_type
+    assert (method.name, answer.full_name) == ("ServerReflectionInfo", f"grpc.reflection.{version}.ServerReflectionResponse")
+    answers = pool.FindMessageTypeByName(f"grpc.reflection.{version}.ListServiceResponse")
+    assert answer.fields_by_name["list_services_response"].message_type is answers
 
 
 def test_reflection_resolves_our_types(channel: grpc.Channel) -> None:

@@ -128,9 +128,20 @@ class Listener:
         return self.wait(lambda line: pid in line.get("ends", ()), f"the end of process {pid}", start=start, limit=limit)
 
     def wait_counted(self, total: int, *, limit: float = 40.0) -> None:
-        """Until events and those that gaps count are so many, over all its lives, and whatever else is on its way has come."""
+        """Until events and those that gaps count are so many, over all its lives, and whatever else is on its way has come.
+
+        `limit`: seconds without one more of them.
+        """
+        counted, at = -1, 0
         try:
-            self.wait(lambda line: int(line.get("counted", 0)) >= total, f"{total} events, told or counted", limit=limit)
+            while counted < total:
+                at = self.wait(
+                    lambda line, before=counted: int(line.get("counted", 0)) > before,  # type: ignore[misc]
+                    f"{total} events, told or counted",
+                    start=at,
+                    limit=limit,
+                )
+                counted = int(self.line(at)["counted"])
         except LabError as error:
             account = self.account.read()
             lost = {node: dict(account.lost(node)) for node in account.told}

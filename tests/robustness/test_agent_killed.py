@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from tests.lab.services import Lab
 from tests.robustness.account import PROCESS
+from tests.robustness.overrun import MIDST, overrun
 from tests.robustness.rig import Rig
-
-MIDST = 300
-"""So many events told: the workload is well under way."""
 
 
 def test_three_times_under_load(in_memory: Rig, lab: Lab) -> None:
@@ -36,26 +34,10 @@ def test_three_times_under_load(in_memory: Rig, lab: Lab) -> None:
 
 def test_for_longer_than_the_ring_holds(in_memory: Rig, lab: Lab) -> None:
     """What found no room is counted, by type, and nothing else is missing."""
-    pace = in_memory.pace(lab, "s", rate=400)
-    other = in_memory.pace(lab, "s", count=1500)
-    follow = in_memory.listener(lab, pace.tree, other.tree)
-    wide = in_memory.listener(lab, {"node": "s", "events": "process"})
-    in_memory.agents_did("s")
-    pace.go()
-    follow.wait_more(MIDST)
-    in_memory.kill_agent("s")
-    other.go()
-    truth = other.done()
-    in_memory.restart_agent("s")
-    follow.wait_more(MIDST)
-    truth += pace.stop()
-    follow.wait_counted(truth.total)
-    all_there_was = (truth + in_memory.agents_did("s")).of_types(PROCESS)
-    wide.wait_counted(all_there_was.total)
-    print(f"\n{follow.account.read().summary(truth.total)}")
-    assert {gap["reason"] for gap in follow.account.gaps} == {"RING"}
-    assert follow.account.differences({"s": truth}, whole=False) == []
-    assert wide.account.read().differences({"s": all_there_was}, whole=False) == []
+    done = overrun(in_memory, lab, "s")
+    print(f"\n{done.summary}")
+    assert done.reasons == {"RING"}
+    assert done.wrong == []
 
 
 def test_without_pins(in_memory: Rig, lab: Lab) -> None:

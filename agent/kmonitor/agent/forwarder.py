@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from kmonitor.agent.frame import block_frame
 from kmonitor.agent.losses import Losses
@@ -21,6 +22,16 @@ _BUSY_SECONDS = 0.0005
 _IN_FLIGHT_MOST = 4 * BLOCK_BYTES
 """Bytes that the broker has not got. A broker that does not keep up gets larger blocks, not more of them: what waits
 in the ring costs nothing, and what waits in gRPC costs both sides for each message."""
+
+
+class _Moment(NamedTuple):
+    """On all clocks. What is made after it lies at `end` or behind it."""
+
+    loop_s: float
+    unix_ns: int
+    boottime_ns: int
+    end: int
+
 
 Write = Callable[[bytes], Awaitable[None]]
 """Of a serialised AgentMessage."""
@@ -48,7 +59,10 @@ class Forwarder:
         self._beat_at = asyncio.get_running_loop().time()
         self._wake = asyncio.Event()
         self._offset = boottime_to_unix_ns()
-        self._complete_ns = 0
+        self._complete = _Moment(0.0, 0, 0, 0)
+        """All from before it was sent, losses too."""
+        self._aim: _Moment | None = None
+        """The next that is to be complete: in a storm the present never is."""
         self._losses = Losses(feed)
         self._owed = asyncio.Event()
         """Set while a loss could be told but for the time since the last one."""
@@ -166,14 +180,14 @@ class Forwarder:
         self._beat_s = seconds
         while True:
             async with self._lock:
-                now_ns = time.time_ns()  # before the looks: what is made or lost after it is not spoken of
-                unread, end = self._ring.has_unread(), self._ring.producer
+                # Before the looks: what is made or lost after it is not spoken of.
+                times = loop.time(), time.time_ns(), time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+                unread, now = self._ring.has_unread(), _Moment(*times, self._ring.producer)
                 if unread and self._ring.position - self._got < _IN_FLIGHT_MOST:
                     await self._send_block()  # while many come there is always something that gathers
                 self._losses.look(loop.time())
                 await self._tell_losses(loop.time())
-                if self._losses.clear_at(now_ns) and self._ring.position >= end and not self._ring.behind:
-                    self._complete_ns = now_ns
+                self._note_complete(now)
                 await self._beat()
             self._offset = boottime_to_unix_ns()
             await asyncio.sleep(seconds)
@@ -191,10 +205,20 @@ class Forwarder:
             else:
                 return
 
+    def _note_complete(self, now: _Moment) -> None:
+        self._aim = self._aim or now
+        for moment in (now, self._aim):
+            if self._ring.position >= moment.end and not self._ring.behind and self._losses.clear_at(moment.loop_s, moment.unix_ns):
+                self._complete, self._aim = moment, None
+                return
+
     async def _beat(self, *, acknowledge: bool = False) -> None:
         self._beat_at = asyncio.get_running_loop().time()
         beat = agent_pb2.Heartbeat(
-            position=self._losses.complete_before(self._ring.position), time_unix_nano=self._complete_ns, acknowledge=acknowledge
+            position=self._losses.complete_before(self._ring.position),
+            time_unix_nano=self._complete.unix_ns,
+            boottime_ns=self._complete.boottime_ns,
+            acknowledge=acknowledge,
         )
         await self._write(agent_pb2.AgentMessage(heartbeat=beat).SerializeToString())
 

@@ -73,7 +73,7 @@ class InterestTable:
         except (KmonitorError, OSError) as error:
             log.warning("what the broker asks for cannot be applied: %s", error)
             answer.error = str(error)
-        answer.end_position = self._source.ring.producer
+        answer.end_position, answer.boottime_ns = self._source.ring.producer, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         return answer
 
     async def _apply(self, interest: agent_pb2.Interest, findings: Findings, answer: agent_pb2.InterestApplied) -> None:

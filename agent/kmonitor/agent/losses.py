@@ -28,6 +28,8 @@ class _Loss:
     to_time_ns: int
     counts: LostCounts
     since_s: float
+    after_s: float
+    """The last look at which it had not happened."""
 
 
 class Losses:
@@ -43,6 +45,7 @@ class Losses:
         self._seen: LostCounts = self._control.lost()
         self._waiting: deque[_Loss] = deque()
         self._told_at = float("-inf")
+        self._looked_at = float("-inf")
         self._checked_position = self._ring.consumer
         self._checked_ns = time.time_ns()
 
@@ -51,7 +54,7 @@ class Losses:
         self._waiting.clear()
         self._seen = self._control.lost()
         # What the broker does not know of them was lost while there was no stream: since it last acknowledged.
-        return _message(_Loss(self._ring.consumer, 0, self._ring.producer, time.time_ns(), self._seen, 0.0))
+        return _message(_Loss(self._ring.consumer, 0, self._ring.producer, time.time_ns(), self._seen, 0.0, 0.0))
 
     def look(self, now: float) -> None:
         """What is lost between two looks lies between the producer's position before the first and after the second."""
@@ -62,16 +65,17 @@ class Losses:
             time_ns = time.time_ns()
             waiting = self._waiting
             if not waiting or (now - waiting[-1].since_s >= INTERVAL_S and len(waiting) < _MOST):
-                waiting.append(_Loss(self._checked_position, self._checked_ns, 0, 0, counts, now))
+                waiting.append(_Loss(self._checked_position, self._checked_ns, 0, 0, counts, now, self._looked_at))
             last = waiting[-1]
             last.to_position, last.to_time_ns, last.counts = self._ring.producer, time_ns, counts
             self._checked_ns = time_ns
         self._checked_position = before
+        self._looked_at = now
 
-    def clear_at(self, time_ns: int) -> bool:
-        """Whether nothing waits to be told. `time_ns`: Unix time from before the last look, at which nothing more was lost."""
+    def clear_at(self, now: float, time_ns: int) -> bool:
+        """Return whether everything lost before a moment was told. It lies before the last look: `now`, and `time_ns` in Unix time."""
         if self._waiting:
-            return False
+            return self._waiting[0].after_s >= now
         self._checked_ns = max(self._checked_ns, time_ns)
         return True
 

@@ -14,6 +14,7 @@ from kmonitor.agent.capabilities import effective
 from kmonitor.agent.cgroups import hierarchy_root
 from kmonitor.agent.errors import CaptureError
 from kmonitor.agent.processes import HIDDEN_ADVICE, Found, Look
+from kmonitor.wire.selectors import COMM_MOST
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _PF_EXITING = 0x4  # include/linux/sched.h; set before the kernel tells anybody of the end of a thread
@@ -148,7 +149,8 @@ def _stat(path: str) -> Stat | None:
     opening, closing = text.index(b"("), text.rindex(b")")  # a name may have any of ") ("
     fields = text[closing + 2 :].split()
     exiting = bool(int(fields[6]) & _PF_EXITING) or fields[0] in (b"Z", b"X")
-    comm = text[opening + 1 : closing].decode(errors="replace")
+    # Of a kernel's worker there is more here than its name: what it works on.
+    comm = text[opening + 1 : closing][:COMM_MOST].decode(errors="replace")
     return Stat(comm, int(fields[1]), exiting, int(fields[17]), int(fields[19]) * TICK_NS)
 
 

@@ -112,8 +112,8 @@ class Agents:
         elif kind == "lost":
             self._lost(node, message.lost)
         elif kind == "heartbeat":
-            node.reached(message.heartbeat.position, message.heartbeat.time_unix_nano)
-            node.complete = min(message.heartbeat.position, node.position), message.heartbeat.time_unix_nano
+            boottime_ns = node.beats(message.heartbeat)
+            self._broker.router.retire(node.name, boottime_ns, node.position, self._broker.log.end)
             if message.heartbeat.acknowledge:
                 link.ack(node.logged, node.expected, urge=True)
         elif kind == "hello":
@@ -220,6 +220,7 @@ class Agents:
         if position > max(node.expected, node.position):
             self._hole(node, position)
         time_ns = block.unix_ns(len(block) - 1) if len(block) else node.time_ns
+        node.boottime_to_unix_ns = block.boottime_to_unix_ns
         node.expected = block.end
         self._broker.store(block)
         node.appended(block.offset, block.end)
@@ -251,8 +252,10 @@ class Agents:
         if message.to_position > node.position:
             # A hello tells of what was lost while there was no stream, before the records around it have come. The gap belongs
             # behind them: who takes it has taken all before it.
+            node.untold[message.to_position] = message.from_position
             node.when_reached(message.to_position, partial(self._lost, node, message))
             return
+        node.untold.pop(message.to_position, None)
         totals = _totals(message)
         news = {key: total - node.lost.get(key, 0) for key, total in totals.items() if total > node.lost.get(key, 0)}
         if not news:

@@ -3,20 +3,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
+from collections.abc import Iterator
 from functools import partial
 
 from kmonitor.broker.arms import ARMED, EXITED, NOT_FOUND, RUNNING, Arms, forget_named, session_of, unclaim, wants_exits
-from kmonitor.broker.errors import Code
+from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import Group
 from kmonitor.broker.keys import Pidfile, Process
-from kmonitor.broker.nodes import Node
+from kmonitor.broker.nodes import Link, Node
 from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
 Result = agent_pb2.InterestApplied.ProcessResult
 GroupResult = agent_pb2.InterestApplied.GroupResult
+
+
+logger = logging.getLogger(__name__)
+
+_AT_A_TIME_S = 0.01
+"""Answers are dealt with for so long, seconds; then come others."""
 
 
 class Answers:
@@ -29,16 +38,39 @@ class Answers:
         arms.on_unreadable = self.pidfile_read
 
     def applied(self, node: Node, message: agent_pb2.InterestApplied) -> None:
-        """The agent has done what an Interest said: answer those who wait for it."""
+        """The agent has done what an Interest said: answer those who wait for it. If they are many, others have their turn in between, and
+        the agent's next message waits: see `Link.ready`."""
+        if node.link is not None:
+            self._go_on(node.link, self._applied(node, message))
+
+    def _go_on(self, link: Link, answering: Iterator[None]) -> None:
+        loop = asyncio.get_running_loop()
+        if link.node.link is not link:
+            return  # what was not answered is asked again of the next agent
+        until = loop.time() + _AT_A_TIME_S
+        try:
+            for _ in answering:
+                if loop.time() > until:
+                    link.ready.clear()
+                    link.heard = loop.time()  # what it says meanwhile lies unread
+                    loop.call_soon(self._go_on, link, answering)
+                    return
+        except Exception:
+            logger.exception("node %s: its agent's answer could not be dealt with: please report it", link.node.name)
+            link.close(RefusedError(Code.INTERNAL, "the answer could not be dealt with"))
+        link.ready.set()
+
+    def _applied(self, node: Node, message: agent_pb2.InterestApplied) -> Iterator[None]:
         processes = {(result.pid, result.start_time): result for result in message.processes}
         groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
         for result in message.groups:
             if result.cgroup_ids:
                 self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
         node.number = message.number
-        position, end = message.position, max(message.position, message.end_position)
+        position = message.position
         nothing = message.error or "the agent gave no answer for it"
         for ask in node.interest.answered(message.version):
+            yield
             arm = ask.arm
             arm.answered(ask)
             if ask.request is not None:
@@ -50,11 +82,11 @@ class Answers:
             self._arms.tell_of_absence(node, arm, position)
             if isinstance(ask.target, Process):
                 told = processes.get((ask.target.pid, ask.target.start))
-                self._process_answer(node, (position, end), ask, ask.target, told or Result(error=nothing))
+                self._process_answer(node, message, ask, ask.target, told or Result(error=nothing))
             elif isinstance(ask.target, Group):
-                self._group_answer(node, position, ask, groups.get(ask.target) or GroupResult(error=nothing))
+                self._group_answer(node, message, ask, groups.get(ask.target) or GroupResult(error=nothing))
             elif message.error:
-                self._give_up(node, position, arm)
+                self._give_up(node, message, arm)
                 self._arms.failed(arm, ask, message.error, node)
             else:
                 new = self._arms.open(node, ask, position, None, None)
@@ -101,10 +133,10 @@ class Answers:
                 self._arms.refused(arm.registration, ask.request)
         self._arms.flush_soon(node)
 
-    def _process_answer(self, node: Node, positions: tuple[int, int], ask: Ask, target: Process, result: Result) -> None:
-        """`positions`: from where on a process that runs is delivered; before which the end of one that does not was recorded."""
+    def _process_answer(self, node: Node, message: agent_pb2.InterestApplied, ask: Ask, target: Process, result: Result) -> None:
+        """`result`: what the message says of the process."""
         arm = ask.arm
-        position, end = positions
+        position, end = message.position, max(message.position, message.end_position)
         if result.error:
             unclaim(node, arm, target)
             self._arms.failed(arm, ask, result.error, node)
@@ -131,7 +163,7 @@ class Answers:
                     self._arms.over(arm)
             if living:
                 # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
-                node.when_reached(end, partial(self._reconcile.gone, node, ask, end, living))
+                node.when_reached(end, partial(self._reconcile.gone, node, ask, end, message.boottime_ns, living))
 
     def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: Result) -> None:
         arm = ask.arm
@@ -150,30 +182,33 @@ class Answers:
             first = self._arms.holds_from(node, ask, position, key, None)
             self._arms.tell(arm, ask.request, RUNNING, node, position=first, process=result.process)
 
-    def _group_answer(self, node: Node, position: int, ask: Ask, result: GroupResult) -> None:
-        arm = ask.arm
+    def _group_answer(self, node: Node, message: agent_pb2.InterestApplied, ask: Ask, result: GroupResult) -> None:
+        """What was recorded of a group that is gone, or could not be, may still be on its way: its spans stay for that."""
+        arm, position = ask.arm, message.position
+        before = [span for span in self._arms.spans(arm) if not span.lingers]
         if not result.error and result.cgroup_ids:
-            for span in self._arms.spans(arm):
+            for span in before:
                 if span.cgroup_id != result.cgroup_ids[0]:  # the unit was started anew
-                    self._arms.end(span, position)
+                    self._router.linger(span, message.boottime_ns)
             new = self._arms.open(node, ask, position, None, result.cgroup_ids[0])
             if ask.request is not None or new:
                 first = self._arms.holds_from(node, ask, position, None, result.cgroup_ids[0])
                 self._arms.tell(arm, ask.request, ARMED, node, position=first)
             return
-        was_there = bool(self._arms.spans(arm))
-        self._give_up(node, position, arm)
+        self._give_up(node, message, arm)
         if result.error:
             self._arms.failed(arm, ask, result.error, node)
         else:
             # Who has watched it hears that it is over; who asks now, that there is none.
-            self._arms.tell(arm, ask.request, EXITED if was_there and ask.request is None else NOT_FOUND, node, position=position)
+            self._arms.tell(arm, ask.request, EXITED if before and ask.request is None else NOT_FOUND, node, position=position)
             self._arms.over(arm)
 
-    def _give_up(self, node: Node, position: int, arm: Arm) -> None:
+    def _give_up(self, node: Node, message: agent_pb2.InterestApplied, arm: Arm) -> None:
         """A group, or the whole node, is not armed."""
-        if not arm.asks:  # else the agent may be about to say that it has armed it: it must not be told to undo that
-            node.interest.drop(arm)
-            self._arms.flush_soon(node)
-            for span in self._arms.spans(arm):
-                self._arms.end(span, position)
+        if arm.asks:
+            return  # the agent may be about to say that it has armed it: it must not be told to undo that
+        node.interest.drop(arm)
+        self._arms.flush_soon(node)
+        for span in self._arms.spans(arm):
+            if not span.lingers:
+                self._router.linger(span, message.boottime_ns)

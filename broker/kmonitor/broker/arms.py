@@ -116,7 +116,9 @@ class Arms:
         """From which position on the asked bits are delivered, once `open` was called: `position`, or an earlier one if an earlier
         request or stream had asked for them. What an answer says, a client takes for its cursor; and it may overtake records."""
         held = [
-            span for span in self.spans(ask.arm) if span.process == process and span.cgroup_id == cgroup_id and span.epoch == node.epoch
+            span
+            for span in self.spans(ask.arm)
+            if span.process == process and span.cgroup_id == cgroup_id and span.epoch == node.epoch and not span.lingers
         ]
         if all(span.first == position for span in held):
             return position

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterable
 
 from kmonitor.broker.agents import Agents
@@ -30,15 +31,19 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_cgroup_path, check_glob, check_node_selector, check_pid, check_unit_name, node_matches
+from kmonitor.wire.selectors import check_cgroup_path, check_comm, check_node_selector, check_pid, check_unit_name, node_matches
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
+PROGRESS_MOST = 5.0
+"""Seconds. Clients take a stream that says nothing for longer than twice this for one that is gone: monitor.proto promises it."""
 DEFAULT_LINGER = 10.0  # seconds
 LINGER_MOST = 3600  # seconds
 
 COUNTED_MOST = 2048
-"""Entries times sessions without a stream that are looked at when the log drops something: some 0.1 s."""
+"""Entries times sessions without a stream that are looked at when the log drops something at once: some 0.1 s, if it were at once."""
+COUNTED_S = 0.005
+"""For so long at a time what the log drops is counted, seconds; then come others."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +90,7 @@ class Broker:
                 self.lingering.keep(session)
             log.forget_values()
         log.on_evict = self._evicting
+        log.is_missed = self._is_missed
         log.on_commit = self._committed
         log.on_trouble = self._troubled
         self._tick()
@@ -218,6 +224,12 @@ class Broker:
         if not session.registrations and session.cursor is None:
             self.lingering.begin(session, cursor, requests)
 
+    async def locate(self, cursor: monitor_pb2.Cursor) -> None:
+        """Find out what `resume` has to know of this cursor, without keeping others waiting for the log's disk."""
+        ready = self.log.locate([(item.node, item.epoch, item.position) for item in cursor.positions])
+        if ready is not None:
+            await ready
+
     def resumed(self, session: Session) -> None:
         """One of these requests was taken, or refused."""
         self.lingering.requested(session)
@@ -263,7 +275,7 @@ class Broker:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
         try:
             for glob in wanted.comms:
-                check_glob(glob, "comm")
+                check_comm(glob)
             for pid in wanted.pids:
                 check_pid(pid)
             group = wanted.WhichOneof("group")
@@ -367,18 +379,25 @@ class Broker:
     def _orphan_found(self, span: Span) -> bool:
         return self.arming.orphan_found(span)
 
-    def _evicting(self, until: int) -> None:
-        """The log is about to drop all entries before `until`: who has not read them is to know what that was."""
+    def _is_missed(self, until: int) -> bool:
+        """Whether anybody has still to read something before `until`."""
+        return bool(len(self.lingering)) or any((outbox.reads_from or 0) < until for outbox in self.lagging)
+
+    def _evicting(self, until: int) -> int:
+        """The log is about to drop all entries before `until`: who has not read them is to know what that was. Up to where that is done."""
         try:
-            self._count_evicted(until)
+            return self._count_evicted(until)
         except Exception:  # the log must go on
             logger.exception("counting what the log drops failed: please report it")
+            return until
 
-    def _count_evicted(self, until: int) -> None:
+    def _count_evicted(self, until: int) -> int:
         readers = [outbox for outbox in self.lagging if outbox.reads_from is not None and outbox.reads_from < until]
         detached = list(self.lingering)
-        offset = self.log.oldest
         budget = COUNTED_MOST
+        clock = time.monotonic
+        stop = clock() + COUNTED_S
+        offset = self.log.oldest
         while (readers or detached) and offset < until:
             entries = self.log.read(offset, READ_SIZE)
             for entry in entries:
@@ -393,6 +412,8 @@ class Broker:
                         budget -= 1
                 if isinstance(entry, Block):
                     entry.trim()
+                if clock() > stop:
+                    return min(offset, until)
             if not entries:
                 break
             if budget < 0 and detached:
@@ -400,6 +421,7 @@ class Broker:
                 for session in detached:
                     session.evicted.give_up()
                 detached = []
+        return until
 
     def _committed(self, offset: int) -> None:
         self.agents.committed(offset)
@@ -417,8 +439,7 @@ class Broker:
             session.outbox.committed()
 
     def _tick(self) -> None:
-        """Every `progress_interval`: progress for all, and what is kept for late records goes."""
-        self.router.retire(self._position_of, self.log.end)
+        """Every `progress_interval`: progress for all."""
         known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
         for session in self.sessions:
             if session.detached:
@@ -429,7 +450,3 @@ class Broker:
             session.outbox.prune(self.log.end)
             session.progress([known[name] for name in session.matcher.nodes() if name in known])
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)
-
-    def _position_of(self, name: str) -> int:
-        node = self.nodes.get(name)
-        return node.position if node is not None else 0

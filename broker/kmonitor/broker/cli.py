@@ -17,7 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core has its own lines
 # numpy's linear algebra, which nothing here uses, starts a thread for each CPU and gives it memory when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_LINGER, DEFAULT_PROGRESS_INTERVAL, LINGER_MOST, Broker
+from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_LINGER, DEFAULT_PROGRESS_INTERVAL, LINGER_MOST, PROGRESS_MOST, Broker
 from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
@@ -197,8 +197,8 @@ def run(
     seconds, interval, lingering = parse_duration(lease), parse_duration(progress_interval), parse_duration(linger)
     if not 0.25 <= seconds <= 3600:
         raise UsageError(f"--lease {lease}: give 250ms to 60m")
-    if not 0.01 <= interval <= 3600:
-        raise UsageError(f"--progress-interval {progress_interval}: give 10ms to 60m")
+    if not 0.01 <= interval <= PROGRESS_MOST:
+        raise UsageError(f"--progress-interval {progress_interval}: give 10ms to {PROGRESS_MOST:g}s")
     if lingering > LINGER_MOST:
         raise UsageError(f"--linger {linger}: give 0s to {LINGER_MOST // 60}m")
     asyncio.run(serve(listen, options, lease=seconds, progress_interval=interval, linger=lingering))

@@ -18,6 +18,7 @@ class Code(enum.IntEnum):
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
+    INTERNAL = 13
     UNAVAILABLE = 14
 
 

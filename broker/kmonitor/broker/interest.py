@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -50,7 +51,7 @@ class NodeInterest(Generic[Ask]):
         self._dirty_groups: dict[Group, None] = {}
         self._dirty_node = False
         self._asks: list[Ask] = []
-        self._unanswered: deque[tuple[int, list[Ask]]] = deque()
+        self._unanswered: deque[tuple[int, deque[Ask]]] = deque()
 
     @property
     def node_mask(self) -> int:
@@ -197,12 +198,14 @@ class NodeInterest(Generic[Ask]):
         self._clean()
         return message
 
-    def answered(self, version: int) -> list[Ask]:
-        """The asks that went out with this version, or with one before it."""
-        asks: list[Ask] = []
+    def answered(self, version: int) -> Iterator[Ask]:
+        """The asks that went out with this version, or with one before it. What is not taken of it is unanswered still."""
         while self._unanswered and self._unanswered[0][0] <= version:
-            asks += self._unanswered.popleft()[1]
-        return asks
+            asks = self._unanswered[0][1]
+            if asks:
+                yield asks.popleft()
+            else:
+                self._unanswered.popleft()
 
     def abandon(self) -> list[Ask]:
         """The agent is gone: all asks that no answer came to."""
@@ -214,7 +217,7 @@ class NodeInterest(Generic[Ask]):
     def _next(self) -> agent_pb2.Interest:
         self.version += 1
         if self._asks:
-            self._unanswered.append((self.version, self._asks))
+            self._unanswered.append((self.version, deque(self._asks)))
             self._asks = []
         return agent_pb2.Interest(version=self.version, node_mask=self.node_mask)
 

@@ -168,7 +168,7 @@ class LogKeeper:
                 continue
             arms.router.add(span)
             if span.lingers:
-                arms.router.linger(span)
+                arms.router.linger(span, span.exit_ns)
             elif span.process is not None:
                 span.arm.spans += 1
         for span in sorted(ended, key=lambda each: each.end_offset):
@@ -281,15 +281,17 @@ def _pack_span(session: Session, span: Span) -> bytes:
     return _dump(
         [
             session.id, _serial(span.arm.registration), span.node, span.epoch, span.mask, span.first, span.process, span.cgroup_id,
-            span.follow, span.end, span.lingers, span.root, span.since, span.end_offset,
+            span.follow, span.end, span.exit_ns, span.root, span.since, span.end_offset,
         ]
     )  # fmt: skip
 
 
 def _unpack_span(registration: Registration, content: list[Any]) -> Span:
-    _, _, node, epoch, mask, first, process, cgroup_id, follow, end, lingers, root, since, end_offset = content
+    _, _, node, epoch, mask, first, process, cgroup_id, follow, end, exit_ns, root, since, end_offset = content
     arm = registration.make_arm(node)
+    if isinstance(exit_ns, bool):  # an earlier version wrote down only whether it had ended
+        exit_ns = exit_ns - 1
     return Span(
         registration.session, arm, node, epoch, mask, first, None if process is None else (process[0], process[1]), cgroup_id,
-        follow, registration.key.terms.filter, end=end, lingers=lingers, root=root, since=since, end_offset=end_offset,
+        follow, registration.key.terms.filter, end=end, exit_ns=exit_ns, root=root, since=since, end_offset=end_offset,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from kmonitor.wire.masks import check_mask
 from kmonitor.wire.selectors import (
     check_boot_id,
     check_cgroup_path,
-    check_glob,
+    check_comm,
     check_node_selector,
     check_pid,
     check_pidfile,
@@ -112,7 +112,7 @@ def parse_key(message: monitor_pb2.Registration) -> Key:
             raise BadSelectorError(f"{len(items)} {what} in one registration: at most {LIST_LIMIT}")
     check_node_selector(names, labels)
     for glob in comms:
-        check_glob(glob, "comm")
+        check_comm(glob)
     target = _target(message.target)
     # All that a group's or a node's processes fork is in the group, or on the node, already.
     follow = message.follow and isinstance(target, Process | Pidfile)

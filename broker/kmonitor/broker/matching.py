@@ -46,8 +46,8 @@ class Span:
     filter: Filter = NO_FILTER
     end: int | None = None
     """The first position that is not delivered; None while it is open."""
-    lingers: bool = False
-    """Its process has ended; the span stays for what the process's threads may still record."""
+    exit_ns: int = -1
+    """When its process or group had ended, boot-time nanoseconds; -1 while it lives. What is still to come of it: see Router.retire."""
     root: bool = False
     """Its process was armed by the agent, and not by the kernel when it was forked."""
     since: int = 0
@@ -56,6 +56,11 @@ class Span:
     """Log offset from which on no block can match it; -1 while it is open."""
     id: int = 0
     """Under which it is remembered, where it is."""
+
+    @property
+    def lingers(self) -> bool:
+        """Whether its process or group has ended."""
+        return self.exit_ns >= 0
 
     def narrow(self, block: Block, rows: Indices) -> Indices:
         """Those of the rows that are within the span, of a wanted type, and pass the filter."""

@@ -16,7 +16,6 @@ from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
-CALL_TIMEOUT = 5.0  # seconds
 RING_BYTES = 8 << 20
 """Taken for an agent that does not say how large its ring is."""
 ACK_BYTES = 256 << 10
@@ -39,6 +38,9 @@ class Link:
         """Why the broker ended the stream."""
         self.filled = asyncio.Event()
         self.closed = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set unless the broker still works on what the agent said last: the next message is to wait."""
+        self.ready.set()
         self._messages: deque[agent_pb2.BrokerMessage] = deque()
         self.spared = False
         """Whether the last look at its lease came too late to be held against it."""
@@ -102,19 +104,17 @@ class Link:
         if self._later is not None:
             self._later.cancel()
         self.closed.set()
+        self.ready.set()
         self.filled.set()
 
     async def list_processes(self, wanted: monitor_pb2.ProcessFilter) -> agent_pb2.ProcessList:
-        """Ask the agent. Raises RefusedError if it does not answer within CALL_TIMEOUT, or goes away."""
+        """Ask the agent, and wait for as long as it is there: its heartbeats say so. Raises RefusedError if it goes away."""
         call_id = next(self._call_ids)
         call: asyncio.Future[agent_pb2.ProcessList] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = call
         self.send(agent_pb2.BrokerMessage(list_processes=agent_pb2.ListProcessesCall(call_id=call_id, filter=wanted)))
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                return await call
-        except TimeoutError:
-            raise RefusedError(Code.DEADLINE_EXCEEDED, f"node {self.node.name} did not answer within {CALL_TIMEOUT:g} s") from None
+            return await call
         finally:
             self._calls.pop(call_id, None)
 
@@ -144,6 +144,10 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.complete = (0, 0)
         """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
+        self.boottime_to_unix_ns = 0
+        """Of its last block."""
+        self.untold: dict[int, int] = {}
+        """Losses that are to be told once the records before a position have come: that position -> where they begin."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
         self.number = 0
@@ -209,9 +213,17 @@ class Node:
         else:
             self._waiting.append((position, action))
 
+    def beats(self, beat: agent_pb2.Heartbeat) -> int:
+        """Take what the agent says of how far all has come; the boot time up to which it has, nanoseconds."""
+        self.reached(beat.position, beat.time_unix_nano)
+        self.complete = min(beat.position, self.position, *self.untold.values()), beat.time_unix_nano
+        # An agent that does not say it says nothing of a boot-time clock but in its blocks.
+        return beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+
     def forget_waiting(self) -> None:
         """What `when_reached` was told to wait for is of no use any more."""
         self._waiting.clear()
+        self.untold.clear()
 
     def describe(self) -> monitor_pb2.Node:
         """As ListNodes tells it."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
-from kmonitor.broker.log import Entry, EventLog
+from kmonitor.broker.log import Entry, EventLog, Page
 from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.mark import Mark, MarkKind
 from kmonitor.broker.matching import PAST, Matcher
@@ -32,9 +32,11 @@ from kmonitor.wire.record import Indices
 ROWS_LIMIT = 8 << 20
 """Bytes of blocks that a session holds on to before it falls back to the log."""
 MESSAGES_LIMIT = 4 << 20
-"""Bytes of other messages that wait; a session that lets more gather is ended."""
-GATHERING_LIMIT = 32 << 20
-"""The same of one that comes back: the answers wait for all its registrations, and then for what it has missed."""
+"""Bytes of other messages that may wait for a monitor that takes none; one that reads may be given more at once."""
+MESSAGES_MOST = 32 << 20
+"""Whether it reads or not, and beside what its registrations can be answered with."""
+STALLED_S = 10.0
+"""A monitor that has taken nothing for so long, while something waited for it, does not read."""
 MARK_WAIT = 1.0
 """Seconds, at most, that a mark waits to be safe: behind it waits all that came since."""
 READ_SIZE = 1 << 20
@@ -113,7 +115,8 @@ class Outbox:
         self._gathering: _Stretch | None = None
         """What is to be read first, while it is not known yet whose rows it is to be searched for."""
         self.evicted_while_gathering = False
-        self._limit = MESSAGES_LIMIT
+        self._read_at = 0.0
+        """When the monitor took something last, or had nothing to take; by the monotonic clock, seconds."""
         self._rows_bytes = 0
         self.messages_bytes = 0
         self._delivered: dict[str, tuple[int, int, int]] = {}
@@ -123,6 +126,10 @@ class Outbox:
         self._progress_due = False
         self._complete: dict[str, tuple[int, int, int]] = {}
         """Node -> (epoch, position, Unix ns) up to which all of it has come."""
+        self._page: Page | None = None
+        """What the log's disk has answered, and is still to be looked at."""
+        self._asked: asyncio.Future[Page] | None = None
+        """What it is to answer."""
         self._blocked_since: float | None = None
         self._blocked = False
         """It has come upon a mark that is not safe yet: see `committed`."""
@@ -151,7 +158,6 @@ class Outbox:
         end = self._log.end
         stretch = _Stretch(min(max(start, self._log.oldest), end), end, floors=floors, number=number, resumed=True)
         self._gathering = stretch
-        self._limit = GATHERING_LIMIT
         self._items.append(stretch)
         self._stretches.append(stretch)
         self._lagging.add(self)
@@ -163,15 +169,27 @@ class Outbox:
             self._gathering.notices += before
             self._gathering.end = self._log.end
             self._gathering = None
+            self.has_read()
             self.filled.set()
 
-    def put(self, message: bytes) -> None:
-        """A message, behind all that is there. Raises OverflowedError."""
-        if self.messages_bytes + len(message) > self._limit:
+    def put(self, message: bytes, most: int = MESSAGES_MOST) -> None:
+        """A message, behind all that is there. Raises OverflowedError if it would be more than `most` bytes, or the monitor does not read."""
+        waiting = self.messages_bytes + len(message)
+        if waiting > MESSAGES_LIMIT and (waiting > most or self._is_stalled()):
             raise OverflowedError
+        if not self._items:
+            self.has_read()
         self._items.append(message)
         self.messages_bytes += len(message)
         self._fill()
+
+    def has_read(self) -> None:
+        """The monitor has taken something."""
+        self._read_at = time.monotonic()
+
+    def _is_stalled(self) -> bool:
+        # While it says what it had before, nothing is given to it.
+        return self._gathering is None and time.monotonic() - self._read_at > STALLED_S
 
     def put_progress(self, nodes: list[tuple[str, int, int, int]]) -> None:
         """How far all nodes are now: (node, epoch, position, Unix nanoseconds). Left out while one waits to be sent; a session that is
@@ -179,7 +197,8 @@ class Outbox:
         self._complete = {node: (epoch, position, time_ns) for node, epoch, position, time_ns in nodes}
         if self._stretches:
             self._progress_due = True
-            self._fill()  # also one that has come upon a mark that is not safe yet says so
+            if self._gathering is None:
+                self.filled.set()  # also one that waits for a mark to be safe, or for the log's disk, says so
         elif self._progress is None:
             message = progress(nodes, self._log.end, self._log.log_id, self.stream_id)
             self.put(message)
@@ -190,6 +209,7 @@ class Outbox:
         self._items.clear()
         self._stretches.clear()
         self._gathering = None
+        self._page = self._asked = None
         self._lagging.discard(self)
         self.filled.set()
         self._taken.set()
@@ -253,6 +273,7 @@ class Outbox:
 
     def take(self) -> list[bytes]:
         """The next messages to send, about READ_SIZE bytes. May be empty though more is to come: look at `len`."""
+        self.has_read()
         out: list[bytes] = []
         size = 0
         while self._items and size < READ_SIZE and self._gathering is None:
@@ -260,8 +281,6 @@ class Outbox:
             if isinstance(item, bytes):
                 self._items.popleft()
                 self.messages_bytes -= len(item)
-                if self.messages_bytes < MESSAGES_LIMIT // 2:
-                    self._limit = MESSAGES_LIMIT
                 if item is self._progress:
                     self._progress = None
                 made = [item]
@@ -273,7 +292,7 @@ class Outbox:
                 break  # one reading a turn: others have their turn too
             out += made
             size += sum(map(len, made))
-        if not self._items or self._gathering is not None or self._blocked:
+        if not self._items or self._gathering is not None or self._blocked or self._asked is not None:
             self.filled.clear()
         self._taken.set()
         return out
@@ -288,7 +307,7 @@ class Outbox:
             self._fill()
 
     def _fill(self) -> None:
-        if self._gathering is None:
+        if self._gathering is None and self._asked is None:
             self.filled.set()
 
     def _fall_back(self, offset: int) -> None:
@@ -332,9 +351,12 @@ class Outbox:
         out += stretch.notices
         stretch.missed.clear()
         stretch.notices.clear()
-        entries = self._log.read(stretch.start, READ_SIZE) if stretch.start < stretch.end else []
+        page = self._next_page(stretch) if stretch.start < stretch.end else None
+        entries, start = ([], 0) if page is None else (page.entries, stretch.start)
         parts: list[tuple[Block, Indices]] = []
         for entry in entries:
+            if entry.offset < start:
+                continue  # retention took it while it was read: it is among what was missed
             if entry.offset >= stretch.end:
                 stretch.start = stretch.end
                 break
@@ -352,8 +374,8 @@ class Outbox:
                     parts.append((entry, rows))
                 self._delivered[entry.node] = (entry.epoch, entry.end, entry.unix_ns(len(entry) - 1))
             stretch.start = entry.offset + 1
-        if not entries:
-            stretch.start = stretch.end
+        else:
+            stretch.start = max(stretch.start, 0 if page is None else page.following)
         out += self._messages(parts)
         for entry in entries:
             if isinstance(entry, Block):
@@ -370,6 +392,26 @@ class Outbox:
                 self._delivered.clear()
         self.prune(self._log.end)
         return out
+
+    def _next_page(self, stretch: _Stretch) -> Page | None:
+        """What comes next of a stretch; None while the log's disk is asked for it."""
+        if self._asked is not None:
+            return None
+        page, self._page = self._page, None
+        if page is None or page.following <= stretch.start:  # or retention took all of it meanwhile
+            found = self._log.fetch(stretch.start, READ_SIZE)
+            if isinstance(found, Page):
+                return found
+            self._asked = found
+            found.add_done_callback(self._answered)
+            return None
+        return page
+
+    def _answered(self, answer: asyncio.Future[Page]) -> None:
+        if self._asked is answer and not answer.cancelled():
+            self._asked = None
+            self._page = answer.result()
+            self._fill()
 
     def _read_so_far(self) -> Iterator[tuple[str, int, int, int]]:
         """Of the nodes that it watches now, no further than they are complete themselves: losses may stand behind the records around."""

@@ -133,8 +133,8 @@ class Reconcile:
             self._looking.add(node.name)
             asyncio.get_running_loop().call_later(_LOOK_AGAIN_SECONDS, self._look_again, node)
 
-    def gone(self, node: Node, ask: Ask, position: int, living: list[Span]) -> None:
-        """All records up to `position` have come. Processes whose exit was not among them are gone all the same."""
+    def gone(self, node: Node, ask: Ask, position: int, boottime_ns: int, living: list[Span]) -> None:
+        """All records up to `position` have come. Processes whose exit was not among them are gone all the same, since `boottime_ns`."""
         arm = ask.arm
         left = [span for span in living if span.end is None and not span.lingers]
         if not left:
@@ -149,7 +149,7 @@ class Reconcile:
                 node.link.send(agent_pb2.BrokerMessage(infer_exits=message))
             return
         for span in left:
-            self._arms.end(span, position)
+            self._router.linger(span, boottime_ns)
             if span.process is not None:
                 node.interest.forget_process_claim(arm, *span.process)
             arm.spans -= 1

@@ -111,7 +111,12 @@ class Lingering:
         if session.resuming:
             session.resuming -= 1
             if not session.resuming:
-                self._finish(session)
+                places = [(span.node, span.epoch, span.first - 1) for span in self._untaken(session)]
+                ready = self._log.locate(places)
+                if ready is None:
+                    self._finish(session)
+                else:
+                    ready.add_done_callback(lambda _: self._finish(session) if session in self._sessions and session.takes else None)
 
     def adopt(self, registration: Registration, mask: int) -> bool:
         """Give a registration of a stream that comes back what an earlier one had. False if there is none that had the same."""
@@ -215,7 +220,7 @@ class Lingering:
         copy = self._copy(arm, span, mask)
         self._arms.router.add(copy)
         if copy.lingers:
-            self._arms.router.linger(copy)
+            self._arms.router.linger(copy, copy.exit_ns)
         node = self._arms.nodes.get(span.node)
         if copy.process is None or copy.lingers:
             return
@@ -292,6 +297,12 @@ class Lingering:
 
     def _nodes_in_log(self) -> list[str]:
         return [node.name for node in self._arms.nodes if self._log.ends(node.name)]
+
+    def _untaken(self, session: Session) -> Iterator[Span]:
+        """Its spans on nodes of which it has taken nothing yet."""
+        assert session.cursor is not None
+        for name in session.matcher.nodes_known() - session.cursor.positions.keys():
+            yield from session.matcher.spans_on(name)
 
     def _finish(self, session: Session) -> None:
         """All that is brought again was brought: say what cannot be delivered, then deliver."""

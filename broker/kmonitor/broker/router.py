@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,6 +19,10 @@ from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, Indices
 
 _FORK = int(EventType.PROCESS_FORK)
 _EXIT = int(EventType.PROCESS_EXIT)
+
+LATE_NS = 2_000_000_000
+"""By the node's clock: no thread is recorded so long after the end of its process. The kernel counts a thread out of its process some
+microseconds before it records the thread's end, unless it does not let it run just then."""
 
 
 class Receiver(Protocol):
@@ -46,6 +51,8 @@ class Route:
     following: int = 0
     """How many of the process spans follow."""
     trees: Trees = field(default_factory=Trees)
+    lingering: OrderedDict[Span, None] = field(default_factory=OrderedDict)
+    """Those whose processes have ended, in about that order."""
 
 
 class Router:
@@ -62,10 +69,6 @@ class Router:
         self._on_orphan = on_orphan
         self._on_end = on_end
         self._routes: dict[str, Route] = {}
-        self._lingering: list[Span] = []
-        """Spans whose process has ended since the last `retire`."""
-        self._retiring: list[Span] = []
-        """... and those of before it."""
 
     def route_of(self, node: str) -> Route:
         """The index of a node."""
@@ -102,26 +105,30 @@ class Router:
             route.cgroups.discard(span.cgroup_id, span)
         else:
             del route.everything[span]
+        route.lingering.pop(span, None)
         span.end = max(position, span.first)
         receiver: Receiver = span.owner
         receiver.matcher.ended(span, offset)
 
-    def linger(self, span: Span) -> None:
-        """The span's process has ended: `retire` ends it soon."""
-        span.lingers = True
+    def linger(self, span: Span, exit_ns: int) -> None:
+        """The span's process or group has ended, at this time of the node's boot-time clock or before: `retire` ends the span."""
+        span.exit_ns = exit_ns
         receiver: Receiver = span.owner
         receiver.matcher.changed(span)
-        self._lingering.append(span)
+        self.route_of(span.node).lingering[span] = None
 
-    def retire(self, position_of: Callable[[str], int], offset: int) -> None:
-        """End the spans whose processes ended before the last call: call it every second or so.
+    def retire(self, node: str, boottime_ns: int, position: int, offset: int) -> None:
+        """End the spans of what has ended, once nothing more of it can come: what is missing of it was said, too.
 
-        `position_of`: the position up to which a node's records have come. `offset`: of the next block in the log.
+        `boottime_ns`: by the node's boot-time clock, up to when all that was made or lost has come. `position`: up to where its
+        records have. `offset`: of the next block in the log. An agent that is cut off says neither, and its node's spans wait.
         """
-        for span in self._retiring:
-            if span.end is None:
-                self.end(span, position_of(span.node), offset)
-        self._retiring, self._lingering = self._lingering, []
+        route = self._routes.get(node)
+        while route is not None and route.lingering:
+            span = next(iter(route.lingering))
+            if span.exit_ns + LATE_NS > boottime_ns:
+                return
+            self.end(span, position, offset)
 
     def route(self, block: Block) -> None:
         """Offer the block's rows to the sessions that want them. It is in the log already."""
@@ -227,11 +234,11 @@ class Router:
         if len(rows) == 0:
             return
         keys = zip(block.column("tgid")[rows].tolist(), block.column("start_boottime_ns")[rows].tolist(), strict=True)
-        for key in keys:
+        for key, exit_ns in zip(keys, block.column("boottime_ns")[rows].tolist(), strict=True):
             for span in list(route.processes.get(key, ())):
                 if span.epoch == block.epoch and not span.lingers:
                     # Threads that end at the same time may be recorded behind the exit of their process: `retire` ends the span.
-                    self.linger(span)
+                    self.linger(span, exit_ns)
                     self._on_end(span)
 
 

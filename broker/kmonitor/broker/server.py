@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from kmonitor.broker import reflection
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.nodes import Link
@@ -60,8 +60,7 @@ class Server:
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (MONITOR_SERVICE, AGENT_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.add_to(self._server, (MONITOR_SERVICE, AGENT_SERVICE, health.SERVICE_NAME))
 
     async def start(self, address: str) -> int:
         """Listen, and return the port. Raises UsageError if that is not possible."""
@@ -128,6 +127,8 @@ class Server:
     async def _watch(self, requests: AsyncIterator[monitor_pb2.WatchRequest], context: Context) -> None:
         async def take_requests(session: Session) -> None:
             async for request in requests:
+                if request.HasField("cursor"):
+                    await self._broker.locate(request.cursor)
                 if not self._broker.watch(session, request):
                     raise _ClosedError
                 await session.ready_for_request()
@@ -142,6 +143,7 @@ class Server:
             if request.HasField("linger_ms"):
                 self._broker.linger(session, request.linger_ms)
             if request.HasField("cursor"):
+                await self._broker.locate(request.cursor)
                 self._broker.resume(session, request.cursor, len(request.registrations))
             loop = asyncio.get_running_loop()
             until = loop.time() + _AT_A_TIME_S
@@ -165,6 +167,7 @@ class Server:
             async for batch in session.batches(self._turns):
                 for message in batch:
                     await context.write(message)
+                    session.outbox.has_read()
 
         sending = asyncio.ensure_future(send())
         taking = asyncio.ensure_future(take_requests(session))
@@ -225,6 +228,7 @@ class Server:
     async def _take_from_agent(self, link: Link, messages: AsyncIterator[agent_pb2.AgentMessage]) -> None:
         async for message in messages:
             self._broker.agents.receive(link, message)
+            await link.ready.wait()
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:

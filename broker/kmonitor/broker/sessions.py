@@ -23,7 +23,7 @@ from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change
-from kmonitor.broker.outbox import Missed, Outbox, OverflowedError, count_types
+from kmonitor.broker.outbox import MESSAGES_MOST, Missed, Outbox, OverflowedError, count_types
 from kmonitor.broker.registered import Registered
 from kmonitor.broker.registrations import ArmState, Registration
 from kmonitor.broker.router import Router
@@ -37,6 +37,8 @@ REQUESTS_PENDING = 1024
 """Requests that no node has answered yet, above which no more are read."""
 PAST_REGISTRATIONS = 4096
 """Registrations that are over, kept for a stream that comes back."""
+ANSWER_BYTES = 1024
+"""So much more may wait for each registration: all of them are answered at once when a node comes back."""
 MISSED_MARKS = 1024
 MISSED_ROWS = 1 << 16
 """So many rows that retention has taken are known one by one, for a session without a stream."""
@@ -216,7 +218,7 @@ class Session:
         if self.failure is not None or self.detached:
             return
         try:
-            self.outbox.put(message)
+            self.outbox.put(message, MESSAGES_MOST + ANSWER_BYTES * len(self.registrations))
         except OverflowedError:
             self._overflowed()
         self._weigh()

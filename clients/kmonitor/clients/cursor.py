@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,12 +17,15 @@ from kmonitor.clients.events import Batch
 from kmonitor.clients.identity import Identity
 from kmonitor.clients.notifications import Deregistered, Gap, Notice, Progress, Registered, RegistrationState
 from kmonitor.v1 import events_pb2, monitor_pb2
+from kmonitor.wire import files
 from kmonitor.wire.errors import UsageError
 
 _VERSION = 2
 _READABLE = (1, _VERSION)  # 1 had positions only
 _EXIT = 0x40
 _U64 = 1 << 64
+_CHARACTERS_MOST = 64 << 20
+"""Of a file: more than any cluster has nodes."""
 
 
 class Cursor:
@@ -220,7 +224,10 @@ class Cursor:
         """Write it as JSON so that a reader, and a crash, finds the old or the new one whole. Raises UsageError."""
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with fresh.open("w", encoding="utf-8") as file:
+            with contextlib.suppress(FileNotFoundError):
+                fresh.unlink()  # of one that had this pid, or of somebody else
+            made = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            with os.fdopen(made, "w", encoding="utf-8") as file:
                 file.write(self.to_json() + "\n")  # json.dump takes five times as long
                 file.flush()
                 os.fsync(file.fileno())
@@ -232,11 +239,14 @@ class Cursor:
     def load(cls, path: Path) -> Cursor:
         """Read one that `save` wrote; an empty one if there is no such file. Raises UsageError for anything else."""
         try:
-            text = path.read_text(encoding="utf-8")
+            with os.fdopen(files.open_own(path, os.O_RDONLY), encoding="utf-8") as file:
+                text = file.read(_CHARACTERS_MOST)
         except FileNotFoundError:
             return cls()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the cursor in {path}: {error}") from None
+        except OSError as error:
+            raise UsageError(f"cannot read the cursor in {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            text = ""
         try:
             return cls.from_json(text)
         except UsageError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kmonitor.wire.errors import BrokerUnreachableError, KmonitorError, NotAuthorisedError, UsageError
+from kmonitor.wire.plain import plain_text
 
 if TYPE_CHECKING:
     import grpc
@@ -67,6 +68,7 @@ def unreachable(address: str) -> BrokerUnreachableError:
 
 def from_code(code: int, message: str) -> KmonitorError:
     """The error for a refusal in an answer (RequestError); `code` is a number of google.rpc.Code."""
+    message = plain_text(message)
     if code in (PERMISSION_DENIED, UNAUTHENTICATED):
         return NotAuthorisedError(message)
     if code == NOT_FOUND:
@@ -77,7 +79,7 @@ def from_code(code: int, message: str) -> KmonitorError:
 def from_rpc(error: grpc.aio.AioRpcError, address: str) -> KmonitorError:
     """The error for a call or stream that ended with a status other than OK."""
     name = error.code().name
-    text = " ".join((error.details() or name).split())
+    text = plain_text(" ".join((error.details() or name).split()))
     if name in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"):
         return unreachable(address)
     if name in ("UNAUTHENTICATED", "PERMISSION_DENIED"):

@@ -322,7 +322,7 @@ def _guarded(subject: Subject, its_clocks: Clocks) -> Guarded:
         raise BadSelectorError(f"subject {subject.name!r}: start_time and boot_id belong to a pid")
     if subject.unit is not None or subject.cgroup is not None:
         for glob in subject.comms:
-            selectors.check_glob(glob, "comm")
+            selectors.check_comm(glob)
         return GuardedGroup(subject, its_clocks)
     if subject.comms:
         raise BadSelectorError(f"subject {subject.name!r}: comms belong to a unit or cgroup")

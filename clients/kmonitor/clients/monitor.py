@@ -202,7 +202,7 @@ class Monitor:
         """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it."""
         wanted = monitor_pb2.ProcessFilter(
             pids=[selectors.check_pid(pid) for pid in pids],
-            comms=[selectors.check_glob(glob, "comm") for glob in comms],
+            comms=[selectors.check_comm(glob) for glob in comms],
             uids=[selectors.check_uid(uid) for uid in uids],
         )
         return list((await self._list(node, wanted)).processes)

@@ -51,7 +51,7 @@ def registration(selection: Selection, default_events: int = masks.DEFAULT_EVENT
     wanted.nodes.names.extend(names)
     wanted.nodes.labels.update(labels)
     _target(selection, wanted.target)
-    comms = [selectors.check_glob(glob, "comm") for glob in selection.get("comms", ())]
+    comms = [selectors.check_comm(glob) for glob in selection.get("comms", ())]
     uids = [selectors.check_uid(uid) for uid in selection.get("uids", ())]
     if comms or uids or selection.get("failures_only"):
         wanted.filter.CopyFrom(monitor_pb2.EventFilter(comms=comms, uids=uids, failures_only=selection.get("failures_only", False)))

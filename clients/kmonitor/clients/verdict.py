@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from kmonitor.clients.events import Event, KilledBy
 from kmonitor.clients.identity import Identity
 from kmonitor.clients.notifications import Process
+from kmonitor.wire.plain import plain_text
 
 
 class Life(enum.Enum):
@@ -150,4 +151,5 @@ def _sender(death: Death) -> str:
     by = death.killed_by
     if by is None or (by.pid == 0 and not by.comm):  # the kernel itself, as at a fault
         return ""
-    return f" from pid {by.pid} ({by.comm}), uid {by.uid}" if by.pid else f" from {by.comm} outside, uid {by.uid}"
+    comm = plain_text(by.comm)
+    return f" from pid {by.pid} ({comm}), uid {by.uid}" if by.pid else f" from {comm} outside, uid {by.uid}"

@@ -367,21 +367,25 @@ class Heartbeat(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     TIME_UNIX_NANO_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGE_FIELD_NUMBER: _builtins.int
+    BOOTTIME_NS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Everything before this position was sent."""
     time_unix_nano: _builtins.int
     acknowledge: _builtins.bool
     """Acknowledge all that came before at once, as soon as it is in the log: somebody waits for that."""
+    boottime_ns: _builtins.int
+    """Of the node's boot-time clock, nanoseconds: all records made before it were sent, and all losses from before it. 0 if that is not known."""
     def __init__(
         self,
         *,
         position: _builtins.int = ...,
         time_unix_nano: _builtins.int = ...,
         acknowledge: _builtins.bool = ...,
+        boottime_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "position", b"position", "time_unix_nano", b"time_unix_nano"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge", b"acknowledge", "boottime_ns", b"boottime_ns", "position", b"position", "time_unix_nano", b"time_unix_nano"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -565,6 +569,7 @@ class InterestApplied(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     END_POSITION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    BOOTTIME_NS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
@@ -575,6 +580,8 @@ class InterestApplied(_message.Message):
     """Of this change; the next one's is larger (modulo 2^32), also if another agent of the same boot makes it. Records of what a process
     forks that it armed with `root` carry it.
     """
+    boottime_ns: _builtins.int
+    """When that was, of the node's boot-time clock, nanoseconds: what is told as EXITED or NOT_FOUND here has ended before. 0 if that is not known."""
     error: _builtins.str
     """Set if it could not be done, as a whole or to its end: what has no result of its own was not done."""
     @_builtins.property
@@ -590,11 +597,12 @@ class InterestApplied(_message.Message):
         groups: _abc.Iterable[Global___InterestApplied.GroupResult] | None = ...,
         end_position: _builtins.int = ...,
         number: _builtins.int = ...,
+        boottime_ns: _builtins.int = ...,
         error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_position", b"end_position", "error", b"error", "groups", b"groups", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boottime_ns", b"boottime_ns", "end_position", b"end_position", "error", b"error", "groups", b"groups", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,6 +18,8 @@ _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|slice|socket|mount|swap)")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,62})?")
 _GLOB = re.compile(r"[*?\[]")
+COMM_MOST = 15
+"""Bytes of a process's name: TASK_COMM_LEN of include/linux/sched.h without the NUL."""
 
 
 def is_glob(text: str) -> bool:
@@ -38,7 +40,32 @@ def check_glob(text: str, what: str) -> str:
         if end < 0:
             raise BadSelectorError(f"malformed glob {text!r} for {what}: '[' at character {start + 1} is not closed")
         at = end + 1
+    if "(?!)" in fnmatch.translate(text):  # what re.escape would not leave like this
+        raise BadSelectorError(f"glob {text!r} for {what} matches nothing: a range in it goes backwards")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSelectorError(f"glob {text!r} for {what}: what is not UTF-8 cannot be sent") from None
     return text
+
+
+def check_comm(glob: str) -> str:
+    """Return a glob for names of processes, or raise BadSelectorError if the kernel keeps no name long enough to match it."""
+    check_glob(glob, "comm")
+    if (least := _fewest_bytes(glob)) > COMM_MOST:
+        kept = glob.encode()[:COMM_MOST].decode(errors="ignore")
+        raise BadSelectorError(
+            f"comm {glob!r} matches nothing: it takes {least} bytes, and the kernel keeps {COMM_MOST} of a process's name; "
+            + (f"write a glob for what is kept, at most {COMM_MOST} bytes" if is_glob(glob) else f"write {kept!r}, or a glob")
+        )
+    return glob
+
+
+def _fewest_bytes(glob: str) -> int:
+    """Return the length of the shortest name, in bytes of UTF-8, that a well-formed glob can match; not more than that."""
+    simple = re.sub(r"\[!?.[^]]*\]", "?", glob, flags=re.DOTALL).replace("*", "")
+    # A name that was cut within a character, or is no UTF-8, has U+FFFD where one byte was.
+    return len(simple.replace("\ufffd", "?").encode())
 
 
 def check_node_name(name: str) -> str:
@@ -114,7 +141,11 @@ def check_pid(pid: int) -> int:
 
 def check_cgroup_path(path: str) -> str:
     """Return the path below the hierarchy's root, or raise BadSelectorError."""
-    if not path.startswith("/") or "\0" in path or ".." in path.split("/") or len(path) > 4096:
+    try:
+        size = len(path.encode())
+    except UnicodeEncodeError:
+        raise BadSelectorError(f"control group {path!r}: a path that is not UTF-8 cannot be sent") from None
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/") or size > _PATH_MAX:
         raise BadSelectorError(
             f"control group {path!r}: give its path below the root of the v2 hierarchy, such as /system.slice/nginx.service"
         )

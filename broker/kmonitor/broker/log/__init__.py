@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.mark import Mark
@@ -43,18 +44,30 @@ class Dropped:
     """Of the last record, or to when the mark says that something is missing, Unix nanoseconds; 0 if that is not known."""
 
 
+class Page(NamedTuple):
+    """What was read."""
+
+    entries: list[Entry]
+    following: int
+    """Where to read on: below it nothing else is."""
+
+
 class EventLog(Protocol):
     """Entries by offset: ascending over all nodes, never used twice. And a store of small values, for what the broker must know again.
 
     Offsets begin at 0, and each is one above the one before, but that some are left out: see `give_up`, and a form of log that outlives a
     crash leaves some out after one, since those of entries that were lost with it may be known to clients.
 
-    All calls come from the event loop's thread and return at once; so do the callbacks. An entry can be read from its `append` on.
-    What is appended and put is committed in this order: what comes after something is never there without it.
+    All calls come from the event loop's thread and return at once, but where it is said that they wait for a disk; so do the callbacks.
+    An entry can be read from its `append` on. What is appended is committed in this order: what comes after something is never there
+    without it. Of values that were put under one key only the last is sure to be written.
     """
 
-    on_evict: Callable[[int], None] | None
-    """Called with an offset before the entries below it are dropped: while it is called, they can still be read."""
+    on_evict: Callable[[int], int | None] | None
+    """Called with an offset before the entries below it are dropped: while it is called, `read` returns those, and does not wait. It
+    may return an offset up to which they can be dropped now: it is called again for the rest, in a later turn of the event loop."""
+    is_missed: Callable[[int], bool] | None
+    """Asked first, with the same offset: False if nobody wants to know what is dropped, and `on_evict` need not be called."""
     on_commit: Callable[[int], None] | None
     """Called with `committed` whenever it has grown."""
     on_trouble: Callable[[str], None] | None
@@ -90,7 +103,16 @@ class EventLog(Protocol):
         ...
 
     def read(self, offset: int, max_bytes: int) -> list[Entry]:
-        """Entries from `offset` (or `oldest`, if that is later) on, about `max_bytes` of them; at least one if there is one."""
+        """Entries from `offset` (or `oldest`, if that is later) on, about `max_bytes` of them; at least one if there is one. May wait for
+        a disk, unless it is called in `on_evict`."""
+        ...
+
+    def fetch(self, offset: int, max_bytes: int) -> Page | asyncio.Future[Page]:
+        """As `read`, and never waits: what lies on a disk comes later. An eviction meanwhile may have told of some of it already."""
+        ...
+
+    def locate(self, places: Iterable[tuple[str, int, int]]) -> asyncio.Future[None] | None:
+        """Make ready that `offset_behind` can be asked for each (node, epoch, position) without waiting; None if it can already."""
         ...
 
     def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
@@ -98,7 +120,8 @@ class EventLog(Protocol):
         marks at position 0 as well.
 
         Later in the log: a node may come back to an epoch after another one, and what lies between is behind what came before it.
-        May be below `oldest`; then some of them are gone. None if the log has never known this epoch, or has forgotten it.
+        May be below `oldest`; then some of them are gone. None if the log has never known this epoch, or has forgotten it. May wait for a
+        disk, unless `locate` was asked before.
         """
         ...
 
@@ -107,7 +130,7 @@ class EventLog(Protocol):
         ...
 
     def put(self, space: str, key: str, value: bytes | None) -> None:
-        """Remember a value under a key of a space; None forgets it."""
+        """Remember a value under a key of a space; None forgets it. It is written with, or before, what is appended next."""
         ...
 
     def values(self, space: str) -> dict[str, bytes]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -15,6 +16,7 @@ from pathlib import Path
 from kmonitor.broker.log import End
 from kmonitor.broker.log.ends import Ends
 from kmonitor.broker.log.rows import dropped_from, unsigned
+from kmonitor.wire import files
 from kmonitor.wire.errors import UsageError
 
 SCHEMA_VERSION = 1
@@ -122,7 +124,11 @@ def open_database(path: Path, ends: Ends) -> Opened:
         lock = _lock(path)
         undo.callback(os.close, lock)
         # The records hold command lines: they are for nobody else. SQLite gives the files beside it the same mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(files.open_own(path, os.O_RDWR | os.O_CREAT, of_root=False))
+        for suffix in ("-wal", "-shm", "-journal"):
+            beside = path.with_name(path.name + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                files.check_own(beside, beside.lstat(), of_root=False, writing=True)
         writing = _connect(path, timeout=_BUSY_S)
         undo.callback(writing.close)
         _check(path, writing)
@@ -148,7 +154,7 @@ def _connect(path: Path, *, timeout: float) -> sqlite3.Connection:
 
 def _lock(path: Path) -> int:
     """Not on the database itself: closing any descriptor of that would drop SQLite's own locks."""
-    lock = os.open(path.with_name(path.name + "-lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = files.open_own(path.with_name(path.name + "-lock"), os.O_RDWR | os.O_CREAT, of_root=False)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
@@ -215,6 +221,8 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
+        if error.errno in {errno.EPERM, errno.ELOOP, errno.ENXIO} and error.filename is not None and Path(error.filename) != path:
+            reason = f"{error.filename}: {reason}"  # of those that lie beside it
         raise LogFileError(f"the log {path} cannot be opened: {reason}: name a file that this user may make and write") from None
     except sqlite3.Error as error:
         if is_full(error, path):

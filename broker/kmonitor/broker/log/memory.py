@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import bisect
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kmonitor.broker.block import Block
-from kmonitor.broker.log import DEFAULT_LOG_BYTES, End, Entry
+from kmonitor.broker.log import DEFAULT_LOG_BYTES, End, Entry, Page
 from kmonitor.broker.log.ends import Ends, dropped_of
 
 
@@ -17,7 +18,8 @@ class MemoryLog:
     """At most `max_bytes`, the newest entry always. What is appended is committed at once. See EventLog."""
 
     def __init__(self, max_bytes: int = DEFAULT_LOG_BYTES) -> None:
-        self.on_evict: Callable[[int], None] | None = None
+        self.on_evict: Callable[[int], int | None] | None = None
+        self.is_missed: Callable[[int], bool] | None = None
         self.on_commit: Callable[[int], None] | None = None
         self.on_trouble: Callable[[str], None] | None = None
         self.max_bytes = max_bytes
@@ -73,6 +75,13 @@ class MemoryLog:
             size += entry.size
         return found
 
+    def fetch(self, offset: int, max_bytes: int) -> Page | asyncio.Future[Page]:
+        found = self.read(offset, max_bytes)
+        return Page(found, found[-1].offset + 1 if found else self._end)
+
+    def locate(self, places: Iterable[tuple[str, int, int]]) -> asyncio.Future[None] | None:
+        return None
+
     def offset_behind(self, node: str, epoch: int, position: int) -> int | None:
         end = self._ends.get(node, epoch)
         if end is None:
@@ -120,8 +129,11 @@ class MemoryLog:
                 break
             size -= entry.size
             until += 1
-        if self.on_evict is not None:
-            self.on_evict(until)
+        while self._oldest < until and self.on_evict is not None and (self.is_missed is None or self.is_missed(until)):
+            self._drop_until(min(self.on_evict(until) or until, until))  # what was appended has to find room at once
+        self._drop_until(until)
+
+    def _drop_until(self, until: int) -> None:
         while self._oldest < until:
             entry = self._entries.popleft()
             self._oldest += 1

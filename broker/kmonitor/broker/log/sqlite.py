@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from kmonitor.broker.block import Block
-from kmonitor.broker.log import End, Entry
+from kmonitor.broker.log import End, Entry, Page
 from kmonitor.broker.log.database import open_database
-from kmonitor.broker.log.ends import Ends, times_of
-from kmonitor.broker.log.reader import Reader
+from kmonitor.broker.log.ends import Ends, dropped_of
+from kmonitor.broker.log.reader import Place, Reader
+from kmonitor.broker.log.waiting import BATCH_ORDERS, Waiting
 from kmonitor.broker.log.writer import Add, Delete, Eviction, Flush, Forget, Next, Order, Outcome, Put, Writer
 from kmonitor.broker.mark import Mark, MarkKind
 
@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_FILE_BYTES = 1 << 30
 TAIL_BYTES = 16 << 20
 """Of the newest entries, kept in memory too."""
-BATCH_BYTES = 8 << 20
-BATCH_ORDERS = 4096
-"""One transaction has at most so much: a lot is written in several."""
 GROUP_S = 0.005
 """So long what comes waits for more, before it is written: whoever it is for is served first, and the disk is not asked for each block."""
 RETRY_S = 1.0
@@ -35,10 +32,15 @@ SLOW_S = 10.0
 """A transaction that takes longer is trouble, too."""
 CLOSE_S = 5.0
 """For the disk to answer while the log is closed."""
+EVICTED_BYTES = 1 << 20
+"""So much of what retention takes is in memory at a time, to be told of."""
+LOCATED = 1 << 16
+"""Places that are known without asking the disk; the oldest are forgotten when there are more."""
 
 
 class SqliteLog:
-    """See EventLog. The event loop's thread decides all; a thread of its own writes one batch after the other, and answers.
+    """See EventLog. The event loop's thread decides all; a thread of its own writes one batch after the other, and answers; another one
+    reads what is no longer in memory.
 
     While a batch is written the next one gathers: the more comes, the larger the transactions. What is appended is handed over at the end
     of the event loop's turn, so that it is routed before the writer takes the interpreter for it.
@@ -50,7 +52,8 @@ class SqliteLog:
         `max_bytes`: of the file, about, which does not shrink. There are some 30 MB more of the log in front of it. `max_age_s` counts
         from when an entry was written, by the broker's clock.
         """
-        self.on_evict: Callable[[int], None] | None = None
+        self.on_evict: Callable[[int], int | None] | None = None
+        self.is_missed: Callable[[int], bool] | None = None
         self.on_commit: Callable[[int], None] | None = None
         self.on_trouble: Callable[[str], None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -58,7 +61,10 @@ class SqliteLog:
         opened = open_database(Path(path), self._ends)
         self._path = opened.path
         self._lock = opened.lock
-        self._reader = Reader(opened.path, opened.reading)
+        self._ended: set[str] = set()
+        """Of the threads: who has given all back."""
+        self._both_ended = asyncio.Event()
+        self._reader = Reader(opened.path, opened.reading, partial(self._thread_ended, "reader"))
         self._id = opened.log_id
         self._values: dict[str, dict[str, bytes]] | None = opened.values
         self._oldest = opened.oldest
@@ -66,9 +72,14 @@ class SqliteLog:
         self._tail: dict[int, Entry] = {}
         """The entries from `_tail_start` on. Those below are in the database."""
         self._tail_bytes = 0
-        self._waiting: list[Order] = []
-        """In order, behind those of `_flying`."""
-        self._flying: list[Order] = []
+        self._waiting = Waiting((space, key) for space, values in opened.values.items() for key in values)
+        self._located: dict[tuple[str, int, int], tuple[Place, int]] = {}
+        """(node, epoch, position) -> its place, and below which offset that was looked for."""
+        self._eviction: Eviction | None = None
+        """What is being told of."""
+        self._evicted: dict[int, Entry] = {}
+        """Of it: what is told of next, without holes but for offsets that were left out."""
+        self._batch: list[Order] = []
         """What the writer has."""
         self._at_work = False
         """The writer has something: it may be an empty batch."""
@@ -88,7 +99,6 @@ class SqliteLog:
         """Why something cannot be read."""
         self._told = ""
         self._answered = asyncio.Event()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._closing = self._closed = False
         self._writer = Writer(
             opened.path,
@@ -96,7 +106,7 @@ class SqliteLog:
             max_bytes=max_bytes,
             max_age_s=max_age_s,
             on_outcome=self._outcome,
-            on_end=self._writer_ended,
+            on_end=partial(self._thread_ended, "writer"),
         )
         self._tick_s = None if max_age_s is None else min(max(max_age_s / 16, 0.05), 60.0)
         self._ticker: asyncio.TimerHandle | None = None
@@ -130,6 +140,50 @@ class SqliteLog:
         self._order(Add(entry, self._ends.advance(entry)))
         return offset
 
+    def fetch(self, offset: int, max_bytes: int) -> Page | asyncio.Future[Page]:
+        offset, until = max(offset, self._oldest), self._tail_start
+        if offset >= until:
+            found = self.read(offset, max_bytes)
+            return Page(found, found[-1].offset + 1 if found else self._end)
+        answer: asyncio.Future[Page] = self._loop.create_future()
+        self._reader.ask(partial(self._reader.page, offset, until, max_bytes), partial(self._came, answer, until))
+        return answer
+
+    def _came(self, answer: asyncio.Future[Page], until: int, found: tuple[Page, sqlite3.Error | None]) -> None:
+        page, error = found
+        if error is not None:
+            self._cannot_read(error)
+            page = Page([*page.entries, *self._unreadable(page.following, until)], until)
+        if not answer.done():
+            answer.set_result(page)
+
+    def locate(self, places: Iterable[tuple[str, int, int]]) -> asyncio.Future[None] | None:
+        wanted = [place for place in places if place not in self._located and self._lies_within(*place)]
+        if not wanted:
+            return None
+        answer: asyncio.Future[None] = self._loop.create_future()
+        committed = self._committed
+
+        def came(found: tuple[list[Place], sqlite3.Error | None]) -> None:
+            known, error = found
+            if error is not None:
+                self._cannot_read(error)
+                known = [*known, *[Place(-2, None)] * (len(wanted) - len(known))]
+            for place, at in zip(wanted, known, strict=True):
+                self._located[place] = at, committed
+            while len(self._located) > LOCATED:
+                del self._located[next(iter(self._located))]
+            if not answer.done():
+                answer.set_result(None)
+
+        self._reader.ask(partial(self._reader.places, wanted, self._oldest), came)
+        return answer
+
+    def _lies_within(self, node: str, epoch: int, position: int) -> bool:
+        """Whether it takes the database to know where a position lies."""
+        end = self._ends.get(node, epoch)
+        return end is not None and position < end.position and (end.dropped is None or position >= end.dropped.last)
+
     def read(self, offset: int, max_bytes: int) -> list[Entry]:
         found: list[Entry] = []
         size = 0
@@ -150,24 +204,29 @@ class SqliteLog:
         if end.dropped is not None and position < end.dropped.last:
             return -1
         passed = behind = None  # among what may not be in the database yet; all of that lies behind what is
-        for order in itertools.chain(self._flying, self._waiting):
+        for order in self._waiting:
             if isinstance(order, Add) and order.entry.epoch == epoch and order.entry.node == node:
                 if order.reach > position:
                     behind = order.entry.offset
                     break
                 passed = order.entry.offset
-        try:
-            if passed is None:
-                passed = self._reader.passed(node, epoch, position, self._oldest)
-            if passed is not None:
-                return passed + 1
-            if end.dropped is not None:
-                return self._oldest  # all of the node that is still there lies behind what was dropped
-            found = self._reader.behind(node, epoch, position, self._oldest)
-        except sqlite3.Error as error:
-            self._cannot_read(error)
-            return -1
-        return next(offset for offset in (found, behind, end.offset + 1) if offset is not None)
+        if passed is not None:
+            return passed + 1
+        located = self._located.get((node, epoch, position))
+        if located is None:
+            found, error = self._reader.places([(node, epoch, position)], self._oldest)
+            if error is not None:
+                self._cannot_read(error)
+                return -1
+            located = found[0], self._committed
+        place, searched = located
+        if place.passed is not None:
+            return place.passed + 1
+        if end.dropped is not None:
+            return self._oldest  # all of the node that is still there lies behind what was dropped
+        if place.behind is None and searched < self._committed:
+            return searched  # what has been written since was not looked at
+        return next(offset for offset in (place.behind, behind, end.offset + 1) if offset is not None)
 
     def ends(self, node: str) -> dict[int, End]:
         return self._ends.of(node)
@@ -192,7 +251,7 @@ class SqliteLog:
         self._given_up[node, epoch] = max(position, self._given_up.get((node, epoch), 0))
 
     async def flush(self) -> None:
-        if self._closing or not (self._waiting or self._flying):
+        if self._closing or not (self._waiting or self._at_work):
             return
         done: asyncio.Future[None] = self._loop.create_future()
         self._order(Flush(done))
@@ -201,6 +260,9 @@ class SqliteLog:
     async def close(self) -> None:
         if self._closing:
             return
+        if self._eviction is not None:
+            self._waiting.put_first(Delete(self._oldest))  # so far it was told of
+            self._eviction = None
         self._order(Next(self._end))
         self._closing = True
         if self._trouble:
@@ -216,16 +278,19 @@ class SqliteLog:
         for timer in (self._group, self._timer, self._ticker):
             if timer is not None:
                 timer.cancel()
-        self._release(self._flying + self._waiting)
-        self._reader.close()
+        self._release(self._waiting)
+        self._reader.stop()
         self._writer.stop()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._ended), 0 if self._at_work else CLOSE_S)
+            await asyncio.wait_for(self._both_ended.wait(), 0 if self._at_work else CLOSE_S)
 
-    def _writer_ended(self) -> None:
-        self._writer.join()
-        os.close(self._lock)
-        self._ended.set_result(None)
+    def _thread_ended(self, name: str) -> None:
+        (self._reader if name == "reader" else self._writer).join()
+        self._ended.add(name)
+        if name == "writer":
+            os.close(self._lock)
+        if len(self._ended) == 2:
+            self._both_ended.set()
 
     # -- writing
 
@@ -251,32 +316,25 @@ class SqliteLog:
             self._group = None
         if self._at_work or self._closed:
             return
-        count = size = 0
-        for order in self._waiting:
-            size += order.entry.size if isinstance(order, Add) else 0
-            # Not between a block and what it has caused: both are committed, or none.
-            if count and isinstance(order, Add) and (size > BATCH_BYTES or count >= BATCH_ORDERS):
-                break
-            count += 1
-        self._flying, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._batch = self._waiting.take()
         self._delivering = bool(self._waiting)
         self._at_work = True
         self._set_timer(SLOW_S, self._slow)
-        self._writer.submit(self._flying)
+        self._writer.submit(self._batch)
 
     def _outcome(self, outcome: Outcome) -> None:
         """The writer's answer."""
         if self._closed:
             return
         self._at_work = False
-        batch, self._flying = self._flying, []
+        batch, self._batch = self._batch, []
         self._trouble = outcome.error
         if outcome.error:
-            waiting = batch + self._waiting
-            self._waiting = [order for order in waiting if not isinstance(order, Flush)]
+            self._release(self._waiting)
+            self._waiting.failed()
             self._set_timer(RETRY_S, self._hand_over)
-            self._release(waiting)
         else:
+            self._waiting.done()
             self._set_timer(None)
             self._release(batch)
         self._tell()
@@ -287,8 +345,7 @@ class SqliteLog:
         if not outcome.error:
             self._busy = bool(self._waiting)
             if self._waiting:
-                urged = len(batch) >= BATCH_ORDERS // 2 or any(isinstance(order, Flush | Next) for order in self._waiting)
-                if urged or not self._delivering:
+                if len(batch) >= BATCH_ORDERS // 2 or not self._delivering or self._waiting.is_urgent:
                     self._hand_over()
                 else:
                     self._group = self._loop.call_later(GROUP_S, self._hand_over)
@@ -296,8 +353,8 @@ class SqliteLog:
 
     def _commit(self) -> None:
         """See how far it is committed."""
-        unwritten = (order.entry.offset for order in itertools.chain(self._flying, self._waiting) if isinstance(order, Add))
-        committed = next(unwritten, self._end)
+        unwritten = self._waiting.first_unwritten()
+        committed = self._end if unwritten is None else unwritten
         while self._tail_bytes > TAIL_BYTES and self._tail_start < committed:
             self._leave_tail(self._tail_start + 1)
         if committed > self._committed:
@@ -306,38 +363,63 @@ class SqliteLog:
                 self.on_commit(committed)
 
     def _evict(self, eviction: Eviction) -> None:
-        if self.on_evict is not None:
-            self.on_evict(eviction.until)
-        self._oldest = eviction.until
+        """Tell of what is to go, a part at a time: it is read by the reader's thread, and others have their turn in between."""
+        self._eviction = eviction
+        if self.on_evict is None or not (self.is_missed is None or self.is_missed(eviction.until)):
+            self._delete()
+        elif self._oldest < eviction.until:
+            page = self.fetch(self._oldest, EVICTED_BYTES)
+            if isinstance(page, Page):
+                self._tell_of_evicted(page.following, page.entries)
+            else:
+                page.add_done_callback(lambda done: self._tell_of_evicted(done.result().following, done.result().entries))
+        else:
+            self._delete()
+
+    def _tell_of_evicted(self, until: int, entries: Iterable[Entry]) -> None:
+        """All entries below `until` that are there."""
+        eviction = self._eviction
+        if eviction is None or self.on_evict is None:
+            return
+        until = min(until, eviction.until)
+        self._evicted = {entry.offset: entry for entry in entries if self._oldest <= entry.offset < until}
+        told = min(self.on_evict(until) or until, until) if self._evicted else until
+        left, self._evicted = self._evicted, {}
+        for entry in left.values():
+            dropped = dropped_of(entry) if entry.offset < told else None
+            if dropped is not None:
+                self._ends.drop(entry.node, entry.epoch, dropped)
+        self._oldest = max(self._oldest, told)
+        self._leave_tail(self._oldest)
+        if told < until:
+            self._loop.call_soon(self._tell_of_evicted, until, [entry for entry in left.values() if entry.offset >= told])
+        else:
+            self._loop.call_soon(self._evict_on)
+
+    def _evict_on(self) -> None:
+        if self._eviction is not None:
+            self._evict(self._eviction)
+
+    def _delete(self) -> None:
+        """All of it was told."""
+        eviction, self._eviction = self._eviction, None
+        assert eviction is not None
+        self._oldest = max(self._oldest, eviction.until)
         for (node, epoch), dropped in eviction.dropped.items():
             self._ends.drop(node, epoch, dropped)
-        self._leave_tail(eviction.until)
+        self._leave_tail(self._oldest)
         # Ahead of all that waits, or the file would grow by that first.
-        self._order(Delete(eviction.until))
-        self._waiting.insert(0, self._waiting.pop())
+        self._waiting.put_first(Delete(eviction.until))
+        self._look_soon()
 
     def _give_up(self) -> None:
         """Make one mark of what waits in vain, for each node and epoch."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for at, order in enumerate(self._waiting if self._given_up else ()):
-            if isinstance(order, Add):
-                entry = order.entry
-                may_go = isinstance(entry, Block) or entry.kind == MarkKind.UNLOGGED
-                if may_go and entry.end <= self._given_up.get((entry.node, entry.epoch), -1):
-                    found.setdefault((entry.node, entry.epoch), []).append(at)
-        gone: set[int] = set()
-        for places in found.values():
-            adds = [order for at in places if isinstance(order := self._waiting[at], Add)]
-            if len(adds) == 1 and isinstance(adds[0].entry, Mark):
-                continue
-            # In the place of the last: who has read up to the middle of them must come upon it.
-            mark = _unlogged([add.entry for add in adds])
-            self._waiting[places[-1]] = Add(mark, adds[-1].reach)
-            gone.update(places[:-1])
-            self._tail_bytes += mark.size - sum(self._tail.pop(add.entry.offset).size for add in adds)
-            self._tail[mark.offset] = mark
-        if gone:
-            self._waiting = [order for at, order in enumerate(self._waiting) if at not in gone]
+        for (node, epoch), position in self._given_up.items():
+            made = self._waiting.give_up(node, epoch, position)
+            if made is not None:
+                mark, entries = made
+                self._tail_bytes += mark.size - sum(self._tail.pop(entry.offset).size for entry in entries)
+                self._tail[mark.offset] = mark
         if not self._at_work:
             self._given_up.clear()
         self._commit()
@@ -361,8 +443,13 @@ class SqliteLog:
                 self._hand_over()
             self._ticker = self._loop.call_later(self._tick_s, self._tick)
 
+    def _look_soon(self) -> None:
+        if not self._busy:
+            self._busy = True
+            self._group = self._loop.call_later(0, self._hand_over)
+
     @staticmethod
-    def _release(orders: list[Order]) -> None:
+    def _release(orders: Iterable[Order]) -> None:
         for order in orders:
             if isinstance(order, Flush) and not order.done.done():
                 order.done.set_result(None)
@@ -370,32 +457,34 @@ class SqliteLog:
     # -- reading
 
     def _from(self, offset: int) -> Generator[Entry, None, None]:
-        if offset < self._tail_start:
-            following = offset
-            try:
-                for entry in self._reader.entries(offset, self._tail_start):
-                    following = entry.offset + 1
-                    yield entry
-            except sqlite3.Error as error:
+        if self._evicted:  # in `on_evict`: so far it is in memory
+            yield from (entry for entry in self._evicted.values() if entry.offset >= offset)
+            return
+        while offset < self._tail_start:
+            page, error = self._reader.page(offset, self._tail_start, EVICTED_BYTES)
+            yield from page.entries
+            offset = page.following
+            if error is not None:
                 self._cannot_read(error)
-                yield from self._unreadable(following)
+                yield from self._unreadable(offset, self._tail_start)
+                break
         for at in range(max(offset, self._tail_start), self._end):
             entry_at = self._tail.get(at)  # some offsets are left out
             if entry_at is not None:
                 yield entry_at
 
-    def _unreadable(self, offset: int) -> Iterator[Mark]:
-        """What is told instead of all from an offset up to the tail: anything of any node may be missing there."""
+    def _unreadable(self, offset: int, until: int) -> Iterator[Mark]:
+        """What is told instead of all between two offsets, up to the tail: anything of any node may be missing there."""
         first_behind: dict[tuple[str, int], int] = {}
         for entry in self._tail.values():
             first_behind.setdefault((entry.node, entry.epoch), entry.position)
         for node, epoch, end in self._ends.all():
             if end.offset >= offset:
                 begin = 0 if end.dropped is None else end.dropped.end
-                until = first_behind.get((node, epoch), end.position)
-                mark = Mark(MarkKind.UNLOGGED, node, "", epoch, min(begin, until), until, 0, 0)
+                to = first_behind.get((node, epoch), end.position)
+                mark = Mark(MarkKind.UNLOGGED, node, "", epoch, min(begin, to), to, 0, 0)
                 mark.offset = offset
-                offset = min(offset + 1, self._tail_start - 1)
+                offset = min(offset + 1, until - 1)
                 yield mark
 
     # -- trouble
@@ -423,7 +512,7 @@ class SqliteLog:
                 self.on_trouble(line)
 
     def _say_unwritten(self) -> None:
-        orders = self._flying + self._waiting
+        orders = list(self._waiting)
         entries = [order.entry for order in orders if isinstance(order, Add)]
         values = sum(isinstance(order, Put) for order in orders)
         if entries or values:
@@ -431,13 +520,3 @@ class SqliteLog:
             what = f"{len(entries)} blocks and marks of {len(nodes)} nodes ({', '.join(nodes[:5])}), {values} values"
             why = self._trouble or f"the disk has not answered for {CLOSE_S:g} s"
             logger.error("the log %s was closed with something not written: %s: %s", self._path, what, why)
-
-
-def _unlogged(entries: list[Entry]) -> Mark:
-    """One mark for all of these, of one node and epoch, with the offset of the last."""
-    times = [time_ns for entry in entries for time_ns in times_of(entry)]
-    last = entries[-1]
-    position, end = min(entry.position for entry in entries), max(entry.end for entry in entries)
-    mark = Mark(MarkKind.UNLOGGED, last.node, last.boot_id, last.epoch, position, end, min(times, default=0), max(times, default=0))
-    mark.offset = last.offset
-    return mark

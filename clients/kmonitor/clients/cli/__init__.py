@@ -8,10 +8,9 @@ import sys
 
 import typer
 
-from kmonitor.clients.cli import ha, lab
+from kmonitor.clients.cli import ha, lab, output
 from kmonitor.clients.cli.doctor import doctor
 from kmonitor.clients.cli.nodes import nodes, ps
-from kmonitor.clients.cli.options import silence_closed_stdout
 from kmonitor.clients.cli.up import up
 from kmonitor.clients.cli.wait import wait
 from kmonitor.clients.cli.watch import watch
@@ -34,16 +33,24 @@ for _group in (ha.app, lab.app):
 def main() -> None:
     """The entry point. A KmonitorError is one line on stderr, and its exit status."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when gRPC is imported: its C core logs to stderr otherwise
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - for as long as the process lives
+    output.install()
+    try:
+        status = _status()
+    except output.ReaderGoneError as error:
+        status = error.exit_status
+    except KmonitorError as error:
+        output.say(str(error))
+        status = error.exit_status
+    except KeyboardInterrupt:  # before or after the part that catches the signal in order
+        status = 0
+    output.outlive_stdout()  # the interpreter's last flush
+    sys.exit(status)
+
+
+def _status() -> str | int | None:
     try:
         app()
-    except KmonitorError as error:
-        silence_closed_stdout()
-        print(f"kmon: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:  # before or after the part that catches the signal in order
-        sys.exit(0)
-    except BrokenPipeError:
-        silence_closed_stdout()
-        sys.exit(0)
+    except SystemExit as end:
+        sys.stdout.flush()
+        return end.code
+    return 0

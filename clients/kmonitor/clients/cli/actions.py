@@ -13,7 +13,7 @@ from typing import Protocol
 
 from kmonitor.clients.cli.jsonlines import event_line
 from kmonitor.clients.cli.notify import Notifier
-from kmonitor.clients.cli.options import say
+from kmonitor.clients.cli.output import say
 from kmonitor.clients.events import Batch
 from kmonitor.v1 import events_pb2
 from kmonitor.wire.errors import UsageError

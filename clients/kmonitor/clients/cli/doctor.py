@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from kmonitor.clients.cli.beside import program
-from kmonitor.clients.cli.options import Broker, Json, silence_closed_stdout
+from kmonitor.clients.cli.options import Broker, Json
 from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.plain import plain_text
 
 Line = dict[str, Any]
 """status, name, found, advice; more for the sources and the verdict, as docs/operation.md has it."""
@@ -47,7 +48,6 @@ def doctor(
             print(json_module.dumps(line, separators=(",", ":")))
     else:
         _show(lines, verdict, verbose)
-    silence_closed_stdout()
     raise typer.Exit(0 if verdict["works"] else 2)
 
 
@@ -102,9 +102,10 @@ def _show(lines: list[Line], verdict: Line, verbose: bool) -> None:
     for line in sorted(lines, key=lambda line: "source" in line):  # the sources last, above the verdict
         advice = f"it needs {line['needs']}" if verbose and "needs" in line else line["advice"]
         # Text: square brackets of a namespace or an address are no markup.
-        table.add_row(Text(line["status"], _STYLE[line["status"]]), line["name"], Text(line["found"]), Text(advice))
+        row = (plain_text(word) for word in (line["name"], line["found"], advice))
+        table.add_row(Text(line["status"], _STYLE[line["status"]]), *map(Text, row))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     said = f"--source auto {verdict['found']}" if verdict["works"] else verdict["found"]
     advice = f"; {verdict['advice']}" if verdict["advice"] else ""
-    console.print(Text(f"{verdict['host']}: {said}{advice}", _STYLE[verdict["status"]]))
+    console.print(Text(plain_text(f"{verdict['host']}: {said}{advice}"), _STYLE[verdict["status"]]))

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, duration_or_none, run, say
+from kmonitor.clients.cli.options import Broker, duration_or_none, run
+from kmonitor.clients.cli.output import say
 from kmonitor.wire.errors import UsageError
 
 if TYPE_CHECKING:
@@ -133,8 +132,6 @@ async def _serve(broker: str, writers: list[Writer], manager: ServiceManager) ->
     from kmonitor.clients.ha.keepalived_service import serve  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
-    # A terminal that is closed is an end in order, too.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, signal.raise_signal, signal.SIGTERM)
     async with connect(broker) as monitor, ProcessGuard(monitor) as guard:
         await serve(guard, writers, manager, say)
     return 0

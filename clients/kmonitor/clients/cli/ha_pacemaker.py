@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, duration, duration_or_none, parse_duration, run, say
+from kmonitor.clients.cli.options import Broker, Json, duration, duration_or_none, parse_duration, run
+from kmonitor.clients.cli.output import outlive_stdout, say
 from kmonitor.wire.errors import BrokerUnreachableError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def pacemaker(
     To run on one node of the cluster, as root or in the group haclient. A process that the cluster itself has ended, or does not look
     after now, is left alone. What is decided, and why, is a line on stderr (--json: an object on stdout).
 
-    Exit status: 2 usage, or no Pacemaker here; 3 no broker; 4 not authorised; 143 after SIGTERM.
+    Exit status: 2 usage, or no Pacemaker here; 3 no broker; 4 not authorised; 143 after SIGTERM or SIGHUP.
     """
     every = parse_duration(poll)
     if every < 0.1:
@@ -88,6 +89,7 @@ async def _pacemaker(broker: str, plan: _Plan, *, retry: bool) -> int:
     from kmonitor.clients.ha.crm import Crm, CrmAwayError  # noqa: PLC0415
 
     crm, said = Crm(), ""
+    outlive_stdout()  # with --json it is the log
     while True:
         try:
             await _guard(broker, plan, crm)
@@ -112,7 +114,7 @@ async def _guard(broker: str, plan: _Plan, crm: Crm) -> None:
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
     view = View(crm, await crm.local_node())
-    report = JsonLines() if plan.json else Lines()
+    report = JsonLines() if plan.json else Lines(say)
     async with connect(broker) as monitor, connect(broker) as beside, ProcessGuard(monitor) as guard:
         drain = asyncio.create_task(_drain(beside))
         lookup = Lookup(beside)

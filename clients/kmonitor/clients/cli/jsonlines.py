@@ -104,7 +104,7 @@ class JsonLines:
         self._out = sys.stdout.buffer
 
     def batch(self, batch: Batch, limit: int) -> None:
-        """The first `limit` events. Raises BrokenPipeError if the reader is gone."""
+        """The first `limit` events. Raises OutputError."""
         events = batch.events
         lines = [event_line(batch, event) for event in (events if limit >= len(events) else events[:limit])]
         lines.append("")
@@ -112,7 +112,7 @@ class JsonLines:
         self._out.flush()
 
     def notice(self, notice: Notice) -> None:
-        """Raises BrokenPipeError if the reader is gone."""
+        """Raises OutputError."""
         if self._progress or not isinstance(notice, Progress):
             self._out.write(f"{notice_line(notice)}\n".encode())
             self._out.flush()

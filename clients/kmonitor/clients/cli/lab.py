@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kmonitor.clients.cli.beside import program
-from kmonitor.clients.cli.options import Json, parse_duration, say
+from kmonitor.clients.cli.options import Json, parse_duration
+from kmonitor.clients.cli.output import say
+from kmonitor.wire.plain import plain_text
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -142,8 +143,9 @@ def status(*, json: Json = False, name: Name = _DEFAULT) -> None:
 @app.command()
 def logs(*, node: Annotated[str, typer.Argument(metavar="NODE", help='A node, or "broker".')], name: Name = _DEFAULT) -> None:
     """What the agent of a node, or the broker, said."""
-    with _lab(name).log(node).open("rb") as file:
-        sys.stdout.buffer.write(file.read())
+    with _lab(name).log(node).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            print(plain_text(line.rstrip("\n")))
 
 
 def _row(node: NodeStatus) -> tuple[str, ...]:

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, run, say
+from kmonitor.clients.cli.options import Broker, Json, run
+from kmonitor.clients.cli.output import say
+from kmonitor.wire.plain import plain_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from kmonitor.clients.notifications import Process
     from kmonitor.v1 import monitor_pb2
 
+_WORD_MOST = 32
+"""Characters that an agent says of itself in one column: no node's words shall push another's state off the screen."""
+_LABELS_MOST = 80
+_WIDEST = 1 << 20
 _STATE_STYLE = {"UP": "green", "UNREACHABLE": "bold red", "REBOOTED": "yellow", "GONE": "dim"}
 
 
@@ -66,20 +73,18 @@ async def _nodes(broker: str, names: list[str], json: bool) -> int:
             print(json_module.dumps(node_object(node), separators=(",", ":")))
         return 0
     table = _table("node", "state", "since", "source", "scope", "kernel", "agent", ">watched", ">received", ">lost", "labels")
+    labels_most = _LABELS_MOST if sys.stdout.isatty() else None
     for node in found:
         state = node_state(node)
         table.add_row(
-            node.name,
-            f"[{_STATE_STYLE.get(state, '')}]{state}[/]" if state in _STATE_STYLE else state,
+            _cell(node.name),
+            _cell(state, _STATE_STYLE.get(state, "")),
             since(node.since_unix_nano),
-            node.source,
-            node.scope,
-            node.kernel_release,
-            node.agent_version,
+            *(_cell(word, most=_WORD_MOST) for word in (node.source, node.scope, node.kernel_release, node.agent_version)),
             "all" if node.node_mask else str(node.watched_processes),
             size(node.received_bytes),
-            str(node.lost) if not node.lost else f"[bold yellow]{node.lost}[/]",
-            _escaped(" ".join(f"{key}={value}" for key, value in sorted(node.labels.items()))),
+            _cell(str(node.lost), "bold yellow" if node.lost else ""),
+            _cell(" ".join(f"{key}={value}" for key, value in sorted(node.labels.items())), most=labels_most),
         )
     _print(table, "the broker knows no such node" if names else "no node has connected yet: start kmonitor-agent on one")
     return 0
@@ -108,9 +113,9 @@ async def _ps(broker: str, node: str, comms: list[str], uids: list[int], json: b
         return 0
     table = _table(">pid", ">ppid", ">uid", ">threads", ">start time (ns)", "comm")
     for process in found:
-        comm = _escaped(process.comm)
-        row = (process.pid, process.ppid, process.uid, process.threads or "[dim]ended[/]", process.start_time)
-        table.add_row(*map(str, row), comm)
+        threads = _cell(str(process.threads)) if process.threads else _cell("ended", "dim")
+        numbers = map(str, (process.pid, process.ppid, process.uid))
+        table.add_row(*numbers, threads, str(process.start_time), _cell(process.comm))
     _print(table, f"no such process on {node}")
     return 0
 
@@ -149,12 +154,12 @@ def size(count: int) -> str:
     return f"{amount:.1f} TiB"
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape  # noqa: PLC0415
+def _cell(text: str, style: str = "", most: int | None = None) -> Text:
+    """Others' text, in which brackets and colons are no markup. Cut at `most` characters: --json has all of it."""
+    from rich.text import Text  # noqa: PLC0415
 
-    from kmonitor.clients.cli.screen import plain_text  # noqa: PLC0415
-
-    return escape(plain_text(text))
+    shown = plain_text(text if most is None else text[: most + 1])
+    return Text(shown if most is None or len(shown) <= most else f"{shown[: most - 1]}…", style)
 
 
 def _table(*columns: str) -> Table:
@@ -171,7 +176,7 @@ def _print(table: Table, if_empty: str) -> None:
     from rich.console import Console  # noqa: PLC0415
 
     if not table.row_count:
-        print(if_empty, file=sys.stderr)
+        say(if_empty)
         return
     # A pipe has no width to keep to: whoever greps wants whole lines.
-    Console(width=None if sys.stdout.isatty() else 250, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDEST, highlight=False).print(table)

@@ -44,10 +44,8 @@ def duration(text: str | None) -> float | None:
 
 
 def run(work: Coroutine[Any, Any, int], *, on_interrupt: int = 0) -> None:
-    """Run a command to its exit status. Ctrl-C ends it in order, with `on_interrupt`; SIGTERM with 143."""
-    status = asyncio.run(_guarded(work, on_interrupt))
-    silence_closed_stdout()
-    raise typer.Exit(status)
+    """Run a command to its exit status. Ctrl-C ends it in order, with `on_interrupt`; SIGTERM, and a terminal that is closed, with 143."""
+    raise typer.Exit(asyncio.run(_guarded(work, on_interrupt)))
 
 
 async def _guarded(work: Coroutine[Any, Any, int], on_interrupt: int) -> int:
@@ -59,29 +57,15 @@ async def _guarded(work: Coroutine[Any, Any, int], on_interrupt: int) -> int:
         came.append(number)
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt, number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+            loop.add_signal_handler(number, interrupt, number)
     try:
         return await task
     except asyncio.CancelledError:
         if not came:
             raise
-        return on_interrupt if came[0] == signal.SIGINT else 128 + came[0]
-    except BrokenPipeError:
-        return 0  # whoever read us has had enough
-
-
-def silence_closed_stdout() -> None:
-    """Let the interpreter's last flush fail in silence if the reader is gone."""
-    try:
-        sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def say(text: str) -> None:
-    """A line for people on stderr: stdout is the events'."""
-    print(f"kmon: {text}", file=sys.stderr, flush=True)
+        return on_interrupt if came[0] == signal.SIGINT else 128 + signal.SIGTERM
 
 
 def wants_colour() -> bool:

@@ -4,7 +4,6 @@ rich takes a hundred times as long for a line, and a screen must keep up with a 
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import signal
@@ -29,17 +28,12 @@ from kmonitor.clients.notifications import (
 )
 from kmonitor.v1 import events_pb2
 from kmonitor.wire.masks import mask_names
+from kmonitor.wire.plain import plain_text
 
 _WORDS = {0x01: "T+", 0x02: "T!", 0x04: "T-", 0x08: "FORK", 0x10: "ABORT", 0x20: "EXEC", 0x40: "EXIT"}
 _COLOURS = {0x01: "2", 0x02: "31", 0x04: "2", 0x08: "36", 0x10: "1;31", 0x20: "34", 0x40: "35"}
 _NODE_COLOURS = ("38;5;37", "38;5;136", "38;5;139", "38;5;71", "38;5;173", "38;5;68", "38;5;168", "38;5;107")
 _WIDEST_NODE = 24
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def plain_text(text: str) -> str:
-    """What another user's process calls itself must not steer this terminal: control characters are shown as \\xNN."""
-    return _UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text) if not text.isprintable() else text
 
 
 def signal_name(number: int) -> str:
@@ -101,7 +95,7 @@ class Screen:
     # ---- events
 
     def batch(self, batch: Batch, limit: int) -> None:
-        """The first `limit` events. Raises BrokenPipeError if the reader is gone."""
+        """The first `limit` events. Raises OutputError."""
         node = self._node(batch.node)
         events = batch.events if limit >= len(batch.events) else batch.events[:limit]
         lines = [self._line(batch.node, node, event) for event in events]
@@ -142,23 +136,24 @@ class Screen:
             self._second = (second, time.strftime("%H:%M:%S", time.localtime(second)))
         return f"{self._second[1]}.{rest // 1_000_000:03d}"
 
-    def _node(self, name: str) -> str:
+    def _node(self, given: str) -> str:
+        name = plain_text(given)
         if len(name) > self._width and self._width < _WIDEST_NODE:
             self._width = min(len(name), _WIDEST_NODE)
             self._nodes.clear()
-        shown = self._nodes.get(name)
+        shown = self._nodes.get(given)
         if shown is None:
             cut = name if len(name) <= self._width else name[: self._width - 1] + "…"
             shown = f"{cut:<{self._width}}"
             if self._colour:
                 shown = f"\x1b[{_NODE_COLOURS[zlib.crc32(name.encode()) % len(_NODE_COLOURS)]}m{shown}\x1b[0m"
-            self._nodes[name] = shown
+            self._nodes[given] = shown
         return shown
 
     # ---- notices
 
     def notice(self, notice: Notice) -> None:
-        """Raises BrokenPipeError if the reader is gone."""
+        """Raises OutputError."""
         if isinstance(notice, Progress) and not self._progress:
             return
         text, colour = _styled(notice)

@@ -17,7 +17,8 @@ from typing import Annotated
 import typer
 
 from kmonitor.clients.cli.beside import program
-from kmonitor.clients.cli.options import Json, duration, run, say
+from kmonitor.clients.cli.options import Json, duration, run
+from kmonitor.clients.cli.output import say
 from kmonitor.wire import masks, selectors
 from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, NotAuthorisedError, UsageError
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from kmonitor.clients.cli.actions import Action
 from kmonitor.clients.cli.jobs import Jobs
 from kmonitor.clients.cli.keeper import Keeper
-from kmonitor.clients.cli.options import say
+from kmonitor.clients.cli.output import say
 from kmonitor.clients.cursor import Cursor
 from kmonitor.clients.events import Batch
 from kmonitor.clients.monitor import Monitor

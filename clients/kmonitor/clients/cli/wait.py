@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, duration, run, say
+from kmonitor.clients.cli.options import Broker, duration, run
+from kmonitor.clients.cli.output import outlive_stdout, say
+from kmonitor.wire.plain import plain_text
 
 if TYPE_CHECKING:
     from kmonitor.clients.notifications import Notice
@@ -57,12 +59,13 @@ def wait(
 
 
 async def _wait(broker: str, node: str, which: dict[str, Any], seconds: float | None) -> int:
-    from kmonitor.clients.cli.screen import how_it_ended, plain_text  # noqa: PLC0415
+    from kmonitor.clients.cli.screen import how_it_ended  # noqa: PLC0415
     from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
     async with connect(broker) as monitor:
         event = await monitor.wait(node=node, **which, timeout=seconds, on_notice=_tell)
     text, _ = how_it_ended(event.raw)
+    outlive_stdout()  # whoever waits goes by the status
     print(f"{node}: {plain_text(event.comm)} ({event.pid}) ended: {text}", flush=True)
     if event.exit_code is not None:
         return event.exit_code

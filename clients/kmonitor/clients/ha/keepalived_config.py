@@ -59,7 +59,7 @@ def process(text: str) -> Subject:
     if not (node and colon and equals and value):
         raise UsageError(f"process {text!r}: {_SYNTAX}")
     node = selectors.check_node_name(node)
-    comms = tuple(selectors.check_glob(glob, "comm") for glob in more)
+    comms = tuple(selectors.check_comm(glob) for glob in more)
     if comms and kind in ("pid", "pidfile"):
         raise UsageError(f"process {text!r}: comm= belongs to unit= and cgroup=, where there may be several processes")
     if kind == "pidfile":

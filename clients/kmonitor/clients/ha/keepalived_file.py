@@ -13,6 +13,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from kmonitor.wire import files
 from kmonitor.wire.errors import UsageError
 
 _MOST = 128
@@ -24,20 +25,23 @@ class TrackFile:
     """One file, locked against a second writer of ours for as long as this is open. All errors are UsageError, one line."""
 
     def __init__(self, path: Path) -> None:
-        # keepalived resolves a link once, when it starts. To rename over the link would leave it with the old file.
-        self.path = path.resolve() if path.is_symlink() else path
+        self.path = path
         self._beside = self.path.with_name(f".{self.path.name}.kmon-new")
         self._lock: int | None = None
         self._written: tuple[int, _Mark] | None = None
 
     def open(self) -> None:
-        """Lock it."""
+        """Lock it. What lies there must be ours, or keepalived's, to be replaced: not a link (keepalived would go on reading what it
+        leads to), and not what another user has put there."""
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder: name a file in it for keepalived's track_file")
         try:
-            lock = os.open(
-                self.path.with_name(f".{self.path.name}.kmon-lock"), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
+            with contextlib.suppress(FileNotFoundError):
+                files.check_own(self.path, self.path.lstat())
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be a track file: {error.strerror}; remove it, or name another") from None
+        try:
+            lock = files.open_own(self.path.with_name(f".{self.path.name}.kmon-lock"), os.O_RDONLY | os.O_CREAT)
         except OSError as error:
             raise self._unwritable(error) from None
         try:
@@ -56,7 +60,7 @@ class TrackFile:
     def read(self) -> int | None:
         """The number in it; None if there is none."""
         try:
-            with self.path.open("rb") as file:
+            with os.fdopen(files.open_own(self.path, os.O_RDONLY), "rb") as file:
                 return int(file.read(_MOST))
         except (OSError, ValueError):
             return None
@@ -84,7 +88,7 @@ class TrackFile:
             return False
         value, mark = self._written
         with contextlib.suppress(OSError):
-            if _mark(self.path.stat()) == mark:
+            if _mark(self.path.lstat()) == mark:
                 return False
         self.write(value)
         return True

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kmonitor.clients.notifications import Process
 from kmonitor.clients.verdict import Death
+from kmonitor.wire.plain import plain_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,11 @@ class Report(Protocol):
 
 
 class Lines:
-    """For people, and for the journal: stderr."""
+    """For people, and for the journal."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """`say` shows a line, whatever is in it."""
+        self._say = say
 
     def outcome(self, outcome: Outcome) -> None:
         done = {
@@ -65,10 +70,6 @@ class Lines:
 
     def note(self, text: str, **_: Any) -> None:
         self._say(text)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"kmon: {text}", file=sys.stderr, flush=True)
 
 
 class JsonLines:
@@ -119,5 +120,5 @@ class JsonLines:
 def cause(end: Death | Process | None) -> str:
     """Which process, and how it ended: "sleep (4711) killed by SIGKILL from pid 17 (bash), uid 0"."""
     if isinstance(end, Process):
-        return f"{end.comm} ({end.pid}) is not seen"
-    return "its process has ended" if end is None else f"{end.comm} ({end.process.pid}) {end}"
+        return f"{plain_text(end.comm)} ({end.pid}) is not seen"
+    return "its process has ended" if end is None else f"{plain_text(end.comm)} ({end.process.pid}) {end}"

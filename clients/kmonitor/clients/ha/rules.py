@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kmonitor.wire.errors import UsageError
+from kmonitor.wire import selectors
+from kmonitor.wire.errors import BadSelectorError, UsageError
 
-_KINDS = ("pidfile", "unit", "cgroup")
+_KINDS = {"pidfile": selectors.check_pidfile, "unit": selectors.check_unit_name, "cgroup": selectors.check_cgroup_path}
 _TEXT: dict[str, type | tuple[type, ...]] = {
     "pidfile": str,
     "unit": str,
@@ -63,7 +66,7 @@ def load(path: Path, seconds: Any) -> Rules:
             found = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}") from None
     unknown = set(found) - {"resource", "nodes"}
     if unknown:
@@ -71,6 +74,9 @@ def load(path: Path, seconds: Any) -> Rules:
     nodes = found.get("nodes", {})
     if not isinstance(nodes, dict) or not all(isinstance(name, str) for name in nodes.values()):
         raise UsageError(f'{path}: [nodes] has lines as: NAME = "NAME OF ITS AGENT"')
+    with _naming(f"{path}: [nodes]"):
+        for name in nodes.values():
+            selectors.check_node_name(name)
     return Rules({name: _rule(f"{path}: [resource.{name}]", each, seconds) for name, each in _table(path, found).items()}, nodes)
 
 
@@ -79,6 +85,15 @@ def _table(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(resources, dict) or not all(isinstance(each, dict) for each in resources.values()):
         raise UsageError(f"{path}: write [resource.NAME], and below it what its process is")
     return resources
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Within, what cannot match is an error that says where it stands."""
+    try:
+        yield
+    except BadSelectorError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _rule(where: str, table: dict[str, Any], seconds: Any) -> Rule:
@@ -90,14 +105,23 @@ def _rule(where: str, table: dict[str, Any], seconds: Any) -> Rule:
     if sum(kind in table for kind in _KINDS) > 1:
         raise UsageError(f"{where}: give one of {', '.join(_KINDS)}")
     comms = table.get("comm", [])
+    comms = [comms] if isinstance(comms, str) else comms
+    if not all(isinstance(each, str) for each in comms):
+        raise UsageError(f"{where}: comm is a text, or a list of texts")
     if "comm" in table and not ("unit" in table or "cgroup" in table):
         raise UsageError(f"{where}: comm belongs to unit or cgroup")
     grace = table.get("grace")
+    with _naming(where):
+        for glob in comms:
+            selectors.check_comm(glob)
+        for kind, check in _KINDS.items():
+            if kind in table:
+                check(table[kind])
     return Rule(
         pidfile=table.get("pidfile"),
         unit=table.get("unit"),
         cgroup=table.get("cgroup"),
-        comms=(comms,) if isinstance(comms, str) else tuple(map(str, comms)),
+        comms=tuple(comms),
         grace=None if grace is None else seconds(str(grace)),
         ignore=table.get("ignore", False),
     )
