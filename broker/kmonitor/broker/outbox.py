@@ -173,7 +173,7 @@ class Outbox:
             self.filled.set()
 
     def put(self, message: bytes, most: int = MESSAGES_MOST) -> None:
-        """A message, behind all that is there. Raises OverflowedError if it would be more than `most` bytes, or the monitor does not read."""
+        """A message, behind all that is there. Raises OverflowedError if that is more than `most` bytes, or the monitor does not read."""
         waiting = self.messages_bytes + len(message)
         if waiting > MESSAGES_LIMIT and (waiting > most or self._is_stalled()):
             raise OverflowedError
