@@ -50,16 +50,15 @@ struct kernfs_node {
 	unsigned long long id; /* from 5.5 on a plain integer */
 } AS_IN_KERNEL;
 
-struct cgroup;
-
-struct cgroup_subsys_state {
-	struct cgroup *cgroup;
-	struct cgroup_subsys_state *parent;
+struct cgroup {
+	struct kernfs_node *kn;
+	int level; /* 0 is the root */
+	struct cgroup *ancestors[]; /* by level, itself the last; from 6.1 on */
 } AS_IN_KERNEL;
 
-struct cgroup {
-	struct cgroup_subsys_state self;
-	struct kernfs_node *kn;
+struct cgroup___before_6_1 {
+	int level;
+	unsigned long long ancestor_ids[];
 } AS_IN_KERNEL;
 
 struct css_set {
@@ -68,21 +67,41 @@ struct css_set {
 
 struct list_head {
 	struct list_head *next;
+	struct list_head *prev;
+} AS_IN_KERNEL;
+
+/* What depends on the signal and its code: who sent it, a fault's address, a timer's number, ... */
+union __sifields {
+	unsigned long long first;
 } AS_IN_KERNEL;
 
 struct kernel_siginfo {
 	int si_signo;
 	int si_code;
+	union __sifields _sifields;
 } AS_IN_KERNEL;
 
 /* A signal that waits: struct sigpending has a list of them, and `list` comes first in both. */
 struct sigqueue {
 	struct list_head list;
+	int flags;
 	struct kernel_siginfo info;
 } AS_IN_KERNEL;
 
 struct sigpending {
 	struct list_head list;
+} AS_IN_KERNEL;
+
+struct sigaction {
+	void (*sa_handler)(int);
+} AS_IN_KERNEL;
+
+struct k_sigaction {
+	struct sigaction sa;
+} AS_IN_KERNEL;
+
+struct hrtimer {
+	long long _softexpires;
 } AS_IN_KERNEL;
 
 struct signal_struct {
@@ -91,6 +110,7 @@ struct signal_struct {
 	int group_exit_code;
 	unsigned int flags;
 	struct sigpending shared_pending;
+	struct hrtimer real_timer; /* of alarm(2) and setitimer(2) */
 } AS_IN_KERNEL;
 
 struct mm_struct {
@@ -99,6 +119,7 @@ struct mm_struct {
 } AS_IN_KERNEL;
 
 struct task_struct {
+	unsigned int flags;
 	int exit_code;
 	int pid;
 	int tgid;
@@ -109,6 +130,7 @@ struct task_struct {
 	const struct cred *cred;
 	char comm[16];
 	struct signal_struct *signal;
+	struct sigpending pending;
 	struct css_set *cgroups;
 	struct mm_struct *mm;
 } AS_IN_KERNEL;

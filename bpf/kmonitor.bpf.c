@@ -14,25 +14,45 @@
 #define KMONITOR_ENDS (KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT | KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT)
 #define SIGNAL_GROUP_EXIT 0x4 /* include/linux/sched/signal.h */
 #define PID_NS_LEVEL_MAX 32   /* MAX_PID_NS_LEVEL, include/linux/pid_namespace.h */
-#define CGROUP_DEPTH_MAX 16   /* levels above a process that are looked up: deeper trees match less far up */
+#define CGROUP_LEVEL_MAX 64   /* of a control group that is watched; a process may be as deep below it as it likes */
+#define PF_KERNELS_THREAD 0x4010 /* PF_IO_WORKER, PF_USER_WORKER, include/linux/sched.h: io_uring's and vhost's, within a process */
 
 RING(events);
 HASH(watched, __u32, struct kmonitor_watched, 32768); /* both sizes are set by the loader */
 HASH(watched_cgroups, __u64, __u32, 1024);
 
-struct killer_key {
+struct signal_key {
 	__u32 tgid; /* of the target, in the initial namespace */
 	__u32 signal;
 };
 
-struct killer_entry {
+/* A signal that can kill, and who sent it. */
+struct sent {
 	__u64 start_boottime_ns; /* of the target */
-	__u16 flags; /* KMONITOR_F_KILLED_BY, and KMONITOR_F_OOM_KILLED where it is so */
+	__u64 detail; /* what its siginfo has besides number and code: the first eight bytes, which are a sender's id or an address */
+	__s32 code;
+	__u32 flags; /* KMONITOR_F_KILLED_BY, unless the sender cannot be known; KMONITOR_F_OOM_KILLED */
 	struct kmonitor_killer killer;
 };
 
-/* Who last sent a signal that can kill, by target and signal. LRU: what does not kill is forgotten in time. */
-LRU_HASH(killers, struct killer_key, struct killer_entry, 8192);
+/*
+ * Two maps, so that nobody who has signals sent to processes of his own by the thousands can push out who killed another's. What was sent
+ * and has yet to be delivered, or was taken by a signalfd, is in `waiting`; its entry goes when the signal is delivered. What the kernel
+ * has decided that a process dies of is in `killers`, from then until the process has ended: an entry there costs a process that is dying.
+ */
+LRU_HASH(waiting, struct signal_key, struct sent, 8192);
+LRU_HASH(killers, struct signal_key, struct sent, 8192);
+
+/* The last SIGKILL that the kernel itself sent in the context of a thread (by its id): the out-of-memory killer says of it what it was for. */
+struct kernel_kill {
+	__u64 mm; /* of the target */
+	__u32 tgid;
+	__u32 pid;
+	__u32 out_of_memory;
+	__u32 unused;
+};
+
+LRU_HASH(kernel_kills, __u32, struct kernel_kill, 1024);
 
 struct claim_key {
 	__u64 start_boottime_ns;
@@ -42,8 +62,14 @@ struct claim_key {
 /* Kernels without group_dead: which process ends were told already. */
 LRU_HASH(claims, struct claim_key, __u8, 1024);
 
-/* Watched processes that ended with threads that had yet to be released: tgid of the initial namespace -> of the scope. */
-LRU_HASH(ended, __u32, __u32, 4096);
+/* Of processes that have ended, by their ids in the initial namespace: what threads need that end in the same moment, and come here later. */
+struct ended_process {
+	__u32 mask; /* what its own entry asked for */
+	__u32 signal; /* that it died of, if it is known who sent it */
+	struct sent sent; /* with the process's start time in any case */
+};
+
+LRU_HASH(ended, __u32, struct ended_process, 4096);
 
 #define FILENAME_MAX_LEN 1024
 
@@ -126,22 +152,24 @@ static __always_inline void learn_level(struct task_struct *agent)
  */
 #define FIRST(condition) __builtin_expect(!!(condition), 1)
 
-/* OR of the masks of the process's control group and those above it. */
+/*
+ * OR of the masks of the process's control group and those above it. From the top, where the kernel has a group's ancestors by their
+ * level: whoever may make groups may make them as deep as he likes, below one that is watched and not above it.
+ */
 static __always_inline __u32 cgroup_mask(struct task_struct *task, __u64 *nearest)
 {
 	struct cgroup *cgroup = READ(READ(task, task_struct, cgroups), css_set, dfl_cgrp);
+	int own = READ(cgroup, cgroup, level);
 	__u32 mask = 0;
 
-	for (int level = 0; level < CGROUP_DEPTH_MAX && cgroup; level++) {
-		__u64 id = READ(READ(cgroup, cgroup, kn), kernfs_node, id);
+	for (int level = 0; level < CGROUP_LEVEL_MAX && level <= own; level++) {
+		__u64 id = ANCESTOR_ID(cgroup, level);
 		__u32 *entry = bpf_map_lookup_elem(MAP(watched_cgroups), &id);
 
 		if (FIRST(entry)) {
 			mask |= *entry;
-			if (!*nearest)
-				*nearest = id;
+			*nearest = id;
 		}
-		cgroup = READ(READ(ADDRESS(cgroup, cgroup, self), cgroup_subsys_state, parent), cgroup_subsys_state, cgroup);
 	}
 	return mask;
 }
@@ -169,9 +197,7 @@ static __always_inline bool look_up(struct subject *subject, struct task_struct 
 		if (FIRST(entry) && FIRST(!entry->start_boottime_ns || entry->start_boottime_ns == subject->start_boottime_ns)) {
 			subject->process_mask = entry->mask;
 			subject->follow = entry->flags & KMONITOR_WATCHED_FOLLOW;
-			/* Not of one that has ended: nobody is to take it for a process that has yet to end. */
-			if (FIRST(!(entry->flags & KMONITOR_WATCHED_ENDED)))
-				subject->root = entry->root;
+			subject->root = entry->root;
 			if (entry->flags & KMONITOR_WATCHED_ROOT || !entry->root.tgid) {
 				subject->child_root.start_boottime_ns = subject->start_boottime_ns;
 				subject->child_root.tgid = subject->tgid;
@@ -238,7 +264,8 @@ static __always_inline struct kmonitor_record *begin(struct subject *subject, __
 {
 	struct kmonitor_record *record;
 	struct task_struct *named;
-	bool first_to_go = bit < KMONITOR_PROCESS_FORK || !(flags & KMONITOR_F_MATCH_PROCESS);
+	/* The ends of watched processes are the last to go; execs, of which one may take 4 KiB, and forks are not before them. */
+	bool first_to_go = !(bit & (KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT)) || !(flags & KMONITOR_F_MATCH_PROCESS);
 
 	subject->waiting = bpf_ringbuf_query(MAP(events), BPF_RB_AVAIL_DATA);
 	if (first_to_go && subject->waiting > config.fill_mark) {
@@ -410,49 +437,92 @@ static __always_inline bool claim_end(const struct subject *subject, struct sign
 	return FIELD(signal, signal_struct, live).counter == 0 && !bpf_map_update_elem(MAP(claims), &key, &one, BPF_NOEXIST);
 }
 
-/* Of include/uapi/asm-generic/siginfo.h: kill, sigqueue, mq_notify, tgkill. Any other is the kernel's: a fault, a timer, a terminal. */
-#define SI_USER 0
-#define SI_QUEUE (-1)
-#define SI_MESGQ (-3) /* who has written to the queue runs */
-#define SI_TKILL (-6)
+#define SIGILL 4
+#define SIGTRAP 5
+#define SIGBUS 7
+#define SIGFPE 8
+#define SIGKILL 9
+#define SIGSEGV 11
+#define SIGALRM 14
+#define SIGCHLD 17
+#define SIGCONT 18
+#define SIGSTOP 19
+#define SIGTTOU 22
+#define SIGURG 23
+#define SIGWINCH 28
+#define SIGPOLL 29
+#define SIGSYS 31
+#define SIGNAL_MAX 64
+#define HARMLESS (1ULL << SIGCHLD | 1ULL << SIGCONT | 1ULL << SIGSTOP | 3ULL << 20 | 1ULL << SIGTTOU | 1ULL << SIGURG | 1ULL << SIGWINCH)
+/* Those with codes of their own, by which the kernel says why it sends them. */
+#define CODED (1U << SIGILL | 1U << SIGTRAP | 1U << SIGBUS | 1U << SIGFPE | 1U << SIGSEGV | 1U << SIGPOLL | 1U << SIGSYS)
 
-static __always_inline bool is_from_user(int code)
+/* Of include/linux/signal.h: in place of a siginfo. */
+#define SEND_SIG_NOINFO 0
+#define SEND_SIG_PRIV 1
+/* Of include/uapi/asm-generic/siginfo.h. */
+#define SI_KERNEL 0x80
+#define SI_TIMER (-2)
+#define SI_ASYNCIO (-4)
+#define SI_SIGIO (-5)
+
+static __always_inline bool can_kill(int sig)
 {
-	return code == SI_USER || code == SI_QUEUE || code == SI_MESGQ || code == SI_TKILL;
+	return sig > 0 && sig <= SIGNAL_MAX && (sig == SIGNAL_MAX || !(HARMLESS & (1ULL << sig)));
+}
+
+/*
+ * Copy who sent a signal, if the entry is for this very process. These maps give an element to another key as soon as they need it: if it
+ * is still the key's after it was copied, it was the key's all the time.
+ */
+static __always_inline bool find_sent(void *map, const struct signal_key *key, __u64 start_boottime_ns, struct sent *copy)
+{
+	struct sent *entry = bpf_map_lookup_elem(map, key);
+
+	if (!entry)
+		return false;
+	*copy = *entry;
+	return copy->start_boottime_ns == start_boottime_ns && bpf_map_lookup_elem(map, key) == entry;
 }
 
 #define WAITING_MAX 4 /* signals that are looked through */
+#define SIGQUEUE_PREALLOC 1 /* include/linux/signal.h or sched/signal.h; only timer_create(2) makes such */
 
 /*
- * Where nobody has written down who sent what the process dies of: KMONITOR_F_KILLED_BY if it was the kernel itself, else 0. A signal
- * that kills at once is not taken from the process's queue, unlike one that was blocked, or dumps core: it is there until the process is freed. SIGKILL
- * is never in it. So a timer's is known that went off before anybody had registered, or for which the kernel did not run kmonitor_signal: a timer
- * goes off in whatever is interrupted, and a kernel (6.18, of a virtual machine) was met that runs no BPF program at all while a certain task of its
- * is on the processor. A sender's name is in no queue: one that is not the kernel stays unknown.
+ * Where nobody has written down who sent what the process dies of: KMONITOR_F_KILLED_BY if it can only have been a timer, which is the
+ * kernel, else 0. A signal that kills at once is not taken from the process's queue: it is there until the process is freed. So a timer's is known
+ * that went off before anybody had registered, or for which the kernel did not run kmonitor_signal: a timer goes off in whatever is
+ * interrupted, and a kernel (6.18, of a virtual machine) was met that runs no BPF program at all while a certain task of its is on the
+ * processor.
+ *
+ * A siginfo proves nothing here: a process may send itself one with whatever it likes. What it cannot make is a queue entry that belongs to a timer; and for an
+ * alarm, its timer must have gone off. Any other sender stays unknown.
  *
  * Without the lock: what comes meanwhile comes last, and pointers are followed by a helper that may fail.
  */
-static __always_inline __u16 kernels(struct signal_struct *signal, int sig)
+static __always_inline __u16 of_timer(struct signal_struct *signal, int sig)
 {
 	struct list_head *head = ADDRESS(ADDRESS(signal, signal_struct, shared_pending), sigpending, list);
-	struct list_head *waiting = READ(head, list_head, next);
+	struct list_head *next = READ(head, list_head, next);
+	long long due = READ(ADDRESS(signal, signal_struct, real_timer), hrtimer, _softexpires);
+	bool alarm = sig == SIGALRM && due && due <= (long long)bpf_ktime_get_ns();
 
-	for (int i = 0; i < WAITING_MAX && waiting != head; i++) {
-		struct kernel_siginfo *info = ADDRESS((struct sigqueue *)waiting, sigqueue, info);
+	for (int i = 0; i < WAITING_MAX && next != head; i++) {
+		struct sigqueue *queued = (struct sigqueue *)next;
+		struct kernel_siginfo *info = ADDRESS(queued, sigqueue, info);
 
 		if (READ(info, kernel_siginfo, si_signo) == sig)
-			return is_from_user(READ(info, kernel_siginfo, si_code)) ? 0 : KMONITOR_F_KILLED_BY;
-		waiting = READ(waiting, list_head, next);
+			return READ(queued, sigqueue, flags) & SIGQUEUE_PREALLOC || (alarm && READ(info, kernel_siginfo, si_code) == SI_KERNEL) ?
+				       KMONITOR_F_KILLED_BY : 0;
+		next = READ(next, list_head, next);
 	}
 	return 0;
 }
 
-static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 status, __u16 otherwise)
+static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 status, const struct sent *sent)
 {
 	__u16 flags = matches(subject, bit);
 	struct kmonitor_record *record;
-	struct killer_entry *entry;
-	struct killer_key key = {};
 
 	if (!flags)
 		return;
@@ -460,16 +530,9 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	if (!record)
 		return;
 	record->status = status;
-	key.tgid = FIELD(subject->leader, task_struct, tgid);
-	key.signal = status & 0x7f;
-	if (key.signal) {
-		entry = bpf_map_lookup_elem(MAP(killers), &key);
-		if (entry && entry->start_boottime_ns == subject->start_boottime_ns) {
-			record->killer = entry->killer;
-			record->flags |= entry->flags;
-		} else {
-			record->flags |= otherwise;
-		}
+	if (status & 0x7f) {
+		record->killer = sent->killer;
+		record->flags |= sent->flags;
 	}
 	/* What failovers wait for is not left to the reader's nap. */
 	commit(record, subject->waiting, bit == KMONITOR_PROCESS_EXIT && (subject->process_mask | subject->cgroup_mask));
@@ -479,171 +542,267 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 {
 	__u32 any = control.any_mask;
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
+	struct ended_process ended_process = {};
 	struct signal_struct *signal;
+	struct ended_process *told;
+	struct signal_key key = {};
+	struct sent sent = {};
 	struct subject subject;
-	struct kmonitor_watched *entry;
 	bool process_ends;
+	bool interests;
+	bool is_late; /* its process has ended, and was told */
+	bool is_thread;
 	__u32 thread_status;
 	__u32 status;
-	__u32 sig;
-	__u16 otherwise = 0; /* flags, where no killer was written down */
 	__u32 bits = 0; /* of the records that there may be */
 	__u32 tgid;
 
 	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_ENDS)))
 		return 0;
-	if (!look_up(&subject, task, any))
-		return 0;
+	interests = look_up(&subject, task, any);
 	signal = FIELD(task, task_struct, signal);
 	tgid = FIELD(task, task_struct, tgid);
+	is_thread = (__u32)FIELD(task, task_struct, pid) != tgid;
+	is_late = is_thread && FIELD(signal, signal_struct, live).counter == 0;
+	if (!interests && !(is_late && subject.tgid))
+		return 0;
 	thread_status = FIELD(task, task_struct, exit_code);
-	if ((__u32)FIELD(task, task_struct, pid) != tgid)
-		bits |= KMONITOR_THREAD_EXIT | (thread_status & 0x7f ? KMONITOR_THREAD_ABORT : 0);
 	if (config.has_group_dead)
 		process_ends = ctx->args[1] & 0xff;
 	else
-		process_ends = claim_end(&subject, signal);
+		process_ends = interests && claim_end(&subject, signal);
+	is_late = is_late && !process_ends;
 	status = STATUS(signal, subject.leader);
+	key.tgid = tgid;
+	/* Some are the kernel's, and nobody was told that they were made. */
+	if (is_thread && !(FIELD(task, task_struct, flags) & PF_KERNELS_THREAD))
+		bits |= KMONITOR_THREAD_EXIT | (thread_status & 0x7f ? KMONITOR_THREAD_ABORT : 0);
 	if (process_ends)
 		bits |= KMONITOR_PROCESS_EXIT | (status & 0x7f ? KMONITOR_PROCESS_ABORT : 0);
+	key.signal = (process_ends ? status : thread_status) & 0x7f;
+	if (is_late) {
+		told = bpf_map_lookup_elem(MAP(ended), &tgid);
+		if (told) {
+			ended_process = *told;
+			if (ended_process.sent.start_boottime_ns == subject.start_boottime_ns) {
+				subject.process_mask |= ended_process.mask;
+				if (ended_process.signal == key.signal)
+					sent = ended_process.sent;
+			}
+		}
+	} else if (key.signal && !find_sent(MAP(killers), &key, subject.start_boottime_ns, &sent)) {
+		__builtin_memset(&sent, 0, sizeof(sent));
+		sent.flags = of_timer(signal, key.signal);
+	}
 	bits = wanted(&subject, bits);
 	if (bits) {
 		describe(&subject);
-		/* Once, and as flags that no branch looks at: in each of the four below it would cost the verifier several times as much. */
-		sig = (process_ends ? status : thread_status) & 0x7f;
-		if (sig)
-			otherwise = kernels(signal, sig);
 		if (bits & KMONITOR_THREAD_ABORT)
-			emit_end(&subject, KMONITOR_THREAD_ABORT, thread_status, otherwise);
+			emit_end(&subject, KMONITOR_THREAD_ABORT, thread_status, &sent);
 		if (bits & KMONITOR_THREAD_EXIT)
-			emit_end(&subject, KMONITOR_THREAD_EXIT, thread_status, otherwise);
+			emit_end(&subject, KMONITOR_THREAD_EXIT, thread_status, &sent);
 		if (bits & KMONITOR_PROCESS_ABORT)
-			emit_end(&subject, KMONITOR_PROCESS_ABORT, status, otherwise);
+			emit_end(&subject, KMONITOR_PROCESS_ABORT, status, &sent);
 		if (bits & KMONITOR_PROCESS_EXIT)
-			emit_end(&subject, KMONITOR_PROCESS_EXIT, status, otherwise);
+			emit_end(&subject, KMONITOR_PROCESS_EXIT, status, &sent);
 	}
 	if (!process_ends)
 		return 0;
-	if (subject.process_mask) {
-		/*
-		 * Another thread may have given up its count before this one and not have come here yet: then its own end
-		 * comes after the process's. The entry stays, for threads only, until the leader is freed (kmonitor_free).
-		 */
-		entry = bpf_map_lookup_elem(MAP(watched), &subject.tgid);
-		if (entry && FIELD(signal, signal_struct, nr_threads) > 1) {
-			entry->mask &= KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT;
-			entry->flags = KMONITOR_WATCHED_ENDED;
-			bpf_map_update_elem(MAP(ended), &tgid, &subject.tgid, BPF_ANY);
-		} else {
-			bpf_map_delete_elem(MAP(watched), &subject.tgid);
-		}
+	/* Another thread may have given up its count before this one and not have come here yet: then its own end comes after the process's. */
+	if (FIELD(signal, signal_struct, nr_threads) > 1 && (subject.process_mask || key.signal)) {
+		ended_process.mask = subject.process_mask & (KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT);
+		ended_process.signal = key.signal;
+		ended_process.sent = sent;
+		ended_process.sent.start_boottime_ns = subject.start_boottime_ns;
+		bpf_map_update_elem(MAP(ended), &tgid, &ended_process, BPF_ANY);
 	}
+	if (subject.process_mask)
+		bpf_map_delete_elem(MAP(watched), &subject.tgid);
+	if (sent.start_boottime_ns)
+		bpf_map_delete_elem(MAP(killers), &key);
 	return 0;
 }
 
-/* A leader is freed when it was waited for and no thread of its group is left. Its ids are gone by then: hence the map. */
-PROBE(kmonitor_free, sched_process_free)
-{
-	struct task_struct *task = (struct task_struct *)ctx->args[0];
-	__u32 tgid = FIELD(task, task_struct, tgid);
-	struct kmonitor_watched *entry;
-	__u32 *scoped;
-
-	if (!(control.any_mask & KMONITOR_ANY_WATCHED) || (__u32)FIELD(task, task_struct, pid) != tgid)
-		return 0;
-	scoped = bpf_map_lookup_elem(MAP(ended), &tgid);
-	if (!scoped)
-		return 0;
-	entry = bpf_map_lookup_elem(MAP(watched), scoped);
-	if (entry && entry->start_boottime_ns == START_BOOTTIME(task))
-		bpf_map_delete_elem(MAP(watched), scoped);
-	bpf_map_delete_elem(MAP(ended), &tgid);
-	return 0;
-}
-
-#define SIGKILL 9
-#define SIGCHLD 17
-#define SIGCONT 18
-#define SIGSTOP 19
-#define SIGTTOU 22
-#define SIGURG 23
-#define SIGWINCH 28
-#define HARMLESS (1ULL << SIGCHLD | 1ULL << SIGCONT | 1ULL << SIGSTOP | 3ULL << 20 | 1ULL << SIGTTOU | 1ULL << SIGURG | 1ULL << SIGWINCH)
-#define SIGNAL_MAX 64
 /* Of include/trace/events/signal.h: what became of it. */
 #define TRACE_SIGNAL_DELIVERED 0
 #define TRACE_SIGNAL_LOSE_INFO 4
-/* Of include/linux/signal.h: in place of a siginfo. */
-#define SEND_SIG_NOINFO 0
-#define SEND_SIG_PRIV 1
 
+/* The entry that was queued last for a process or a thread. */
+static __always_inline struct sigqueue *last_queued(struct task_struct *task, bool to_process)
+{
+	struct sigpending *pending = to_process ? ADDRESS(READ(task, task_struct, signal), signal_struct, shared_pending) : ADDRESS(task, task_struct, pending);
+
+	return (struct sigqueue *)READ(ADDRESS(pending, sigpending, list), list_head, prev);
+}
+
+enum origin {
+	ORIGIN_UNKNOWN,
+	ORIGIN_KERNEL,
+	ORIGIN_SENDER, /* who runs */
+};
+
+/*
+ * Who sends a signal. A process may write what it likes into a siginfo (rt_sigqueueinfo(2), pidfd_send_signal(2)), but for one thing: of codes that
+ * are not negative and not for itself the kernel takes none.
+ */
+static __always_inline enum origin origin_of(unsigned long info, int sig, bool to_itself, struct sigqueue *queued)
+{
+	int code;
+
+	if (info == SEND_SIG_PRIV)
+		return ORIGIN_KERNEL;
+	/* In the name of who runs: of a parent that ends (PR_SET_PDEATHSIG). To itself it is the kernel's own doing: SIGPIPE, SIGXFSZ. */
+	if (info == SEND_SIG_NOINFO)
+		return to_itself ? ORIGIN_KERNEL : ORIGIN_SENDER;
+	code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
+	/* A fault; SIGIO of a descriptor, and by F_SETSIG any signal. Of what a process makes look like a fault of its own: so it might have had one. */
+	if (code > 0)
+		return !to_itself || (sig < 32 && CODED & (1U << sig)) ? ORIGIN_KERNEL : ORIGIN_UNKNOWN;
+	/* A timer's siginfo is no copy: it is part of what is queued. */
+	if (code == SI_TIMER)
+		return (unsigned long)ADDRESS(queued, sigqueue, info) == info ? ORIGIN_KERNEL : ORIGIN_SENDER;
+	/* Of a USB transfer, and of SIGIO by a signal that has codes of its own: the kernel's, in whatever is interrupted, or made by who runs. */
+	if (code == SI_ASYNCIO || (code == SI_SIGIO && sig < 32 && CODED & (1U << sig)))
+		return ORIGIN_UNKNOWN;
+	return ORIGIN_SENDER;
+}
+
+/* Whether the out-of-memory killer, which runs here, kills `task` for its victim's sake, whose memory it has. Else writes down this kill. */
+static __always_inline bool shares_victims_memory(struct task_struct *task)
+{
+	__u32 me = bpf_get_current_pid_tgid();
+	struct kernel_kill kill = {.mm = (unsigned long)READ(task, task_struct, mm), .tgid = FIELD(task, task_struct, tgid),
+				   .pid = FIELD(task, task_struct, pid)};
+	struct kernel_kill *last = bpf_map_lookup_elem(MAP(kernel_kills), &me);
+
+	if (last && last->out_of_memory && kill.mm && last->mm == kill.mm)
+		return true;
+	bpf_map_update_elem(MAP(kernel_kills), &me, &kill, BPF_ANY);
+	return false;
+}
+
+/* Fires with the target's signal lock held, after the kernel has decided whether this signal ends the process. */
 PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to the whole process, what became of it */
 {
 	int sig = ctx->args[0];
 	unsigned long info;
 	struct task_struct *task = (struct task_struct *)ctx->args[2];
+	bool to_process = (int)ctx->args[3];
 	int result = ctx->args[4];
 	__u32 any = control.any_mask;
-	struct killer_entry entry = {};
-	struct killer_key key = {};
+	struct signal_key key = {};
+	struct signal_struct *signal;
 	struct task_struct *sender;
+	struct sigqueue *queued;
 	struct subject subject;
-	bool from_user;
-	int code;
+	struct sent sent = {};
+	struct sent other;
+	enum origin origin;
 
-	if (!(any & KMONITOR_ENDS))
-		return 0;
-	if (sig <= 0 || sig > SIGNAL_MAX || (sig < SIGNAL_MAX && (HARMLESS & (1ULL << sig))))
+	if (!(any & KMONITOR_ENDS) || !can_kill(sig))
 		return 0;
 	/* Ignored, as the target is being killed already or does not care; or pending already: who came first is who kills. */
 	if (result != TRACE_SIGNAL_DELIVERED && result != TRACE_SIGNAL_LOSE_INFO)
 		return 0;
+	/* Not as ctx->args[1]: the verifier takes a tracepoint's pointer for one that is never NULL, and drops the branch. */
+	bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
+	if (sig == SIGKILL && info == SEND_SIG_PRIV && shares_victims_memory(task))
+		sent.flags = KMONITOR_F_OOM_KILLED;
 	if (!look_up(&subject, task, any))
 		return 0;
 	sender = CURRENT_TASK();
-	/* Not as ctx->args[1]: the verifier takes a tracepoint's pointer for one that is never NULL, and drops the branch. */
-	bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
-	if (info == SEND_SIG_PRIV) {
-		from_user = false;
-	} else if (info == SEND_SIG_NOINFO) {
-		/* In the name of who runs: of a parent that ends (PR_SET_PDEATHSIG). To itself it is the kernel's own doing: SIGPIPE, SIGXFSZ. */
-		from_user = FIELD(sender, task_struct, tgid) != FIELD(task, task_struct, tgid);
-	} else {
-		code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
-		from_user = is_from_user(code);
-	}
-	entry.start_boottime_ns = subject.start_boottime_ns;
-	entry.flags = KMONITOR_F_KILLED_BY;
-	if (from_user) {
+	queued = last_queued(task, to_process);
+	origin = origin_of(info, sig, FIELD(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), queued);
+	sent.start_boottime_ns = subject.start_boottime_ns;
+	if (origin != ORIGIN_UNKNOWN)
+		sent.flags |= KMONITOR_F_KILLED_BY;
+	if (origin == ORIGIN_SENDER) {
 		struct task_struct *leader = FIELD(sender, task_struct, group_leader);
 
-		entry.killer.tgid = scoped_id(leader);
-		entry.killer.uid = READ(READ(sender, task_struct, cred), cred, uid).val; /* for the verifier's sake: see describe */
-		bpf_probe_read_kernel(entry.killer.comm, sizeof(entry.killer.comm), ADDRESS(leader, task_struct, comm));
+		sent.killer.tgid = scoped_id(leader);
+		sent.killer.uid = READ(READ(sender, task_struct, cred), cred, uid).val; /* for the verifier's sake: see describe */
+		bpf_probe_read_kernel(sent.killer.comm, sizeof(sent.killer.comm), ADDRESS(leader, task_struct, comm));
 	}
 	key.tgid = FIELD(task, task_struct, tgid);
 	key.signal = sig;
-	bpf_map_update_elem(MAP(killers), &key, &entry, BPF_ANY);
+	signal = READ(task, task_struct, signal);
+	if (READ(signal, signal_struct, flags) & SIGNAL_GROUP_EXIT && (READ(signal, signal_struct, group_exit_code) & 0x7f) == sig) {
+		/* Kernels before 5.17 queue more signals for a process that is dying: the first one has killed it. */
+		if (!find_sent(MAP(killers), &key, subject.start_boottime_ns, &other))
+			bpf_map_update_elem(MAP(killers), &key, &sent, BPF_ANY);
+		return 0;
+	}
+	/* It is blocked, or caught, or dumps core, or goes through a debugger first. As it will be delivered: see kmonitor_deliver. */
+	if (result == TRACE_SIGNAL_DELIVERED && READ(ADDRESS(queued, sigqueue, info), kernel_siginfo, si_signo) == sig) {
+		sent.code = READ(ADDRESS(queued, sigqueue, info), kernel_siginfo, si_code);
+		sent.detail = READ_AT((__u64 *)ADDRESS(ADDRESS(queued, sigqueue, info), kernel_siginfo, _sifields));
+	}
+	bpf_map_update_elem(MAP(waiting), &key, &sent, BPF_ANY);
 	return 0;
 }
 
-/* The out-of-memory killer sends SIGKILL, then names its victim here: the entry is there already. */
+/*
+ * A thread takes a signal, which it will handle, or ignore, or which ends its process. So the entry is of no more use. It says who kills only if
+ * the kernel has what was sent in its hands: a debugger may have put a signal there, or changed it; and a signalfd may have taken what
+ * was sent, which nothing tells.
+ */
+PROBE(kmonitor_deliver, signal_deliver) /* number, siginfo, action */
+{
+	int sig = ctx->args[0];
+	unsigned long info;
+	struct k_sigaction *action = (struct k_sigaction *)ctx->args[2];
+	struct signal_key key = {.tgid = bpf_get_current_pid_tgid() >> 32, .signal = sig};
+	struct task_struct *task;
+	struct sent other;
+	struct sent sent;
+	__u64 start;
+
+	if (!(control.any_mask & KMONITOR_ENDS) || !can_kill(sig) || !bpf_map_lookup_elem(MAP(waiting), &key))
+		return 0;
+	bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
+	if (!READ(ADDRESS(action, k_sigaction, sa), sigaction, sa_handler) && info > SEND_SIG_PRIV) { /* SIG_DFL: it kills */
+		task = CURRENT_TASK();
+		start = START_BOOTTIME(FIELD(task, task_struct, group_leader));
+		if (find_sent(MAP(waiting), &key, start, &sent) &&
+		    sent.code == READ((struct kernel_siginfo *)info, kernel_siginfo, si_code) &&
+		    sent.detail == READ_AT((__u64 *)ADDRESS((struct kernel_siginfo *)info, kernel_siginfo, _sifields)) &&
+		    !find_sent(MAP(killers), &key, start, &other))
+			bpf_map_update_elem(MAP(killers), &key, &sent, BPF_ANY);
+	}
+	bpf_map_delete_elem(MAP(waiting), &key);
+	return 0;
+}
+
+/* The out-of-memory killer sends SIGKILL, then names its victim here, then kills whoever else has the victim's memory. */
 PROBE(kmonitor_oom, mark_victim)
 {
-	struct killer_key key = {.signal = SIGKILL};
-	struct killer_entry *entry;
+	struct signal_key key = {.signal = SIGKILL};
+	__u32 me = bpf_get_current_pid_tgid();
+	struct kernel_kill *kill;
+	struct sent *entry;
+	struct sent sent;
+	__u32 victim;
 
 	if (!(control.any_mask & KMONITOR_ENDS))
 		return 0;
-	/* A task from 6.8 on, a thread's id before; the victim is a process's leader almost always. */
+	/* A task from 6.8 on, a thread's id before. */
 	if (config.victim_is_task)
-		key.tgid = READ((struct task_struct *)ctx->args[0], task_struct, tgid);
+		victim = READ((struct task_struct *)ctx->args[0], task_struct, pid);
 	else
-		key.tgid = ctx->args[0];
+		victim = ctx->args[0];
+	kill = bpf_map_lookup_elem(MAP(kernel_kills), &me);
+	/* One that was dying already is named too, if it has yet to give its memory back: that is not this one's doing. */
+	if (!kill || kill->pid != victim)
+		return 0;
+	kill->out_of_memory = 1;
+	key.tgid = kill->tgid;
 	entry = bpf_map_lookup_elem(MAP(killers), &key);
-	/* One that somebody has killed already is named too, if it has yet to give its memory back: that is not the kernel's doing. */
-	if (entry && !entry->killer.tgid && !entry->killer.comm[0])
-		entry->flags |= KMONITOR_F_OOM_KILLED;
+	if (!entry)
+		return 0;
+	sent = *entry;
+	sent.flags |= KMONITOR_F_OOM_KILLED;
+	if (bpf_map_lookup_elem(MAP(killers), &key) == entry) /* see find_sent */
+		bpf_map_update_elem(MAP(killers), &key, &sent, BPF_EXIST);
 	return 0;
 }
 
@@ -669,8 +828,7 @@ ROUTINE(kmonitor_infer)
 	entry = bpf_map_lookup_elem(MAP(watched), &tgid);
 	/* The pid may be another's by now, with an entry of its own. */
 	if (entry && entry->start_boottime_ns == start_boottime_ns) {
-		if (!(entry->flags & KMONITOR_WATCHED_ENDED))
-			record->root = entry->root;
+		record->root = entry->root;
 		bpf_map_delete_elem(MAP(watched), &tgid);
 	}
 	record->version = KMONITOR_RECORD_VERSION;

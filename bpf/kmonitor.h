@@ -110,8 +110,7 @@ struct kmonitor_watched {
 	unsigned int unused;
 };
 #define KMONITOR_WATCHED_FOLLOW 0x1
-/* The process has ended; entry kept for threads of its that end at the same time. */
-#define KMONITOR_WATCHED_ENDED 0x2
+/* 0x2 is not used any more. */
 /* Registered itself, whatever it was copied from: the root of what it forks from now on. */
 #define KMONITOR_WATCHED_ROOT 0x4
 
@@ -144,7 +143,7 @@ struct kmonitor_config {
 	unsigned int pidns_inum;     /* scope pidns: the namespace's inode number; 0 is scope host */
 	unsigned int has_group_dead; /* sched_process_exit has the argument group_dead (6.16 and later) */
 	unsigned int victim_is_task; /* mark_victim gives a task and not a thread's id (6.8 and later) */
-	unsigned int fill_mark;      /* bytes waiting in the ring above which threads and node-wide matches are dropped */
+	unsigned int fill_mark;      /* bytes waiting in the ring above which all is dropped but ends of watched processes */
 };
 
 /*

@@ -15,6 +15,7 @@
  *   ADDRESS(pointer, type, member)  where it is
  *   PROBE(name, tracepoint)         a program that is attached
  *   ROUTINE(name)                   one that user space runs, with the words of ctx->args
+ *   ANCESTOR_ID(cgroup, level)      the id of the control group at this level above another, or of itself at its own
  *   START_BOOTTIME(task)            in the grain that the source's look-ups have: processes are told apart by it
  */
 #ifndef KMONITOR_LOADER_H
@@ -33,15 +34,29 @@
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 #include <linux/signal_types.h>
+#include <linux/version.h>
+#define HAS_ANCESTORS (LINUX_VERSION_CODE >= KERNEL_VERSION(6, 1, 0))
 #define OFFSET(type, member) __builtin_offsetof(struct type, member)
 #else
 #define AS_IN_KERNEL
 #include "kernel.h"
 #define OFFSET(type, member) KMONITOR_OFFSET_##type##_##member /* from the kernel's BTF */
+#ifdef KMONITOR_OFFSET_cgroup_ancestors
+#define HAS_ANCESTORS 1
+#else
+#define HAS_ANCESTORS 0
+#endif
 #endif
 
 #define ADDRESS(pointer, type, member) ((void *)((char *)(pointer) + OFFSET(type, member)))
 #define FIELD(pointer, type, member) READ(pointer, type, member)
+
+#if HAS_ANCESTORS
+#define ANCESTOR_ID(group, level)                                                                  \
+	READ(READ(READ_AT((struct cgroup **)ADDRESS(group, cgroup, ancestors) + (level)), cgroup, kn), kernfs_node, id)
+#else
+#define ANCESTOR_ID(group, level) READ_AT((unsigned long long *)ADDRESS(group, cgroup, ancestor_ids) + (level))
+#endif
 
 /* Processes are looked up in /proc, which tells start times in clock ticks. */
 #define TICK_NS 10000000ULL
@@ -64,12 +79,17 @@
 #include <linux/types.h>
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
 
 #define AS_IN_KERNEL __attribute__((preserve_access_index))
 #include "kernel.h"
 
 #define FIELD(pointer, type, member) ((pointer)->member)
 #define ADDRESS(pointer, type, member) (&(pointer)->member)
+#define ANCESTOR_ID(group, level)                                                                  \
+	(bpf_core_field_exists(((struct cgroup *)0)->ancestors) ?                                  \
+		 READ(READ(READ_AT((struct cgroup **)ADDRESS(group, cgroup, ancestors) + (level)), cgroup, kn), kernfs_node, id) : \
+		 READ_AT((unsigned long long *)ADDRESS((struct cgroup___before_6_1 *)(group), cgroup, ancestor_ids) + (level)))
 #define START_BOOTTIME(task) FIELD(task, task_struct, start_boottime)
 #define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task_btf())
 
@@ -105,6 +125,12 @@ const volatile struct kmonitor_config config SEC(".rodata.config");
 
 #endif
 
+#define READ_AT(address)                                                                           \
+	({                                                                                         \
+		__typeof__(*(address)) read_value;                                                 \
+		bpf_probe_read_kernel(&read_value, sizeof(read_value), address);                   \
+		read_value;                                                                        \
+	})
 #define READ(pointer, type, member)                                                                \
 	({                                                                                         \
 		__typeof__(((struct type *)0)->member) read_value;                                 \

@@ -47,6 +47,7 @@ REFUSED = {
     "no name": ([hello("")], INVALID, "cannot be a node's name"),
     "impossible name": ([hello("a b")], INVALID, "cannot be a node's name"),
     "no boot id": ([hello(boot_id="")], INVALID, "boot id"),
+    "no epoch": ([hello(epoch=0)], INVALID, "epoch"),
     "record version": ([hello(record_version=2)], PRECONDITION, "records of version 2"),
     "record size": ([hello(record_size=128)], PRECONDITION, "128 bytes"),
     "slot size": ([hello(slot_size=256)], PRECONDITION, "slots of 256"),

@@ -158,6 +158,12 @@ class DirectMonitor:
         self.take()
         return [(event.type, event.pid) for item in self.told for event in item.events.events]
 
+    async def until(self, count: int) -> None:
+        """Until it has so many events: a log on a disk is read by a thread."""
+        async with asyncio.timeout(20):
+            while len(self.events) < count:  # noqa: ASYNC110 -- the outbox has no event for it that takes nothing
+                await asyncio.sleep(0.001)
+
     @property
     def gaps(self) -> list[monitor_pb2.Gap]:
         """All so far."""
@@ -180,10 +186,10 @@ class DirectMonitor:
         return cursor
 
 
-def of_process(mask: int, pid: int, *, follow: bool = False) -> monitor_pb2.Registration:
-    """A registration of one process of the node."""
+def of_process(mask: int, pid: int, *, follow: bool = False, node: str = "a") -> monitor_pb2.Registration:
+    """A registration of one process of one node."""
     made = monitor_pb2.Registration(event_mask=mask, follow=follow)
-    made.nodes.names.append("a")
+    made.nodes.names.append(node)
     made.target.process.pid = pid
     return made
 

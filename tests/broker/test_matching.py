@@ -84,7 +84,7 @@ def wanted(item: Rec, position: int, span: dict[str, Any]) -> bool:
 def test_same_as_the_model(items: list[Rec], held: list[dict[str, Any]]) -> None:
     tree = CgroupTree()
     for group, above in TREE.items():
-        tree.put([group, *above])
+        tree.above.update({(epoch, group): tuple(above) for epoch in (1, 2)})
     matcher = Matcher()
     for index, span in enumerate(held):
         target = span["target"]

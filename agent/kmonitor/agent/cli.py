@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,7 @@ from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.options import Parser, number, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
+from kmonitor.wire.saying import outlive_stderr, outlive_stdout
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
 
 if TYPE_CHECKING:
@@ -170,7 +172,8 @@ def agent(
     if check:
         from kmonitor.agent.doctor import report  # noqa: PLC0415  # an agent that runs has no use for it
 
-        return report(given, pin_root, json=json)
+        return _print_all(lambda: report(given, pin_root, json=json))
+    outlive_stdout()
     scope = given or "host"
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
@@ -252,8 +255,24 @@ def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: Pin
     return source
 
 
+def _print_all(work: Callable[[], int]) -> int:
+    """Return what `work` returns, which is done for what it prints. Raises KmonitorError if that cannot be written."""
+    try:
+        status = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has had enough
+        status = 0
+    except OSError as error:
+        outlive_stdout()
+        raise KmonitorError(f"cannot write to standard output: {error.strerror}") from None
+    outlive_stdout()  # the interpreter's last flush
+    return status
+
+
 def main() -> None:
     """Entry point: errors are one line and an exit status."""
+    outlive_stderr()
     try:
         raise SystemExit(agent(**parser().parse()))
     except KmonitorError as error:

@@ -21,7 +21,6 @@ from kmonitor.agent.maps import (
     ANY_WATCHED,
     KEY_SIZE,
     NO_ROOT,
-    WATCHED_ENDED,
     WATCHED_FOLLOW,
     WATCHED_ROOT,
     WATCHED_SIZE,
@@ -213,7 +212,7 @@ class InterestTable:
     def will_tell(self, pid: int, start_boottime_ns: int) -> bool:
         """Of a zombie: whether the probe has an entry for the process that it has not used up."""
         entry = self._entry(pid)
-        return entry is not None and entry.start_boottime_ns == start_boottime_ns and not entry.flags & WATCHED_ENDED
+        return entry is not None and entry.start_boottime_ns == start_boottime_ns
 
     def _missed(self, found: Found, was_there: bool) -> bool:
         """The process ended while it was being armed: whether the probe did not see it with the new entry.
@@ -224,14 +223,14 @@ class InterestTable:
         if was_there:
             return True
         entry = self._entry(found.pid)
-        if entry is None or entry.flags & WATCHED_ENDED:
+        if entry is None:
             return False  # the probe used it up: the end is in the ring
         return self._source.watched.delete(pid_key(found.pid))
 
     def _change(self, process: _Wanted) -> None:
         """Another mask for an entry that is there. None is made: without one the process has ended, and was told."""
         entry = self._entry(process.pid)
-        if entry is None or process.start_time not in (0, entry.start_boottime_ns) or entry.flags & WATCHED_ENDED:
+        if entry is None or process.start_time not in (0, entry.start_boottime_ns):
             return
         flags = (WATCHED_FOLLOW if process.follow else 0) | entry.flags & WATCHED_ROOT
         new = dataclasses.replace(entry, mask=process.event_mask, flags=flags)

@@ -27,8 +27,8 @@ DEFAULT_RING_BYTES = 16 * 1024 * 1024
 DEFAULT_WATCHED_MAX = 32768
 HOOKS = {
     "kmonitor_exit": "sched_process_exit",
-    "kmonitor_free": "sched_process_free",
     "kmonitor_signal": "signal_generate",
+    "kmonitor_deliver": "signal_deliver",
     "kmonitor_oom": "mark_victim",
     "kmonitor_exec": "sched_process_exec",
     "kmonitor_fork": "sched_process_fork",

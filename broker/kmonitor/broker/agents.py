@@ -112,8 +112,8 @@ class Agents:
         elif kind == "lost":
             self._lost(node, message.lost)
         elif kind == "heartbeat":
-            boottime_ns = node.beats(message.heartbeat)
-            self._broker.router.retire(node.name, boottime_ns, node.position, self._broker.log.end)
+            node.beats(message.heartbeat)
+            self._broker.router.retire(node.name, node.complete_ns, node.position, self._broker.log.end)
             if message.heartbeat.acknowledge:
                 link.ack(node.logged, node.expected, urge=True)
         elif kind == "hello":
@@ -285,6 +285,8 @@ def _check(hello: agent_pb2.Hello) -> None:
         raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
     if not hello.boot_id:
         raise RefusedError(Code.INVALID_ARGUMENT, f"node {hello.node}: the hello has no boot id")
+    if not hello.epoch:  # to a monitor 0 says that no epoch is known
+        raise RefusedError(Code.INVALID_ARGUMENT, f"node {hello.node}: the hello has no epoch")
     found = (hello.record_version, hello.record_size, hello.slot_size)
     if found != (RECORD_VERSION, RECORD_SIZE, SLOT_SIZE):
         raise RefusedError(

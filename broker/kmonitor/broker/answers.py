@@ -65,8 +65,9 @@ class Answers:
         groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
         for result in message.groups:
             if result.cgroup_ids:
-                self._router.route_of(node.name).cgroup_tree.put(list(result.cgroup_ids))
+                self._router.learn_group(node.name, node.epoch, result.cgroup_ids)
         node.number = message.number
+        node.applied = message.version, message.boottime_ns
         position = message.position
         nothing = message.error or "the agent gave no answer for it"
         for ask in node.interest.answered(message.version):

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from kmonitor.broker.agents import Agents
 from kmonitor.broker.answers import Answers
@@ -83,12 +84,19 @@ class Broker:
         self._linger = linger
         self._keeper = LogKeeper(log) if log.durable else None
         self._progress_interval = progress_interval
+        self._faulty: set[str] = set()
+        """Steps that have failed."""
+        self._removed: dict[str, None] = {}
+        """Nodes that the log still knows."""
         self._ticker: asyncio.TimerHandle | None = None
         if self._keeper is not None:
+            self._keeper.groups(arms)
+            self.router.on_group = self._keeper.group_changed
             self._keeper.nodes(arms)
             for session in self._keeper.sessions(arms, self._make_session):
                 self.lingering.keep(session)
             log.forget_values()
+        self._removed.update((name, None) for name in log.nodes() if self.nodes.get(name) is None)
         log.on_evict = self._evicting
         log.is_missed = self._is_missed
         log.on_commit = self._committed
@@ -319,6 +327,7 @@ class Broker:
             for span in session.matcher.spans(name):  # of processes that have just ended
                 self.router.end(span, node.position, self.log.end)
         self.nodes.remove(name)
+        self._removed[name] = None
         if self._keeper is not None:
             self._keeper.node_removed(name)
 
@@ -439,14 +448,42 @@ class Broker:
             session.outbox.committed()
 
     def _tick(self) -> None:
-        """Every `progress_interval`: progress for all."""
-        known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
-        for session in self.sessions:
-            if session.detached:
-                if session.matcher.ended_spans > 2 * PAST:
-                    session.matcher.prune(self.log.end, keep=PAST)
-                    session.matcher.recall()
-                continue
-            session.outbox.prune(self.log.end)
-            session.progress([known[name] for name in session.matcher.nodes() if name in known])
+        """Every `progress_interval`: progress for all, and what is of no use any more goes. What fails stops nothing else."""
         self._ticker = asyncio.get_running_loop().call_later(self._progress_interval, self._tick)
+        known = {node.name: (node.name, node.epoch, *node.complete) for node in self.nodes}
+        for session in list(self.sessions):
+            self._attempt("progress of a monitor", partial(self._progress, session, known))
+        for name in self.router:
+            node = self.nodes.get(name)
+            heard = None if node is None else node.heard()
+            self._attempt(
+                "forgetting control groups", partial(self.router.sweep, name, heard, self.sessions, self.log.oldest, self.log.end)
+            )
+        self._attempt("forgetting removed nodes", self._forget_removed)
+
+    def _progress(self, session: Session, known: dict[str, tuple[str, int, int, int]]) -> None:
+        if session.detached:
+            if session.matcher.ended_spans > 2 * PAST:
+                session.matcher.prune(self.log.end, keep=PAST)
+                session.matcher.recall()
+            return
+        session.outbox.prune(self.log.end)
+        session.progress([known[name] for name in session.matcher.nodes() if name in known])
+
+    def _forget_removed(self) -> None:
+        """How far a removed node had come is known for as long as the log has something of it."""
+        for name in list(self._removed):
+            if self.nodes.get(name) is not None:
+                del self._removed[name]
+            elif all(end.offset < self.log.oldest for end in self.log.ends(name).values()):
+                self.log.forget(name)
+                del self._removed[name]
+
+    def _attempt(self, what: str, step: Callable[[], None]) -> None:
+        """Do a step that the others must not suffer from. A fault is logged once for each kind of step."""
+        try:
+            step()
+        except Exception:
+            if what not in self._faulty:
+                self._faulty.add(what)
+                logger.exception("%s failed, and is tried again: please report it", what)

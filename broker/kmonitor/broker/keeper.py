@@ -14,14 +14,14 @@ from typing import Any
 from kmonitor.broker.arms import Arms
 from kmonitor.broker.keys import Pidfile, Process, parse_key
 from kmonitor.broker.log import EventLog
-from kmonitor.broker.matching import Span
+from kmonitor.broker.matching import Group, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.registrations import ArmState, Registration, make_registration
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
 
-NODES, SESSIONS, REGISTRATIONS, SPANS = "nodes", "sessions", "registrations", "spans"
+NODES, SESSIONS, REGISTRATIONS, SPANS, GROUPS = "nodes", "sessions", "registrations", "spans", "groups"
 
 
 class LogKeeper:
@@ -51,6 +51,11 @@ class LogKeeper:
     def node_removed(self, name: str) -> None:
         """An operator removed it."""
         self._log.put(NODES, name, None)
+
+    def group_changed(self, node: str, group: Group, above: tuple[int, ...] | None) -> None:
+        """A control group that a node's records may name has become known, with those above it; or is known no more."""
+        epoch, cgroup_id = group
+        self._log.put(GROUPS, f"{node}/{epoch}/{cgroup_id}", None if above is None else _dump([node, epoch, cgroup_id, above]))
 
     def session_opened(self, session: Session) -> None:
         """From now on all of it is remembered."""
@@ -107,6 +112,12 @@ class LogKeeper:
         self._dirty.clear()
 
     # -- once
+
+    def groups(self, arms: Arms) -> None:
+        """Make the control groups known that records may name: those in the log, and those that wait in the nodes' rings."""
+        for value in self._log.values(GROUPS).values():
+            node, epoch, *cgroup_ids, above = json.loads(value)
+            arms.router.learn_group(node, epoch, [*cgroup_ids, *above])
 
     def nodes(self, arms: Arms) -> None:
         """Make the nodes of before, none of them connected."""
@@ -203,9 +214,6 @@ class LogKeeper:
                 node.interest.want_node(arm, registration.mask, None)
             else:
                 node.interest.want_group(arm, target, registration.mask, None)
-            for span in arms.spans(arm):
-                if span.cgroup_id is not None:
-                    arms.router.route_of(arm.node).cgroup_tree.above.setdefault(span.cgroup_id, ())
 
 
 def _key_of(registration: Registration) -> str:

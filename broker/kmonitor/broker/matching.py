@@ -9,7 +9,7 @@ that comes back and has not received all that was sent.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,19 +79,26 @@ class Span:
         return rows[keep]
 
 
+Group = tuple[int, int]
+"""(epoch, id of a control group): ids begin anew with a boot."""
+
+
 @dataclass(slots=True)
 class CgroupTree:
-    """What lies above the watched control groups of a node: a record names only the nearest watched one."""
+    """What lies above the watched control groups of a node: a record names only the nearest watched one.
 
-    above: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    A group is known for as long as a record that names it can come, or be read again: see Router.sweep.
+    """
 
-    def put(self, cgroup_ids: list[int]) -> None:
-        """The id of a group, then of those above it."""
-        self.above[cgroup_ids[0]] = tuple(cgroup_ids[1:])
+    above: dict[Group, tuple[int, ...]] = field(default_factory=dict)
 
-    def self_and_above(self, cgroup_id: int) -> tuple[int, ...]:
+    def self_and_above(self, epoch: int, cgroup_id: int) -> tuple[int, ...]:
         """The groups that an event in this watched group is in."""
-        return (cgroup_id, *self.above.get(cgroup_id, ()))
+        return (cgroup_id, *self.above.get((epoch, cgroup_id), ()))
+
+
+NO_GROUPS = CgroupTree()
+"""Of a node without any."""
 
 
 @dataclass(slots=True)
@@ -142,6 +149,8 @@ class Matcher:
         """(log offset from which on the span means nothing, span), ascending."""
         self._past: deque[tuple[int, Span]] = deque()
         """The same, of those that the session has passed."""
+        self._groups: Counter[tuple[str, Group]] = Counter()
+        """(node, group) -> spans, the past ones too."""
         self.remembers_from = 0
         """Log offset from which on no span was forgotten."""
         self._of_arms: Multimap[Any, Span] = Multimap()
@@ -156,6 +165,8 @@ class Matcher:
         self._tables.setdefault(span.node, _Table()).add(span)
         if span.end is None:
             self._of_arms.add(span.arm, span)
+        if span.cgroup_id is not None:
+            self._groups[span.node, (span.epoch, span.cgroup_id)] += 1
         self.version += 1
         self._on_change(span, True)
 
@@ -171,14 +182,29 @@ class Matcher:
         """The session has passed all blocks before this log offset: forget the spans that ended before it, all but the last `keep`."""
         while self._ended and self._ended[0][0] <= offset:
             item = self._ended.popleft()
-            self._tables[item[1].node].discard(item[1])
+            table = self._tables[item[1].node]
+            table.discard(item[1])
+            if not table:
+                del self._tables[item[1].node]
             self._past.append(item)
         if len(self._past) > keep + keep // 8:  # not one by one
             count = len(self._past) - keep
             self.remembers_from = max(self.remembers_from, *(ended for ended, _ in itertools.islice(self._past, count)))
             self._on_forget()
             for _ in range(count):
-                self._on_change(self._past.popleft()[1], False)
+                self._forget(self._past.popleft()[1])
+
+    def _forget(self, span: Span) -> None:
+        if span.cgroup_id is not None:
+            place = span.node, (span.epoch, span.cgroup_id)
+            self._groups[place] -= 1
+            if not self._groups[place]:
+                del self._groups[place]
+        self._on_change(span, False)
+
+    def has_group(self, node: str, group: Group) -> bool:
+        """Whether there is a span of this very group, be it a past one."""
+        return (node, group) in self._groups
 
     def recall(self) -> None:
         """Blocks are to be read again that were passed: spans that were kept hold for them again."""
@@ -248,7 +274,7 @@ class Matcher:
             found += [span.narrow(block, rows) for span in table.everything]
         if table.cgroups:
             for cgroup_id, rows in rows_of_cgroups(block).items():
-                for matched in cgroups.self_and_above(cgroup_id):
+                for matched in cgroups.self_and_above(block.epoch, cgroup_id):
                     found += [span.narrow(block, rows) for span in table.cgroups.get(matched, ())]
         if table.processes:
             processes = block.processes
@@ -262,10 +288,10 @@ class Matcher:
 
     def _not_taken(self, block: Block, rows: Indices) -> Indices:
         """It may come again, from the log, or from an agent that nobody has acknowledged it to."""
-        epoch, position = self.taken.get(block.node, (0, 0))
-        if epoch != block.epoch or block.position > position:
+        taken = self.taken.get(block.node)
+        if taken is None or taken[0] != block.epoch or block.position > taken[1]:
             return rows
-        kept: Indices = rows[block.positions[rows] > np.uint64(position)]
+        kept: Indices = rows[block.positions[rows] > np.uint64(taken[1])]
         return kept
 
 

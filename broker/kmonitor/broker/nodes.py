@@ -14,6 +14,7 @@ from kmonitor.broker.interest import NodeInterest
 from kmonitor.broker.keys import Key
 from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
+from kmonitor.broker.router import Heard
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
 RING_BYTES = 8 << 20
@@ -144,6 +145,10 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.complete = (0, 0)
         """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
+        self.complete_ns = 0
+        """The same, by the node's boot-time clock."""
+        self.applied = 0, 0
+        """Version of the last Interest that its agent has answered, and when that took effect, boot-time nanoseconds."""
         self.boottime_to_unix_ns = 0
         """Of its last block."""
         self.untold: dict[int, int] = {}
@@ -204,6 +209,7 @@ class Node:
         """Its positions start anew here."""
         self.expected = self.position = self.logged = position
         self.complete = position, self.complete[1]
+        self.complete_ns, self.applied = 0, (0, 0)
         self._unlogged.clear()
 
     def when_reached(self, position: int, action: Callable[[], None]) -> None:
@@ -213,12 +219,16 @@ class Node:
         else:
             self._waiting.append((position, action))
 
-    def beats(self, beat: agent_pb2.Heartbeat) -> int:
-        """Take what the agent says of how far all has come; the boot time up to which it has, nanoseconds."""
+    def beats(self, beat: agent_pb2.Heartbeat) -> None:
+        """Take what the agent says of how far all has come."""
         self.reached(beat.position, beat.time_unix_nano)
         self.complete = min(beat.position, self.position, *self.untold.values()), beat.time_unix_nano
         # An agent that does not say it says nothing of a boot-time clock but in its blocks.
-        return beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+        self.complete_ns = beat.boottime_ns or beat.time_unix_nano - self.boottime_to_unix_ns
+
+    def heard(self) -> Heard:
+        """How far it has obeyed and told."""
+        return Heard(self.epoch, self.interest.version + 1, *self.applied, self.complete_ns)
 
     def forget_waiting(self) -> None:
         """What `when_reached` was told to wait for is of no use any more."""

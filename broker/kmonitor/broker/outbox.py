@@ -299,7 +299,7 @@ class Outbox:
 
     def select(self, block: Block) -> Indices:
         """The session's rows of a block."""
-        return self._matcher.select(block, self._router.route_of(block.node).cgroup_tree)
+        return self._matcher.select(block, self._router.groups_of(block.node))
 
     def committed(self) -> None:
         """More of the log is safe, or nothing is waited for any more."""

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from kmonitor.broker.block import Block, ProcessKey
-from kmonitor.broker.matching import CgroupTree, Matcher, Span, rows_of_cgroups
+from kmonitor.broker.matching import NO_GROUPS, CgroupTree, Group, Matcher, Span, rows_of_cgroups
 from kmonitor.broker.multimap import Multimap
 from kmonitor.broker.trees import Trees
 from kmonitor.wire.masks import EventType
@@ -41,6 +41,33 @@ class Receiver(Protocol):
 
 
 @dataclass(slots=True)
+class _Idle:
+    """A control group that the node's kernel is to watch no more."""
+
+    version: int
+    """With this Interest, or a later one, it is told so."""
+    until_ns: int = 0
+    """By then, boot-time nanoseconds, it had been; 0 if that is not known."""
+    offset: int = -1
+    """No record that names it comes from this log offset on; -1 if one may still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """How far a node's agent has obeyed and told."""
+
+    epoch: int
+    next_version: int
+    """Of the Interest that comes next."""
+    applied: int
+    """Version of the last one that was answered ..."""
+    applied_ns: int
+    """... and when it had taken effect, boot-time nanoseconds."""
+    complete_ns: int
+    """All from before it has come, boot-time nanoseconds."""
+
+
+@dataclass(slots=True)
 class Route:
     """The open spans of all sessions on one node, by what they match."""
 
@@ -53,6 +80,12 @@ class Route:
     trees: Trees = field(default_factory=Trees)
     lingering: OrderedDict[Span, None] = field(default_factory=OrderedDict)
     """Those whose processes have ended, in about that order."""
+    idle: dict[Group, _Idle] = field(default_factory=dict)
+    """Those of `cgroup_tree` without an open span."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.processes or self.cgroups or self.everything or self.cgroup_tree.above or len(self.trees))
 
 
 class Router:
@@ -68,11 +101,63 @@ class Router:
         self._on_child = on_child
         self._on_orphan = on_orphan
         self._on_end = on_end
+        self.on_group: Callable[[str, Group, tuple[int, ...] | None], None] = lambda _node, _group, _above: None
+        """Called when a group became known, with those above it, or is known no more (None)."""
         self._routes: dict[str, Route] = {}
 
     def route_of(self, node: str) -> Route:
-        """The index of a node."""
-        return self._routes.setdefault(node, Route())
+        """The index of a node, which is made if there is none."""
+        route = self._routes.get(node)
+        if route is None:
+            route = self._routes[node] = Route()
+        return route
+
+    def groups_of(self, node: str) -> CgroupTree:
+        """What is known of a node's control groups."""
+        route = self._routes.get(node)
+        return NO_GROUPS if route is None else route.cgroup_tree
+
+    def learn_group(self, node: str, epoch: int, cgroup_ids: Iterable[int]) -> None:
+        """The id of a group that a node's kernel watches, then of those above it. Before any record that names it."""
+        cgroup_id, *above = cgroup_ids
+        tree = self.route_of(node).cgroup_tree
+        if tree.above.get((epoch, cgroup_id)) != tuple(above):
+            tree.above[epoch, cgroup_id] = tuple(above)
+            self.on_group(node, (epoch, cgroup_id), tuple(above))
+
+    def sweep(self, node: str, heard: Heard | None, receivers: Iterable[Receiver], oldest: int, end: int) -> None:
+        """Forget what is of no use any more: call it now and then.
+
+        A group is of use while it has a span that is open. After that, as long as anybody has spans of a group above it: until no record
+        that names it can come, and the log has dropped those that came. `heard`: of a node that is connected, or may come back; None of
+        one that will not. `oldest`, `end`: of the log.
+        """
+        route = self._routes.get(node)
+        if route is None:
+            return
+        for group in list(route.cgroup_tree.above):
+            epoch, cgroup_id = group
+            if cgroup_id in route.cgroups and heard is not None and epoch == heard.epoch:
+                route.idle.pop(group, None)
+                continue
+            idle = route.idle.setdefault(group, _Idle(0 if heard is None else heard.next_version))
+            if idle.offset < 0 and (heard is None or epoch != heard.epoch):
+                idle.offset = end
+            elif idle.offset < 0 and heard is not None:
+                if not idle.until_ns and heard.applied >= idle.version:
+                    idle.until_ns = heard.applied_ns + LATE_NS
+                if idle.until_ns and heard.complete_ns >= idle.until_ns:
+                    idle.offset = end
+            above = route.cgroup_tree.above[group]
+            if 0 <= idle.offset <= oldest or not any(each.matcher.has_group(node, (epoch, one)) for each in receivers for one in above):
+                del route.cgroup_tree.above[group], route.idle[group]
+                self.on_group(node, group, None)
+        if not route:
+            del self._routes[node]
+
+    def __iter__(self) -> Iterator[str]:
+        """The nodes of which anything is known."""
+        return iter(list(self._routes))
 
     def add(self, span: Span) -> None:
         """From now on blocks are held against this span too."""
@@ -92,7 +177,8 @@ class Router:
 
     def living(self, node: str) -> list[Span]:
         """The spans of processes whose end has not come."""
-        return [span for span in self.route_of(node).processes.values() if not span.lingers]
+        route = self._routes.get(node)
+        return [] if route is None else [span for span in route.processes.values() if not span.lingers]
 
     def end(self, span: Span, position: int, offset: int) -> None:
         """The span ends before `position`; no block from log offset `offset` on is held against it."""
@@ -146,7 +232,7 @@ class Router:
                 receivers.update((span.owner, None) for span in route.processes[key])
         if route.cgroups:
             for nearest in rows_of_cgroups(block):
-                for cgroup_id in route.cgroup_tree.self_and_above(nearest):
+                for cgroup_id in route.cgroup_tree.self_and_above(block.epoch, nearest):
                     receivers.update((span.owner, None) for span in route.cgroups.get(cgroup_id, ()))
         if route.everything and bool((block.column("flags") & F_MATCH_NODE).any()):
             receivers.update((span.owner, None) for span in route.everything)

@@ -111,10 +111,11 @@ class Evicted:
         for part in self._parts:
             if part.offset < floors.get(part.node, 0):
                 continue
-            epoch, position = positions.get(part.node, (0, -1))
-            if part.epoch != epoch and not is_later(part.node, part.epoch, epoch):
+            taken = positions.get(part.node)
+            if taken is not None and part.epoch != taken[0] and not is_later(part.node, part.epoch, taken[0]):
                 continue
-            first = int(np.searchsorted(part.positions, np.uint64(position), side="right")) if epoch == part.epoch else 0
+            same = taken is not None and part.epoch == taken[0]
+            first = int(np.searchsorted(part.positions, np.uint64(taken[1]), side="right")) if taken is not None and same else 0
             if first == len(part.positions):
                 continue
             missed = Missed(int(part.positions[first]), part.end, *part.times, count_types(part.types[first:]))

@@ -129,6 +129,14 @@ class EventLog(Protocol):
         """Epoch -> how far it has come, of the node's last 16 epochs, oldest first. Not to be changed."""
         ...
 
+    def nodes(self) -> list[str]:
+        """Return the names of the nodes that `ends` knows."""
+        ...
+
+    def forget(self, node: str) -> None:
+        """Forget the `ends` of a node whose entries are all gone."""
+        ...
+
     def put(self, space: str, key: str, value: bytes | None) -> None:
         """Remember a value under a key of a space; None forgets it. It is written with, or before, what is appended next."""
         ...

@@ -35,6 +35,16 @@ class Ends:
         """(node, epoch, end) of all."""
         return ((node, epoch, end) for node, epochs in self._nodes.items() for epoch, end in epochs.items())
 
+    def nodes(self) -> list[str]:
+        """Return the nodes of which anything is known."""
+        return list(self._nodes)
+
+    def forget(self, node: str) -> None:
+        """Forget all of a node."""
+        for epoch in self._nodes.pop(node, {}):
+            if self._on_forget is not None:
+                self._on_forget(node, epoch)
+
     def load(self, node: str, epoch: int, end: End) -> None:
         """What was remembered before, in order."""
         self._nodes.setdefault(node, {})[epoch] = end

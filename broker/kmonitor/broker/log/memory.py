@@ -99,6 +99,12 @@ class MemoryLog:
     def ends(self, node: str) -> dict[int, End]:
         return self._ends.of(node)
 
+    def nodes(self) -> list[str]:
+        return self._ends.nodes()
+
+    def forget(self, node: str) -> None:
+        self._ends.forget(node)
+
     def put(self, space: str, key: str, value: bytes | None) -> None:
         if value is None:
             self._values.get(space, {}).pop(key, None)

@@ -231,6 +231,12 @@ class SqliteLog:
     def ends(self, node: str) -> dict[int, End]:
         return self._ends.of(node)
 
+    def nodes(self) -> list[str]:
+        return self._ends.nodes()
+
+    def forget(self, node: str) -> None:
+        self._ends.forget(node)
+
     def put(self, space: str, key: str, value: bytes | None) -> None:
         if self._values is not None and value is None:
             self._values.get(space, {}).pop(key, None)
