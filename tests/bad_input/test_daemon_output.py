@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.capture
 HOW = ["full", "closed", "gone", "not read"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def stream(how: str) -> Iterator[int | None]:
     """To give a process as its standard output or error; None: it gets none."""
     if how == "closed":
@@ -37,7 +38,7 @@ def stream(how: str) -> Iterator[int | None]:
         os.close(reader)
     else:
         os.set_blocking(descriptor, False)
-        with pytest.raises(BlockingIOError):
+        with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(descriptor, bytes(4096))
         os.set_blocking(descriptor, True)
@@ -52,7 +53,7 @@ def test_the_work_goes_on(lab: Lab, how: str, tmp_path: Path) -> None:
     """Started, connected, away from one another, at work, and ended, with something to say each time."""
     need(capture_lack)
     address = f"127.0.0.1:{free_port()}"
-    commands = {
+    commands: dict[str, list[str | Path]] = {
         "broker": [BIN / "kmonitor-broker", "--listen", address, "--log", "memory", "--verbose", "--lease", "1s"],
         "agent": [BIN / "kmonitor-agent", "--broker", address, "--node", "mute", "--no-pin", "--verbose"],
     }
@@ -60,7 +61,7 @@ def test_the_work_goes_on(lab: Lab, how: str, tmp_path: Path) -> None:
     with stream(how) as out, stream(how) as errors:
 
         def start(name: str) -> None:
-            command: list[str | Path] = commands[name]
+            command = commands[name]
             if out is None:
                 command = ["sh", "-c", 'exec "$0" "$@" >&- 2>&-', *command]
             running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
@@ -97,8 +98,6 @@ def until_up(lab: Lab, address: str) -> None:
 
 def free_port() -> int:
     """One that the kernel has just chosen for somebody else, and got back."""
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
