@@ -14,7 +14,6 @@ import pytest
 from kmonitor.agent.errors import PinError
 from kmonitor.agent.pins import PinFolder
 from tests.bad_input.refusal import refused
-from tests.lab.bpffs import remove_pins
 from tests.lab.privileges import AS_NOBODY, NOBODY, need_another_user
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import Lab
@@ -31,11 +30,11 @@ def everybodys(pins: Path) -> Iterator[Path]:
     folder.mkdir()
     folder.chmod(0o1777)
     yield folder
-    for each in folder.iterdir():
-        if each.is_symlink():
+    for each in sorted(folder.rglob("*"), reverse=True):
+        if each.is_symlink() or not each.is_dir():
             each.unlink()
         else:
-            remove_pins(each)
+            each.rmdir()
     folder.rmdir()
 
 
@@ -54,9 +53,8 @@ def test_they_are_this_users_alone_whatever_the_umask(everybodys: Path) -> None:
     folder.close()
 
 
-@pytest.mark.parametrize("option", [[], ["--unpin"]])
 @pytest.mark.parametrize("made", ["folder", "link", "node"])
-def test_what_another_user_made_before(lab: Lab, everybodys: Path, made: str, option: list[str]) -> None:
+def test_what_another_user_made_before(lab: Lab, everybodys: Path, made: str) -> None:
     root, victim = everybodys / "kmonitor", everybodys / "victim"
     victim.mkdir(mode=0o700)
     (victim / "node@host@v1").mkdir(mode=0o700)
@@ -71,7 +69,7 @@ def test_what_another_user_made_before(lab: Lab, everybodys: Path, made: str, op
         as_another("mkdir", root / PinFolder(root, "node", "host").path.name)
         words = [f"{root}/node@host@v", f"belongs to another user, uid {NOBODY}"]
     there = sorted(everybodys.rglob("*"))
-    refused(lab.run("kmonitor-agent", "--node", "node", "--broker", "127.0.0.1:1", "--pin-root", root, *option), 2, *words)
+    refused(lab.run("kmonitor-agent", "--node", "node", "--broker", "127.0.0.1:1", "--pin-root", root), 2, *words)
     assert sorted(everybodys.rglob("*")) == there
 
 
@@ -87,3 +85,29 @@ def test_where_others_may_write(pins: Path, mode: int, where: str) -> None:
     folder.open()
     folder.remove()
     folder.close()
+
+
+@pytest.mark.parametrize("linked", ["root", "node"])
+def test_unpin_follows_no_link(lab: Lab, everybodys: Path, linked: str) -> None:
+    """What another user has made is removed, if root says so; but nothing that he only points at."""
+    name = PinFolder(everybodys, "node", "host").path.name
+    victim = everybodys / "victim"
+    (victim / name / "of_another").mkdir(parents=True)
+    root = everybodys / "kmonitor"
+    if linked == "root":
+        as_another("ln", "-s", victim, root)
+    else:
+        as_another("mkdir", root)
+        as_another("ln", "-s", victim / name, root / name)
+    unpin = ("kmonitor-agent", "--node", "node", "--pin-root", root, "--unpin")
+    refused(lab.run(*unpin), 2, "is a symbolic link")
+    assert (victim / name / "of_another").exists()
+
+
+def test_unpin_another_users(lab: Lab, everybodys: Path) -> None:
+    """Of a service that runs as a user of its own, say. With none there, there is nothing to do."""
+    root = everybodys / "kmonitor"
+    as_another("mkdir", "-p", PinFolder(root, "node", "host").path)
+    for _ in range(2):
+        assert lab.run("kmonitor-agent", "--node", "node", "--pin-root", root, "--unpin").code == 0
+        assert list(root.iterdir()) == []

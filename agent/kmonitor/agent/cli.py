@@ -182,6 +182,9 @@ def agent(
     if gather_s > _GATHER_MOST_S:
         raise UsageError(f"--gather {gather}: give 0s to {_GATHER_MOST_S:g}s")
     address = check_address(broker)
+    if unpin:
+        _unpin(pins)
+        return 0
     with contextlib.ExitStack() as stack:
         folders: list[PinFolder] = []
         if pins is not None:
@@ -189,9 +192,6 @@ def agent(
                 folder.open()
                 stack.callback(folder.close)
                 folders.append(folder)
-            if unpin:
-                _remove(folders)
-                return 0
         opened: Source | None = None
         if folders and (found := _predecessors(folders)):
             opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
@@ -228,6 +228,13 @@ def _import_service() -> None:
         if without:
             del sys.modules["ssl"]
     import kmonitor.agent.service  # noqa: F401, PLC0415
+
+
+def _unpin(pins: PinFolder | None) -> None:
+    for folder in () if pins is None else (pins, *pins.others()):
+        if folder.open_to_remove():
+            folder.remove()
+            folder.close()
 
 
 def _remove(folders: list[PinFolder]) -> None:

@@ -41,6 +41,21 @@ class PinFolder:
         """Make the folder if need be, and lock it. Raises PinError; also if somebody else could have made what is there, or could change it
         later."""
         self._lock = open_folder(self.path, make=True)
+        self._take()
+
+    def open_to_remove(self) -> bool:
+        """Lock the folder, whose ever it is; False if there is none. Nothing but what is in this very folder can be removed by it.
+
+        Raises PinError.
+        """
+        try:
+            self._lock = open_folder(self.path, make=False, trusted=False)
+        except NoFolderError:
+            return False
+        self._take()
+        return True
+
+    def _take(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -60,24 +75,25 @@ class PinFolder:
 
     def names(self) -> set[str]:
         """What is pinned."""
-        return {entry.name for entry in self.path.iterdir()}
+        return set(os.listdir(self._lock if self._lock >= 0 else self.path))  # noqa: PTH208 - of a descriptor, too
 
     def detach(self) -> None:
         """Unpin the links: the probe ends, and its ring stays."""
-        for entry in self.path.iterdir():
-            if entry.name.startswith("link_"):
-                entry.unlink()
+        for name in self.names():
+            if name.startswith("link_"):
+                os.unlink(name, dir_fd=self._lock)
 
     def clear(self) -> None:
         """Unpin everything: the probe is detached, and what was not read is gone."""
         self.detach()  # first: no event is to be made that has nowhere to go
-        for entry in self.path.iterdir():
-            entry.unlink()
+        for name in self.names():
+            os.unlink(name, dir_fd=self._lock)
 
     def remove(self) -> None:
-        """Unpin everything, and take the folder away."""
-        self.clear()
-        self.path.rmdir()
+        """Unpin everything, and take the folder away, if somebody else has not."""
+        with contextlib.suppress(FileNotFoundError):
+            self.clear()
+            self.path.rmdir()
         if self.path.parent == DEFAULT_ROOT:  # another one is not ours to remove
             with contextlib.suppress(OSError):
                 DEFAULT_ROOT.rmdir()  # other nodes' pins may be in there
@@ -89,12 +105,16 @@ class PinFolder:
             self._lock = -1
 
 
-def open_folder(path: Path, *, make: bool) -> int:
-    """A descriptor of a folder that only root and this user can have made, and can change; the caller owns it. What is missing is made, if
+class NoFolderError(PinError):
+    """There is no such folder."""
+
+
+def open_folder(path: Path, *, make: bool, trusted: bool = True) -> int:
+    """A descriptor of a folder that, if `trusted`, only root and this user can have made, and can change. What is missing is made, if
     that is wanted, in a bpffs only, and for this user alone.
 
     In a bpffs that everybody may write to, as many are, anybody can make this folder before us, and a link as well: nothing is followed,
-    and each folder on the way is looked at. Raises PinError.
+    and each folder on the way is looked at. The caller owns the descriptor. Raises NoFolderError, PinError.
     """
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
     at, here = os.open("/", _FOLDER), Path("/")
@@ -107,13 +127,14 @@ def open_folder(path: Path, *, make: bool) -> int:
                 raise PinError(f"{here} is a symbolic link, or no folder at all: give --pin-root the path of the folder itself") from None
             os.close(at)
             at = following
-            _check(here, os.fstat(at), last=here == path)
+            if trusted:
+                _check(here, os.fstat(at), last=here == path)
         if make and not is_bpffs(at):
             raise PinError(f"{path.parent} is not in a bpffs: {_advice(path.parent)}")
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and make:
-            raise PinError(f"{path.parent} is not in a bpffs: {_advice(path.parent)}") from None
+        if isinstance(error, FileNotFoundError):
+            raise NoFolderError(f"{path.parent} is not in a bpffs: {_advice(path.parent)}") from None
         raise PinError(f"cannot {'make' if make else 'open'} {path}: {error.strerror}: {_advice(path.parent)}") from None
     finally:
         os.close(at)
