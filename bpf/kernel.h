@@ -120,6 +120,7 @@ struct mm_struct {
 
 struct task_struct {
 	unsigned int flags;
+	unsigned int ptrace; /* 0: no debugger */
 	int exit_code;
 	int pid;
 	int tgid;

@@ -645,7 +645,7 @@ enum origin {
  * Who sends a signal. A process may write what it likes into a siginfo (rt_sigqueueinfo(2), pidfd_send_signal(2)), but for one thing: of codes that
  * are not negative and not for itself the kernel takes none.
  */
-static __always_inline enum origin origin_of(unsigned long info, int sig, bool to_itself, struct sigqueue *queued)
+static __always_inline enum origin origin_of(unsigned long info, int sig, struct task_struct *task, bool to_itself, struct sigqueue *queued)
 {
 	int code;
 
@@ -654,6 +654,9 @@ static __always_inline enum origin origin_of(unsigned long info, int sig, bool t
 	/* In the name of who runs: of a parent that ends (PR_SET_PDEATHSIG). To itself it is the kernel's own doing: SIGPIPE, SIGXFSZ. */
 	if (info == SEND_SIG_NOINFO)
 		return to_itself ? ORIGIN_KERNEL : ORIGIN_SENDER;
+	/* What a debugger puts in the way of a thread that blocks it is sent once more, by that thread (ptrace_signal). */
+	if (to_itself && FIELD(task, task_struct, ptrace))
+		return ORIGIN_UNKNOWN;
 	code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
 	/* A fault; SIGIO of a descriptor, and by F_SETSIG any signal. Of what a process makes look like a fault of its own: so it might have had one. */
 	if (code > 0)
@@ -712,7 +715,7 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 		return 0;
 	sender = CURRENT_TASK();
 	queued = last_queued(task, to_process);
-	origin = origin_of(info, sig, FIELD(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), queued);
+	origin = origin_of(info, sig, task, FIELD(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), queued);
 	sent.start_boottime_ns = subject.start_boottime_ns;
 	if (origin != ORIGIN_UNKNOWN)
 		sent.flags |= KMONITOR_F_KILLED_BY;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that were sent while the probe did not see it: what the kernel itself sent is known all the same, and nothing is made up."""
+"""Signals that were sent while the probe did not see it: a timer's is known all the same, and nothing is made up."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ ENDS = int(EventType.THREAD_ABORT | EventType.THREAD_EXIT | EventType.PROCESS_AB
 ALARM = "signal.setitimer(signal.ITIMER_REAL, 0.001)"
 KERNEL = (F_KILLED_BY, 0, 0, b"")
 UNKNOWN = (0, 0, 0, b"")
+RT_SIGQUEUEINFO = 129 if os.uname().machine == "x86_64" else 138
 
 
 @pytest.fixture(scope="module", params=["core", "bcc"])
@@ -69,6 +70,30 @@ def process(number: int, by: tuple[int, int, int, bytes]) -> list[tuple[int, int
 
 def test_an_alarm_is_the_kernels(source: Source) -> None:
     assert ends(source, ALARM) == process(signal.SIGALRM, KERNEL)
+
+
+def test_a_timer_is_the_kernels(source: Source) -> None:
+    """Of timer_create(2), which Python has not."""
+    script = """
+import ctypes
+libc = ctypes.CDLL(None)
+event = (ctypes.c_int * 16)(0, 0, signal.SIGUSR1, 0)
+timer = ctypes.c_void_p()
+assert libc.timer_create(1, event, ctypes.byref(timer)) == 0
+assert libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 0, 0, 1000000), None) == 0
+"""
+    assert ends(source, script) == process(signal.SIGUSR1, KERNEL)
+
+
+@pytest.mark.parametrize(("number", "code"), [(14, 0x80), (14, -2), (15, 0x80), (10, -2), (11, 1), (11, 0x80)])
+def test_what_a_process_makes_look_like_the_kernels_is_not_believed(source: Source, number: int, code: int) -> None:
+    """An alarm's siginfo, a timer's, a fault's: of itself the kernel lets it write any."""
+    script = f"""
+import ctypes
+info = (ctypes.c_int * 32)({number}, 0, {code})
+assert ctypes.CDLL(None).syscall({RT_SIGQUEUEINFO}, os.getpid(), {number}, info) == 0
+"""
+    assert ends(source, script) == process(signal.Signals(number), UNKNOWN)
 
 
 def test_behind_signals_that_wait(source: Source) -> None:

@@ -32,8 +32,8 @@ def test_bad_value(lab: Lab, tmp_path: Path) -> None:
         ("--listen", "192.0.2.1:7221"): "cannot listen on 192.0.2.1:7221",  # TEST-NET-1: no host has it
         ("--lease", "soon"): "'soon' is no duration",
         ("--lease", "1ms"): "give 250ms to 60m",
-        ("--progress-interval", "0s"): "give 10ms to 5s",
-        ("--progress-interval", "11s"): "give 10ms to 5s",
+        ("--progress-interval", "0s"): "give 10ms to 2s",
+        ("--progress-interval", "11s"): "give 10ms to 2s",
         ("--log-bytes", "much"): "'much' is no size",
         ("--log-bytes", "-5M"): "'-5M' is no size",
         ("--log-bytes", "1K"): "give at least 1M",

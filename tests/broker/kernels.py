@@ -293,7 +293,7 @@ class Kernel:
         if self.told:
             return 0  # of what the hello said is lost, not all records around it were sent
         unsent = [deed.at for deed in self.ring if deed.position >= self.sent] + [deed.at for deed in self.losses]
-        return min([next(self.clock), *unsent, *(ended + LATE for ended, _, _ in self.late)])
+        return min([next(self.clock), *unsent, *(ended + LATE - 1 for ended, _, _ in self.late)])
 
     def _say(self, message: agent_pb2.AgentMessage) -> bool:
         assert self.link is not None

@@ -184,6 +184,8 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         """Of a known node; NOT_FOUND for others."""
         if request.node not in self.nodes:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no node {request.node}")
+        if request.node in self.unreachable:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"node {request.node} is not connected")
         found = [self._process(pid, start) for (node, pid), start in self.processes.items() if node == request.node and start]
         return monitor_pb2.ListProcessesResponse(node=request.node, processes=found, boot_id=self.boots.get(request.node, BOOT))
 

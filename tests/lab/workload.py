@@ -27,16 +27,18 @@ class Programs:
     storm: Path
     brief: Path
     pace: Path
+    blame: Path
 
 
 def build(folder: Path) -> Programs:
     """Compile all of them into `folder`."""
-    programs = Programs(folder / "truth", folder / "storm", folder / "brief", folder / "pace")
+    programs = Programs(folder / "truth", folder / "storm", folder / "brief", folder / "pace", folder / "blame")
     jobs = {
         programs.truth: sorted(SOURCES.glob("truth*.c")),
         programs.storm: [SOURCES / "storm.c"],
         programs.brief: [SOURCES / "brief.c"],
         programs.pace: [SOURCES / "pace.c"],
+        programs.blame: [SOURCES / "blame.c"],
     }
     for program, sources in jobs.items():
         subprocess.run(["cc", "-O2", "-pthread", "-Wall", "-Wextra", "-Werror", "-o", program, *sources], check=True)

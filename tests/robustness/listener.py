@@ -150,10 +150,11 @@ class Listener:
         self.settle()
 
     def settle(self) -> None:
-        """Until two further heartbeats: what was on its way before them has come."""
-        at = self.said - 1
-        for _ in range(2):
-            at = self.wait(lambda line: line["kind"] == "progress", "a heartbeat", start=at + 1)
+        """Until two further heartbeats: what was on its way before them has come. A slow one may have much to say before."""
+        at, heartbeats = self.said - 1, 0
+        while heartbeats < 2:
+            at = self.wait(lambda _: True, "a heartbeat", start=at + 1)
+            heartbeats += self.line(at)["kind"] == "progress"
 
     def resident_bytes(self) -> int:
         """Memory of the process that lives now."""

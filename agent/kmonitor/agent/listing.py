@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fnmatch
-import re
 from collections.abc import Awaitable, Callable
 from functools import cache
 
@@ -18,6 +16,7 @@ from kmonitor.agent.slices import in_slices, in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
 from kmonitor.wire.errors import KmonitorError
+from kmonitor.wire.selectors import Globs
 
 Answer = Callable[[agent_pb2.AgentMessage], Awaitable[None]]
 
@@ -104,12 +103,11 @@ def _group_ids(wanted: monitor_pb2.ProcessFilter) -> list[int]:
 
 def select(processes: list[Found], wanted: monitor_pb2.ProcessFilter, groups: set[int] | None = None) -> list[Found]:
     """Return the processes that a filter takes, by pid, name and user; and that are in one of `groups`, if those are given."""
-    pids, uids = set(wanted.pids), set(wanted.uids)
-    globs = [re.compile(fnmatch.translate(glob)) for glob in wanted.comms]
+    pids, uids, globs = set(wanted.pids), set(wanted.uids), Globs(wanted.comms)
 
     @cache
     def is_named(comm: str) -> bool:
-        return not globs or any(glob.match(comm) for glob in globs)
+        return not wanted.comms or globs.match(comm)
 
     return [
         found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -16,6 +17,7 @@ from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ITERATOR, is_current, open_control, open_ring
+from kmonitor.agent.secret import pinned_secret
 from kmonitor.agent.uplink import Uplink
 from kmonitor.v1 import agent_pb2
 
@@ -35,12 +37,21 @@ class Predecessor:
         self.name = "core" if f"prog_{ITERATOR}" in pins.names() else "bcc"
         self.record_version = pins.version
         self.control = open_control(pins)
-        self.epoch = self.control["epoch"]
         try:
+            self.secret = pinned_secret(pins)
             self.ring = open_ring(pins, self.control)
         except BaseException:
             self.control.close()
             raise
+
+    @property
+    def epoch(self) -> int:
+        """Names the ring."""
+        return self.control["epoch"]
+
+    def begin_epoch(self) -> None:
+        """Name the ring anew, with what is in it."""
+        self.control["epoch"] = max(time.time_ns(), self.epoch + 1)
 
     @property
     def waiting(self) -> int:

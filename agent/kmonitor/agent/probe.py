@@ -21,6 +21,7 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.processes import Found, ProcessTable, comm_bytes
 from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.ring import Ring
+from kmonitor.agent.secret import make_secret, pin_secret, pinned_secret
 from kmonitor.wire.record import RECORD_VERSION
 
 DEFAULT_RING_BYTES = 16 * 1024 * 1024
@@ -94,7 +95,9 @@ class Config:
 class Probe:
     """Ring, control and maps of a running probe. `close` detaches it, unless it is pinned."""
 
-    def __init__(self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: dict[str, int], *, adopted: bool) -> None:
+    def __init__(
+        self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: dict[str, int], *, adopted: bool, secret: bytes = b""
+    ) -> None:
         """Owns all that it is given. `programs`: INFER, and ITERATOR; without the latter processes are looked up in /proc. `links` by
         program; none are needed of a probe that is pinned."""
         self.name = name
@@ -104,6 +107,8 @@ class Probe:
         self._links = links
         self.adopted = adopted
         """Whether it was running already: an agent before this one made it."""
+        self.secret = secret or make_secret()
+        """Proves that this agent holds the ring."""
         self.watched = maps["watched"]
         self.watched_cgroups = maps["watched_cgroups"]
         self.processes = ProcessTable(programs[ITERATOR]) if ITERATOR in programs else ProcTable()
@@ -119,6 +124,10 @@ class Probe:
         """The kernel knows every process."""
         del node_mask
 
+    def begin_epoch(self) -> None:
+        """Name the ring anew, with what is in it: its positions mean something else from here on."""
+        self.control["epoch"] = max(time.time_ns(), self.epoch + 1)
+
     def catch_up(self) -> None:
         """The kernel matches each event when it happens: nothing is ever behind."""
 
@@ -132,6 +141,7 @@ class Probe:
 
     def pin(self, pins: PinFolder) -> None:
         """Have it outlive this process. `pins` is open and empty. Raises PinError, BpfError."""
+        pin_secret(pins, self.secret)
         for name, each in self._maps.items():
             libbpf.pin(each.fd, pins.path / f"map_{name}")
         for name, fd in self._programs.items():
@@ -256,7 +266,11 @@ def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
         raise CaptureError(f"what is pinned in {pins.path} is another version's: remove it with --unpin")
     programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER) if f"prog_{name}" in found}
     maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in MAPS}
-    probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, {}, adopted=True)
+    secret = pinned_secret(pins)
+    if not secret:  # the pins of an older version
+        secret = make_secret()
+        pin_secret(pins, secret)
+    probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, {}, adopted=True, secret=secret)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()
         raise CaptureError(

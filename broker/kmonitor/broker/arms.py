@@ -57,7 +57,7 @@ class Arms:
         if node.link is None:
             return
         if node.interest.dirty:
-            node.link.send(agent_pb2.BrokerMessage(interest=node.interest.delta()))
+            node.link.send_interest(node.interest.delta())
         for call in node.pidfiles.unsent():
             if node.hello.reads_pidfiles:
                 node.link.send(agent_pb2.BrokerMessage(read_pidfile=call))
@@ -227,14 +227,14 @@ class Arms:
         first = taken + 1 if epoch == node.epoch else 0
         if absent is None and unheard is not None:
             first = max(unheard, taken_last + 1) if taken_epoch == node.epoch else unheard
-        told_epoch, until = session.told_of_absence.get(node.name, (0, 0))
+        told_epoch, _, until = session.told_of_absence.get(node.name, (0, 0, 0))
         again = told_epoch == node.epoch
         if again:
             first = max(first, until)  # for another registration
         # Where nobody had asked for anything, positions stand still whatever happens: an empty range says that, too.
         if first < position or (epoch and not again):
             first = min(first, position)
-            session.told_of_absence[node.name] = node.epoch, position
+            session.note_absence(node.name, node.epoch, first, position)
             times = (0, time.time_ns())
             session.tell(gap(node.name, monitor_pb2.GAP_REASON_LOG, node.epoch, positions=(first, position), times=times, counts={}))
 

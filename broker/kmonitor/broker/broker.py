@@ -17,8 +17,9 @@ from kmonitor.broker.arms import NO_NODE, Arms
 from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.filters import NO_FILTER
 from kmonitor.broker.keeper import LogKeeper
-from kmonitor.broker.keys import parse_found, parse_key
+from kmonitor.broker.keys import Key, check_list_length, check_nodes_named, parse_found, parse_key, terms
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import PAST, Span
@@ -32,15 +33,26 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.selectors import check_cgroup_path, check_comm, check_node_selector, check_pid, check_unit_name, node_matches
+from kmonitor.wire.selectors import (
+    check_cgroup_path,
+    check_comm,
+    check_globs,
+    check_node_selector,
+    check_pid,
+    check_unit_name,
+)
 
 DEFAULT_LEASE = 3.0  # seconds
 DEFAULT_PROGRESS_INTERVAL = 1.0  # seconds
-PROGRESS_MOST = 5.0
-"""Seconds. Clients take a stream that says nothing for longer than twice this for one that is gone: monitor.proto promises it."""
+PROGRESS_MOST = 2.0
+"""Seconds. Clients take a stream that says nothing for 3 s for a stale one, and one that says nothing for 10 s for one that is gone."""
 DEFAULT_LINGER = 10.0  # seconds
 LINGER_MOST = 3600  # seconds
 
+_NAME_SHOWN = 253
+"""Characters of what somebody took for a node's name."""
+FILTERS_MOST = 256
+"""Different filters of a session's registrations of all processes."""
 COUNTED_MOST = 2048
 """Entries times sessions without a stream that are looked at when the log drops something at once: some 0.1 s, if it were at once."""
 COUNTED_S = 0.005
@@ -174,6 +186,7 @@ class Broker:
             processes = parse_found(found, key.target)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
+        self._check_filters(session, key)
         unknown = [name for name in key.terms.exact_names if self.nodes.get(name) is None]
         if unknown and not self.nodes.settling and not session.resuming:
             raise RefusedError(Code.NOT_FOUND, f"unknown node {unknown[0]!r}: {self.nodes.names()}")
@@ -189,7 +202,7 @@ class Broker:
         registration.mask |= message.event_mask
         registration.find(processes)
         adopted = bool(session.resuming and new) and self.lingering.adopt(registration, new)
-        names = [node.name for node in self.nodes.selected(key)] + unknown
+        names = [node.name for node in self.nodes.selected(key.terms)] + unknown
         request = Request(request_id, len(names))
         for name in names:
             if session.resuming and not adopted and session.cursor is not None:
@@ -210,6 +223,15 @@ class Broker:
                         stream_id=session.stream_id,
                     )
                 )
+            )
+
+    def _check_filters(self, session: Session, key: Key) -> None:
+        """Each of a node's blocks is held against each of these filters: that must not take more than others can wait."""
+        kinds = session.registrations.node_wide_filters
+        if key.target is None and key.terms.filter not in kinds and len(kinds) >= FILTERS_MOST:
+            raise RefusedError(
+                Code.RESOURCE_EXHAUSTED,
+                f"a stream has at most {FILTERS_MOST} different filters for all processes of a node: leave out the filter, and select here",
             )
 
     def deregister(self, session: Session, request_id: int, message: monitor_pb2.Registration) -> None:
@@ -233,7 +255,11 @@ class Broker:
             self.lingering.begin(session, cursor, requests)
 
     async def locate(self, cursor: monitor_pb2.Cursor) -> None:
-        """Find out what `resume` has to know of this cursor, without keeping others waiting for the log's disk."""
+        """Find out what `resume` has to know of this cursor, without keeping others waiting for the log's disk. Raises RefusedError."""
+        try:
+            check_nodes_named(item.node for item in cursor.positions)
+        except UsageError as error:
+            raise RefusedError(Code.INVALID_ARGUMENT, f"the cursor: {error}") from None
         ready = self.log.locate([(item.node, item.epoch, item.position) for item in cursor.positions])
         if ready is not None:
             await ready
@@ -271,10 +297,11 @@ class Broker:
     def list_nodes(self, selector: monitor_pb2.NodeSelector) -> list[monitor_pb2.Node]:
         """The known nodes, by name. Raises RefusedError."""
         try:
+            check_list_length("node names", selector.names)
             check_node_selector(selector.names, selector.labels)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
-        chosen = [node for node in self.nodes if node_matches(node.name, node.labels, selector.names, selector.labels)]
+        chosen = self.nodes.selected(terms(selector.names, selector.labels.items(), NO_FILTER, follow=False))
         return [node.describe() for node in sorted(chosen, key=lambda node: node.name)]
 
     async def list_processes(self, name: str, wanted: monitor_pb2.ProcessFilter) -> monitor_pb2.ListProcessesResponse:
@@ -282,6 +309,9 @@ class Broker:
         if not name:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
         try:
+            for what, items in (("comms", wanted.comms), ("pids", wanted.pids), ("uids", wanted.uids)):
+                check_list_length(what, items)
+            check_globs(wanted.comms, "comm")
             for glob in wanted.comms:
                 check_comm(glob)
             for pid in wanted.pids:
@@ -295,7 +325,7 @@ class Broker:
             raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
         node = self.nodes.get(name)
         if node is None:
-            raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
+            raise RefusedError(Code.NOT_FOUND, f"unknown node {name[:_NAME_SHOWN]!r}: {self.nodes.names()}")
         if node.link is None:
             raise RefusedError(Code.UNAVAILABLE, f"node {name} is not connected")
         boot_id, epoch = node.boot_id, node.epoch  # of the agent that is asked; by the time it answers no other can have come
@@ -318,7 +348,7 @@ class Broker:
         """An operator says that a node will not come back. Raises RefusedError."""
         node = self.nodes.get(name)
         if node is None:
-            raise RefusedError(Code.NOT_FOUND, f"unknown node {name!r}: {self.nodes.names()}")
+            raise RefusedError(Code.NOT_FOUND, f"unknown node {name[:_NAME_SHOWN]!r}: {self.nodes.names()}")
         if node.link is not None or node.drain is not None:
             raise RefusedError(Code.FAILED_PRECONDITION, f"node {name} is connected: stop its agent first")
         self.tell_concerned(node, monitor_pb2.NODE_STATE_GONE, "an operator removed it", node.boot_id)

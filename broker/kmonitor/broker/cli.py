@@ -18,9 +18,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core has its own lines
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_LINGER, DEFAULT_PROGRESS_INTERVAL, LINGER_MOST, PROGRESS_MOST, Broker
+from kmonitor.broker.file_limit import watch_file_limit
 from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
+from kmonitor.wire.descriptors import raise_file_limit
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.options import Parser, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
@@ -112,6 +114,7 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
     from kmonitor.broker.server import Server  # noqa: PLC0415
 
     host, _ = split_address(listen)
+    files = raise_file_limit()
     log = options.open()
     try:
         broker = Broker(log, lease=lease, progress_interval=progress_interval, linger=linger)
@@ -130,7 +133,9 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop)
         say(f"{PROGRAM}: listening on {host}:{port}")
+        watching = asyncio.ensure_future(watch_file_limit(files))
         await stopping.wait()
+        watching.cancel()
         say(f"{PROGRAM}: stopping; a second signal ends it at once")
         await server.stop(STOP_GRACE, drain=DRAIN)
     finally:

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from kmonitor.broker.block import Block
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_INFERRED
+from kmonitor.wire.selectors import Globs
 
 _ENDS = int(EventType.THREAD_ABORT | EventType.THREAD_EXIT | EventType.PROCESS_ABORT | EventType.PROCESS_EXIT)
 
@@ -49,10 +49,13 @@ class Filter:
 NO_FILTER = Filter()
 
 
+_compiled = functools.lru_cache(1 << 14)(Globs)
+
+
 def _comms_match(block: Block, globs: tuple[str, ...]) -> npt.NDArray[np.bool_]:
     """Globs are tried once for each comm that occurs, as text (bytes that are not UTF-8 replaced), case-sensitive."""
-    pattern = re.compile("|".join(fnmatch.translate(glob) for glob in globs))
+    compiled = _compiled(globs)
     unique, which = np.unique(block.column("comm"), return_inverse=True)
     texts = (bytes(comm).split(b"\0", 1)[0].decode("utf-8", "replace") for comm in unique.tolist())
-    matched: npt.NDArray[np.bool_] = np.array([pattern.match(text) is not None for text in texts], dtype=bool)
+    matched: npt.NDArray[np.bool_] = np.array([compiled.match(text) for text in texts], dtype=bool)
     return matched[which.reshape(-1)]

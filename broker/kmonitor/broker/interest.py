@@ -48,6 +48,8 @@ class NodeInterest(Generic[Ask]):
         self._node: dict[Claim, int] = {}
         self._dirty_processes: dict[ProcessKey, bool] = {}
         """(pid, start time) -> whether to look it up."""
+        self._asking: Multimap[ProcessKey, Claim] = Multimap()
+        """(pid, start time) -> claims with an ask that has not gone out yet."""
         self._dirty_groups: dict[Group, None] = {}
         self._dirty_node = False
         self._asks: list[Ask] = []
@@ -82,6 +84,7 @@ class NodeInterest(Generic[Ask]):
         self._touch(entry.key, look_up=ask is not None)
         if ask is not None:
             self._asks.append(ask)
+            self._asking.add(entry.key, claim)
 
     def learn_process(self, claim: Claim, pid: int, start: int, *, mask: int, follow: bool) -> None:
         """Note a claim that the kernel has armed by itself: a followed child. Tells the agent nothing."""
@@ -142,11 +145,18 @@ class NodeInterest(Generic[Ask]):
             self._withdraw(claim, entry)
 
     def forget_process(self, pid: int, start: int) -> None:
-        """The process has ended, and the kernel has removed its entry."""
+        """The process has ended, and the kernel has removed its entry. An ask that has not gone out yet goes out all the same."""
         entry = self._find(pid, start)
-        if entry is not None:
-            self._remove(entry)
-            self._dirty_processes.pop((pid, start), None)
+        if entry is None:
+            return
+        asking = {claim: wanted for claim in self._asking.get(entry.key) if (wanted := entry.wanted(claim)) is not None}
+        self._remove(entry)
+        self._dirty_processes.pop(entry.key, None)
+        if asking:
+            anew = self._entry(pid, start)
+            for claim, wanted in asking.items():
+                self._claim(anew, claim, wanted)
+            self._touch(anew.key, look_up=True)
 
     def want_group(self, claim: Claim, group: Group, mask: int, ask: Ask | None) -> None:
         """Claim a group, with all of `mask` from now on."""
@@ -223,6 +233,7 @@ class NodeInterest(Generic[Ask]):
 
     def _clean(self) -> None:
         self._dirty_processes.clear()
+        self._asking.clear()
         self._dirty_groups.clear()
         self._dirty_node = False
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 
 from kmonitor.broker.block import ProcessKey
@@ -14,17 +14,22 @@ from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import BadSelectorError
 from kmonitor.wire.masks import check_mask
 from kmonitor.wire.selectors import (
+    Globs,
     check_boot_id,
     check_cgroup_path,
     check_comm,
+    check_globs,
     check_node_selector,
     check_pid,
     check_pidfile,
     check_unit_name,
+    has_labels,
     is_glob,
-    node_matches,
 )
 
+NODES_NAMED = 16_384
+"""Nodes that one message says something of: a cursor, or what was found earlier."""
+_NODE_NAME_MOST = 253
 LIST_LIMIT = 1024
 """Names, labels, globs or uids in one registration."""
 
@@ -66,7 +71,7 @@ Target = Process | Group | Pidfile | None
 class Terms:
     """What is asked for beside the target: most registrations differ in that only. Made by `terms`, so that equal ones are the same."""
 
-    __slots__ = ("__weakref__", "exact", "exact_names", "filter", "follow", "labels", "names")
+    __slots__ = ("__weakref__", "_globs", "exact", "exact_names", "filter", "follow", "labels", "names")
 
     def __init__(self, names: tuple[str, ...], labels: tuple[tuple[str, str], ...], follow: bool, wanted: Filter) -> None:
         self.names = names
@@ -75,12 +80,13 @@ class Terms:
         self.filter = wanted
         self.exact_names = tuple(name for name in names if not is_glob(name))
         """Those of the names that are no globs."""
+        self._globs = Globs(names)
         self.exact = bool(names) and len(self.exact_names) == len(names)
         """Whether it names all the nodes it can ever select."""
 
     def selects(self, node: str, labels: dict[str, str]) -> bool:
         """Whether it is about this node."""
-        return not (self.names or self.labels) or node_matches(node, labels, self.names, dict(self.labels))
+        return (not self.names or self._globs.match(node)) and has_labels(labels, self.labels)
 
 
 _terms: weakref.WeakValueDictionary[tuple[object, ...], Terms] = weakref.WeakValueDictionary()
@@ -108,9 +114,9 @@ def parse_key(message: monitor_pb2.Registration) -> Key:
     check_mask(message.event_mask)
     names, labels, comms, uids = message.nodes.names, message.nodes.labels, message.filter.comms, message.filter.uids
     for what, items in (("node names", names), ("labels", labels), ("comm globs", comms), ("uids", uids)):
-        if len(items) > LIST_LIMIT:
-            raise BadSelectorError(f"{len(items)} {what} in one registration: at most {LIST_LIMIT}")
+        check_list_length(what, items)
     check_node_selector(names, labels)
+    check_globs(comms, "comm")
     for glob in comms:
         check_comm(glob)
     target = _target(message.target)
@@ -142,8 +148,23 @@ def _process(message: monitor_pb2.ProcessTarget | monitor_pb2.RegisterRequest.Fo
     return Process(pid, message.start_time, check_boot_id(boot_id) if boot_id else "")
 
 
+def check_list_length(what: str, items: Sized) -> None:
+    """Raise BadSelectorError if a request names more than it can."""
+    if len(items) > LIST_LIMIT:
+        raise BadSelectorError(f"{len(items)} {what} in one request: at most {LIST_LIMIT}")
+
+
+def check_nodes_named(names: Iterable[str]) -> None:
+    """Raise BadSelectorError if there are more of these than a broker knows nodes, or one is longer than a node's name can be."""
+    names = list(names)
+    if len(names) > NODES_NAMED or max(map(len, names), default=0) > _NODE_NAME_MOST:
+        raise BadSelectorError(f"{len(names)} nodes are named: at most {NODES_NAMED}, each by at most {_NODE_NAME_MOST} characters")
+
+
 def parse_found(messages: Iterable[monitor_pb2.RegisterRequest.FoundProcess], target: Target) -> dict[str, Process]:
     """Node -> process that the target is there, as the client knows. Raises BadSelectorError."""
+    messages = list(messages)
+    check_nodes_named(item.node for item in messages)
     found = {item.node: process for item in messages if (process := _process(item)).start}
     if isinstance(target, Process):
         for node, process in found.items():

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,8 @@ class _Stretch:
     """Node -> log offset before which its client has taken everything."""
     number: int = 0
     """The client was told of the marks up to this number."""
+    absences: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """Node -> epoch, and what is to be told before anything of that."""
     resumed: bool = False
     """It is what an earlier stream has not brought: what was told beside the log meanwhile was told to nobody."""
 
@@ -162,11 +165,15 @@ class Outbox:
         self._stretches.append(stretch)
         self._lagging.add(self)
 
-    def gathered(self, start: int, before: Iterable[bytes] = ()) -> None:
-        """What is to be delivered from the log is known now: from `start` on, and what is to be said `before` that."""
+    def gathered(self, start: int, before: Iterable[bytes] = (), absences: Mapping[str, tuple[int, bytes]] = MappingProxyType({})) -> None:
+        """What is to be delivered from the log is known now: from `start` on, and what is to be said `before` that.
+
+        `absences`: node -> epoch, and what is to be said before anything of that.
+        """
         if self._gathering is not None:
             self._gathering.start = max(min(start, self._gathering.start), self._log.oldest)
             self._gathering.notices += before
+            self._gathering.absences.update(absences)
             self._gathering.end = self._log.end
             self._gathering = None
             self.has_read()
@@ -364,6 +371,10 @@ class Outbox:
                 stretch.start = entry.offset
                 self._blocked = True
                 break
+            if entry.node in stretch.absences and stretch.absences[entry.node][0] == entry.epoch:
+                out += self._messages(parts)
+                parts = []
+                out.append(stretch.absences.pop(entry.node)[1])
             if isinstance(entry, Mark):
                 out += self._messages(parts)
                 parts = []
@@ -385,6 +396,7 @@ class Outbox:
             number = min(stretch.start, stretch.end)
             out.append(progress(self._read_so_far(), number, self._log.log_id, self.stream_id))
         if stretch.start >= stretch.end:
+            out += (message for _, message in stretch.absences.values())
             self._items.popleft()
             self._stretches.popleft()
             if not self._stretches:

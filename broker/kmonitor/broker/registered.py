@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import ValuesView
 
+from kmonitor.broker.filters import Filter
 from kmonitor.broker.keys import Key
 from kmonitor.broker.registrations import Registration
 
@@ -12,10 +13,12 @@ from kmonitor.broker.registrations import Registration
 class Registered:
     """At most one registration of a key. Knows the ids in use, so that no request is held against all registrations."""
 
-    __slots__ = ("_by_key", "_highest", "_ids")
+    __slots__ = ("_by_key", "_highest", "_ids", "node_wide_filters")
 
     def __init__(self) -> None:
         self._by_key: dict[Key, Registration] = {}
+        self.node_wide_filters: dict[Filter, int] = {}
+        """Of those of all processes of a node: how many have each."""
         self._highest = -1
         """No id above it was ever in use."""
         self._ids: set[int] | None = None
@@ -37,6 +40,9 @@ class Registered:
         """Take it in, or find it there. False if there is another one with its key, which stays."""
         if self._by_key.setdefault(registration.key, registration) is not registration:
             return False
+        if registration.key.target is None:
+            wanted = registration.key.terms.filter
+            self.node_wide_filters[wanted] = self.node_wide_filters.get(wanted, 0) + 1
         self._highest = max(self._highest, registration.id)
         if self._ids is not None:
             self._ids.add(registration.id)
@@ -47,6 +53,11 @@ class Registered:
         if self._by_key.get(registration.key) is not registration:
             return False
         del self._by_key[registration.key]
+        if registration.key.target is None:
+            wanted = registration.key.terms.filter
+            self.node_wide_filters[wanted] -= 1
+            if not self.node_wide_filters[wanted]:
+                del self.node_wide_filters[wanted]
         if self._ids is not None:
             self._ids.discard(registration.id)
         return True
@@ -54,6 +65,7 @@ class Registered:
     def clear(self) -> None:
         """Take all out."""
         self._by_key.clear()
+        self.node_wide_filters.clear()
         self._ids = None
 
     def values(self) -> ValuesView[Registration]:

@@ -161,8 +161,8 @@ class Session:
         """Registrations that are over, and still have spans."""
         self.cursor: Cursor | None = None
         """What the client took from an earlier stream, if it brought that."""
-        self.told_of_absence: dict[str, tuple[int, int]] = {}
-        """Node -> (epoch, position) up to which a gap says that nobody kept its place there."""
+        self.told_of_absence: dict[str, tuple[int, int, int]] = {}
+        """Node -> (epoch, from, to): the positions where, as a gap says, nobody kept its place there."""
         self.resuming = 0
         """Register requests that are still to come before anything is delivered."""
         self.detached = False
@@ -229,6 +229,14 @@ class Session:
         if self.failure is None and not self.detached:
             with contextlib.suppress(OverflowedError):  # it has much to read before that
                 self.outbox.put_progress(nodes)
+
+    def note_absence(self, node: str, epoch: int, first: int, until: int) -> None:
+        """It is told that nobody kept its place on a node between two positions. A stream that comes back may not have taken that."""
+        before = self.told_of_absence.get(node)
+        if before is not None and before[0] == epoch:
+            first, until = min(first, before[1]), max(until, before[2])
+        self.told_of_absence[node] = epoch, first, until
+        self._changed()
 
     def pends(self, answers: int) -> None:
         """So many more answers are awaited; fewer, if negative."""

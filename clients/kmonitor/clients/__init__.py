@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         BrokerError,
         ClosedError,
         NodeGoneError,
+        NodeUnreachableError,
         NoSuchRegistrationError,
         ProcessExitedError,
         ProcessGoneError,
@@ -63,8 +64,8 @@ if TYPE_CHECKING:
 
 _WIRE_ERRORS = "BadMaskError BadSelectorError BrokerUnreachableError GapError KmonitorError NotAuthorisedError UsageError"
 _ERRORS = (
-    "BrokerError ClosedError NodeGoneError NoSuchRegistrationError ProcessExitedError ProcessGoneError ProcessNotFoundError "
-    "RegistrationError WaitTimeoutError"
+    "BrokerError ClosedError NodeGoneError NodeUnreachableError NoSuchRegistrationError ProcessExitedError ProcessGoneError "
+    "ProcessNotFoundError RegistrationError WaitTimeoutError"
 )
 _NOTIFICATIONS = (
     "Deregistered Disconnected Fresh Gap GapReason LostCount Members NodeChange NodeProgress NodeState Notice Notification "
@@ -114,6 +115,7 @@ __all__ = [
     "NodeGoneError",
     "NodeProgress",
     "NodeState",
+    "NodeUnreachableError",
     "NotAuthorisedError",
     "Notice",
     "Notification",

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import TYPE_CHECKING
 
 import grpc
 
-from kmonitor.clients import errors
+from kmonitor.clients import errors, reach
+from kmonitor.clients.reach import Reach
 from kmonitor.v1.monitor_pb2_grpc import MonitorServiceStub
-from kmonitor.wire.errors import KmonitorError
+from kmonitor.wire.errors import BrokerUnreachableError, KmonitorError
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address
 
 if TYPE_CHECKING:
@@ -23,9 +25,19 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.enable_http_proxy", 0),  # a proxy for the web in the environment is not for this
     ("grpc.use_local_subchannel_pool", 1),  # else another monitor's failures in this program delay this one
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # so long a slow broker is given for one attempt; the name's next address is tried beside it
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", 500),  # else a broker that has moved is looked for where it was, for 30 s
+    # A broker that has stopped, or whose machine is gone, sends no word of it. Progress comes every second: these go when it does not.
+    ("grpc.keepalive_time_ms", 3000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.http2.ping_timeout_ms", 3000),  # what ends the stream of one that has stopped: it is a minute else
+    ("grpc.http2.max_pings_without_data", 0),  # as many as it takes: else two, and then one a minute
 ]
+logging.getLogger("grpc").addHandler(logging.NullHandler())  # what it says of messages that cannot be read is said in a typed error
+_LOOK_S = 2.0
+_PATIENCE_S = 20.0
+"""For a broker that takes connections and is slow to answer."""
 
 
 class Channel:
@@ -38,6 +50,18 @@ class Channel:
         else:
             self._channel = grpc.aio.secure_channel(self.address, credentials, options=_OPTIONS)
         self.stub: MonitorServiceAsyncStub = MonitorServiceStub(self._channel)
+
+    async def connect(self, timeout_s: float) -> None:
+        """Wait until the broker's transport answers. Raises BrokerUnreachableError, which says why, `timeout_s` after the attempt began,
+        or at once if nobody listens there; a broker that listens, and is slow, has longer."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        while not await self.ready(timeout_s):
+            found, reason = await asyncio.to_thread(reach.look, self.address, _LOOK_S)
+            is_slow = found in (Reach.SILENT, Reach.SERVED) and clock() - began < _PATIENCE_S
+            may_answer = found is Reach.AWAY and clock() - began < timeout_s
+            if not is_slow and not may_answer:
+                raise BrokerUnreachableError(reach.in_words(self.address, found, reason))
 
     async def ready(self, timeout_s: float) -> bool:
         """Whether the broker's transport answers; returns at the first failure, or when the time is up."""

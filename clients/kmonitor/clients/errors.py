@@ -61,9 +61,30 @@ class BrokerError(KmonitorError):
     """The broker failed at the request: its own fault, not the caller's."""
 
 
+class NodeUnreachableError(KmonitorError):
+    """The broker does not hear the node that was to be asked. It may do so again."""
+
+    exit_status = 2
+
+
 def unreachable(address: str) -> BrokerUnreachableError:
     """The one line for a broker that does not answer."""
     return BrokerUnreachableError(f"no broker answers at {address}: start kmonitor-broker, or set --broker / KMONITOR_BROKER")
+
+
+def of_node(error: grpc.aio.AioRpcError, node: str) -> KmonitorError | None:
+    """The error of a call that the broker has answered, and the node that it asked has not. None for any other."""
+    text = plain_text(error.details() or "")
+    if error.code().name != "UNAVAILABLE" or not text.startswith((f"node {node} ", f"node {node}: ")):
+        return None  # of a connection that broke the text is grpc's
+    if text.startswith(f"node {node} "):  # is not connected, went away
+        return NodeUnreachableError(f"{text}: start its agent there, or ask again when it is back")
+    return BrokerError(text)
+
+
+def unreadable(address: str) -> BrokerError:
+    """The error for a message that is none."""
+    return BrokerError(f"what {address} sent cannot be read: it is no kmonitor broker, or one of another version: upgrade the older side")
 
 
 def from_code(code: int, message: str) -> KmonitorError:
@@ -80,7 +101,9 @@ def from_rpc(error: grpc.aio.AioRpcError, address: str) -> KmonitorError:
     """The error for a call or stream that ended with a status other than OK."""
     name = error.code().name
     text = plain_text(" ".join((error.details() or name).split()))
-    if name in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"):
+    if name == "DEADLINE_EXCEEDED":
+        return BrokerUnreachableError(f"the broker at {address} is there, and has not answered in time: it is overloaded, or has stopped")
+    if name in ("UNAVAILABLE", "CANCELLED"):
         return unreachable(address)
     if name in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return NotAuthorisedError(text)

@@ -295,7 +295,8 @@ class ProcessGuard:
             members = await self._monitor.list_group(subject.node, cgroup=subject.cgroup, unit=subject.unit)
         except KmonitorError as error:
             group.not_listed()
-            if not isinstance(error, BrokerUnreachableError) and not group.answered:
+            away = isinstance(error, BrokerUnreachableError | errors.NodeUnreachableError)
+            if not away and not group.answered:
                 self._refusals[group] = error  # an agent that cannot do it: whoever adds it is to know
             await asyncio.sleep(self._look_again)
         else:

@@ -36,7 +36,8 @@ from kmonitor.wire.errors import BadSelectorError, KmonitorError, UsageError
 from kmonitor.wire.masks import ALL_EVENTS, EventType
 
 CONNECT_TIMEOUT_S = 5.0
-CALL_TIMEOUT_S = 15.0
+CALL_TIMEOUT_S = 60.0
+"""Of a broker whose transport lives: one that is gone is noticed sooner."""
 STALE_AFTER_S = 3.0
 LONGEST_LINGER_S = 3600.0
 
@@ -185,6 +186,8 @@ class Monitor:
             answer = await self._channel.stub.ListNodes(request, timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from None
+        if answer is None:
+            raise errors.unreadable(self.address)
         return sorted(answer.nodes, key=lambda node: node.name)
 
     async def remove_node(self, node: str) -> None:
@@ -199,7 +202,8 @@ class Monitor:
     async def list_processes(
         self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = ()
     ) -> list[Process]:
-        """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it."""
+        """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it; NodeUnreachableError
+        if it does not hear the node."""
         wanted = monitor_pb2.ProcessFilter(
             pids=[selectors.check_pid(pid) for pid in pids],
             comms=[selectors.check_comm(glob) for glob in comms],
@@ -223,7 +227,9 @@ class Monitor:
                 monitor_pb2.ListProcessesRequest(node=node, filter=wanted), timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
-            raise self._channel.error(error) from None
+            raise errors.of_node(error, node) or self._channel.error(error) from None
+        if answer is None:
+            raise errors.unreadable(self.address)
         if wanted.WhichOneof("group") is not None and not answer.epoch:
             raise UsageError(f"the broker at {self.address}, or its agent on {node}, cannot list a group: upgrade it")
         found = sorted((Process.from_proto(process, answer.boot_id) for process in answer.processes), key=lambda process: process.pid)
@@ -366,9 +372,11 @@ class connect:  # noqa: N801 - it is used as a function
     async def open(self) -> Monitor:
         """The Monitor; the caller closes it. Raises BrokerUnreachableError, UsageError."""
         channel = Channel(self._address, self._credentials)
-        if not await channel.ready(CONNECT_TIMEOUT_S):
+        try:
+            await channel.connect(CONNECT_TIMEOUT_S)
+        except BaseException:
             await channel.close()
-            raise errors.unreachable(channel.address)
+            raise
         return Monitor(channel, Stream(channel, self._cursor, self._settings), self._cursor.copy())
 
     async def __aenter__(self) -> Monitor:

@@ -274,6 +274,8 @@ class Stream:
                 await self._permission()
                 async with asyncio.timeout(HEARTBEAT_TIMEOUT_S if self._heard_progress and self._standing else None):
                     message = await call.read()
+                if message is None:  # it was no Notification
+                    raise errors.unreadable(self.channel.address)
                 if not isinstance(message, monitor_pb2.Notification):
                     return  # grpc.aio.EOF
                 if not self._closing:
@@ -422,8 +424,15 @@ class Stream:
             self._standing.node_gone(notice.node)
         self._put(notice)
 
+    def _request(self, request_id: int, kind: str) -> Request | None:
+        """What is answered, unless nobody awaits it. Raises BrokerError if it asked for something else."""
+        request = self._requests.get(request_id)
+        if request is not None and request.message.WhichOneof("kind") != kind:
+            raise errors.BrokerError(f"the broker at {self.channel.address} answered a request by what it did not ask for: report it")
+        return request
+
     def _on_registered(self, message: monitor_pb2.Registered) -> None:
-        request = self._requests.get(message.request_id)
+        request = self._request(message.request_id, "register")
         answer = Registered.from_proto(message)
         refusal = errors.from_code(message.error.code, message.error.message) if message.HasField("error") else None
         if self._freshness is not None:
@@ -451,7 +460,7 @@ class Stream:
             self._answer(message.request_id, refusal if request.held else None)
 
     def _on_deregistered(self, message: monitor_pb2.Deregistered) -> None:
-        request = self._requests.get(message.request_id)
+        request = self._request(message.request_id, "deregister")
         if message.HasField("error"):
             if request is not None:
                 self._answer(message.request_id, errors.from_code(message.error.code, message.error.message))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, get_args
 
 from kmonitor.agent.errors import CaptureError
@@ -25,6 +26,7 @@ def open_source(choice: SourceName | Literal["auto"], options: ProbeOptions, pin
 
     Raises what the chosen source raises; for `auto`, if none works, an error that says why of each.
     """
+    _check_clocks()
     if pins is not None:
         adopted = adopt(options, pins)
         if adopted is not None:
@@ -52,7 +54,23 @@ def open_source(choice: SourceName | Literal["auto"], options: ProbeOptions, pin
 
 def start(name: SourceName, options: ProbeOptions, pins: PinFolder | None) -> Source:
     """Start one source. Raises CaptureError, MissingCapabilityError, PinError, BpfError."""
+    _check_clocks()
     return _loader(name)(options, pins)
+
+
+def _check_clocks() -> None:
+    """Raises CaptureError if this process's clocks are not the machine's, by which the kernel times events: time_namespaces(7)."""
+    try:
+        lines = Path("/proc/self/timens_offsets").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return  # a kernel without such namespaces
+    for line in lines:
+        clock, *offset = line.split()
+        if any(map(int, offset)):
+            raise CaptureError(
+                f"this agent's {clock} clock is {offset[0]} s off the machine's, as it is in a time namespace: all times would be wrong;"
+                " start it outside, or by nsenter --time=/proc/1/ns/time"
+            )
 
 
 def _loader(name: SourceName) -> Callable[[ProbeOptions, PinFolder | None], Source]:

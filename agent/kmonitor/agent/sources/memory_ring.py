@@ -22,7 +22,7 @@ from kmonitor.wire.record import F_ARGS_TRUNCATED, F_MATCH_PROCESS, RECORD_VERSI
 FILENAME_MOST = 1024
 ARGS_MOST = 2944
 _LONGEST_RECORD_SLOTS = 32
-_FORK = 0x08
+_ABORT = 0x10
 _EXIT = 0x40
 _INDEX = {bit: index for index, bit in enumerate(TYPE_BITS)}
 
@@ -47,7 +47,7 @@ class Pause(NamedTuple):
 class MemoryRing:
     """Reads ahead of the consumer position, which moves only by `release`: what was not released can be read again.
 
-    When more than three quarters are taken, thread events and node-wide matches are dropped, as in the probe; when all is, everything.
+    When more than three quarters are taken, all but the ends of watched processes is dropped, as in the probe; when all is, everything.
     Each record that is dropped is counted in `control`.
     """
 
@@ -107,7 +107,7 @@ class MemoryRing:
             spans += -(-(len(filename) + len(args)) // SLOT_SIZE)
         size = spans * SLOT_SIZE
         taken = self.producer - self.consumer
-        first_to_go = kind < _FORK or not flags & F_MATCH_PROCESS
+        first_to_go = kind not in (_ABORT, _EXIT) or not flags & F_MATCH_PROCESS
         if taken + size > self.size or (first_to_go and taken > self._mark):
             self._control.count(LOST_PROCESS if flags & F_MATCH_PROCESS else LOST_NODE, _INDEX[kind], 1)
             return
@@ -170,9 +170,9 @@ class MemoryRing:
             self.consumer = min(position, self.producer)
         self.position = max(self.position, self.consumer)
 
-    def rewind(self) -> None:
-        """Read again what was not released."""
-        self.position = self.consumer
+    def rewind(self, position: int = 0) -> None:
+        """Read again what was not released, from `position` on if that is later."""
+        self.position = max(self.consumer, position)
 
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already."""

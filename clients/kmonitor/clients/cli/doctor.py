@@ -7,23 +7,29 @@ What the machine can do, its agent finds out: it is asked with `kmonitor-agent -
 from __future__ import annotations
 
 import json as json_module
-import socket
 import subprocess
 import sys
 from typing import Annotated, Any
 
 import typer
 
+from kmonitor.clients import reach
 from kmonitor.clients.cli.beside import program
 from kmonitor.clients.cli.options import Broker, Json
-from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.clients.cli.output import say
+from kmonitor.clients.reach import Reach
+from kmonitor.wire.errors import UsageError
 from kmonitor.wire.plain import plain_text
+from kmonitor.wire.selectors import check_address
 
 Line = dict[str, Any]
 """status, name, found, advice; more for the sources and the verdict, as docs/operation.md has it."""
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_LIMIT_S = 30.0
+_PATIENCE_S = 10.0
+"""After so long it is said what is waited for."""
+_LOOK_S = 5.0
+"""For a broker that takes connections to answer."""
 
 
 def doctor(
@@ -55,39 +61,51 @@ def _ask_agent(scope: str) -> list[Line]:
     """Its lines, the last of which is the verdict. Raises UsageError, with its own words if it ended without one."""
     agent = program("kmonitor-agent")
     options = ["--check", "--json", *(["--scope", scope] if scope else [])]
-    try:
-        done = subprocess.run([agent, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
-    except OSError as error:
-        raise UsageError(f"cannot run {agent}: {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise KmonitorError(f"{agent} --check gave no answer in {_LIMIT_S:.0f} s") from None
-    lines: list[Line] = [json_module.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    out, err, status = _run([agent, *options])
+    lines: list[Line] = [json_module.loads(line) for line in out.splitlines() if line.startswith("{")]
     if lines and lines[-1]["name"] == "auto":
         return lines
-    said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+    said = err.strip().splitlines() or [f"it ended with status {status}"]
     raise UsageError(f"{agent} --check gave no answer: {said[-1]}")
 
 
-def _reachable(broker: str) -> Line:
-    """Only that the port answers; gRPC takes longer to import than all other checks take together."""
+def _run(words: list[str]) -> tuple[str, str, int]:
+    """For as long as it takes: on a slow machine a source's compiler alone may work for a minute."""
+    pipe = subprocess.PIPE
     try:
-        host, port = _host_and_port(broker)
-        with socket.create_connection((host, port), timeout=2):
-            return _line("ok", f"answers at {broker}")
-    except (OSError, KmonitorError) as error:
-        reason = str(error) if isinstance(error, KmonitorError) else (error.strerror or str(error))
-        return _line("warn", f"{broker}: {reason}", "start kmonitor-broker, or set --broker / KMONITOR_BROKER")
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace")
+    except OSError as error:
+        raise UsageError(f"cannot run {words[0]}: {error.strerror}") from None
+    with child:
+        patience = _PATIENCE_S
+        while True:
+            try:
+                out, err = child.communicate(timeout=patience)
+            except subprocess.TimeoutExpired:
+                say(f"still waiting for {words[0]} --check, which tries each source (Ctrl-C ends it)")
+                patience *= 2
+            except BaseException:
+                child.kill()
+                raise
+            else:
+                return out, err, child.returncode
+
+
+def _reachable(broker: str) -> Line:
+    """Whether it answers as gRPC does, which takes longer to import than all other checks take together."""
+    try:
+        found, reason = reach.look(check_address(broker), _LOOK_S)
+    except UsageError as error:
+        return _line("warn", str(error), "set --broker / KMONITOR_BROKER")
+    if found is Reach.SERVED:
+        return _line("ok", f"answers at {broker}")
+    if found is Reach.SILENT:
+        return _line("warn", f"{broker}: takes connections, and does not answer", "see its log: stopped, overloaded, or out of open files")
+    return _line("warn", f"{broker}: {reason}", "start kmonitor-broker, or set --broker / KMONITOR_BROKER")
 
 
 def _line(status: str, found: str, advice: str = "") -> Line:
     return {"status": status, "name": "broker", "found": found, "advice": advice}
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise KmonitorError("no address: write HOST:PORT")
-    return host.strip("[]"), int(port)
 
 
 def _show(lines: list[Line], verdict: Line, verbose: bool) -> None:

@@ -161,7 +161,7 @@ def _broker_row(state: State) -> tuple[str, ...]:
 def _lab(name: str) -> Lab:
     from kmonitor.clients.lab.lab import Lab  # noqa: PLC0415 - not for --help
 
-    return Lab(name)
+    return Lab(name, say)
 
 
 def _programs() -> Programs:
@@ -183,7 +183,7 @@ def _alone() -> Iterator[None]:
     from kmonitor.clients.lab import state, tools  # noqa: PLC0415
 
     tools.check()
-    with state.locked():
+    with state.locked(say):
         yield
 
 

@@ -23,8 +23,9 @@ from kmonitor.wire import masks, selectors
 from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, NotAuthorisedError, UsageError
 
 _PORT = 7221
-_START_TIMEOUT_S = 20.0
-_STOP_TIMEOUT_S = 5.0
+_PATIENCE_S = 10.0
+"""After so long it is said what is waited for."""
+_STOP_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _BROKER_LINE = re.compile(r"kmonitor-broker: listening on (\S+)")
 _AGENT_LINE = re.compile(r"kmonitor-agent: (\S+) is connected to \S+ \(source (\w+)")
@@ -137,25 +138,30 @@ class _Child:
         ]
 
     async def line(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Wait for a line on stdout. Raises what `ended` returns if the program ends first."""
+        """Wait for a line on stdout, for as long as the program lives. Raises what `ended` returns if it ends first."""
         ended = asyncio.ensure_future(self.ended())
+        impatient = asyncio.ensure_future(self._say_what_is_waited_for())
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                while True:
-                    line = asyncio.ensure_future(self._lines.get())
-                    await asyncio.wait({line, ended}, return_when=asyncio.FIRST_COMPLETED)
-                    if not line.done():
-                        line.cancel()
-                        raise ended.result()
-                    match = pattern.match(line.result())
-                    if match is not None:
-                        return match
-        except TimeoutError:
-            raise KmonitorError(
-                f"{self._name} did not get ready in {_START_TIMEOUT_S:.0f} s{': ' + self._said if self._said else ''}"
-            ) from None
+            while True:
+                line = asyncio.ensure_future(self._lines.get())
+                await asyncio.wait({line, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not line.done():
+                    line.cancel()
+                    raise ended.result()
+                match = pattern.match(line.result())
+                if match is not None:
+                    return match
         finally:
             ended.cancel()
+            impatient.cancel()
+
+    async def _say_what_is_waited_for(self) -> None:
+        patience = _PATIENCE_S
+        while True:
+            await asyncio.sleep(patience)
+            said = f"; it said last: {self._said}" if self._said else ""
+            say(f"still waiting for {self._name} to get ready (Ctrl-C ends it){said}")
+            patience *= 2
 
     async def ended(self) -> KmonitorError:
         """Wait for the program's end; returns the error that says why, with its exit status."""
@@ -165,16 +171,18 @@ class _Child:
         return kinds.get(status, KmonitorError)(self._said or f"{self._name} ended with status {status}")
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL for one that does not heed it."""
+        """SIGTERM, and SIGKILL for one that does not heed it, or if the user insists."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             try:
                 await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
-            except TimeoutError:
+            except (TimeoutError, asyncio.CancelledError) as error:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
                 await self._process.wait()
+                if isinstance(error, asyncio.CancelledError):
+                    raise
         await asyncio.gather(*self._readers)
 
     def _note(self, line: str) -> None:

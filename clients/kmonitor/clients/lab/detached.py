@@ -5,13 +5,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kmonitor.clients.lab.processes import Process
 from kmonitor.wire.errors import KmonitorError, UsageError
 
 _LOOK_S = 0.01
+PATIENCE_S = 10.0
+
+
+class Impatience:
+    """Says what is waited for, when that takes long, and again each time that it has taken twice as long."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._began = time.monotonic()
+        self._next = PATIENCE_S
+
+    def waits(self, what: str, said: str = "") -> None:
+        """It still does. `said`: the last words of what is waited for."""
+        if time.monotonic() - self._began > self._next:
+            self._next *= 2
+            self._tell(f"still waiting for {what} (Ctrl-C ends it){f'; it said last: {said}' if said else ''}")
 
 
 class Started:
@@ -35,9 +51,10 @@ class Started:
             raise KmonitorError(f"cannot start {words[0]}: {error.strerror}") from None
         self.process = Process.of(pid) or Process(pid, 0)  # the latter has ended, and the kernel was told not to keep such for us
 
-    def wait_said(self, word: str, limit: float) -> str:
-        """Until a line with this word comes; the line. UsageError with its last words if it ends, or KmonitorError if the time is up."""
-        until = time.monotonic() + limit
+    def wait_said(self, word: str, tell: Callable[[str], None]) -> str:
+        """Until a line with this word comes; the line. UsageError with its last words if it ends. `tell` is given a line for people when
+        it takes long."""
+        impatience = Impatience(tell)
         while True:
             ended = not self.process.state  # asked before: what it said last is there then
             lines = self._lines()
@@ -46,9 +63,7 @@ class Started:
                     return line
             if ended:
                 raise UsageError(f"{self.name} ended: {lines[-1] if lines else 'it said nothing'}")
-            if time.monotonic() > until:
-                said = f"; it said last: {lines[-1]}" if lines else ""
-                raise KmonitorError(f"{self.name} did not get ready in {limit:g} s{said}")
+            impatience.waits(f"{self.name} to get ready", lines[-1] if lines else "")
             time.sleep(_LOOK_S)  # nobody tells of a file's growth but inotify, which is more than this is worth
 
     def _lines(self) -> list[str]:

@@ -21,7 +21,7 @@ from kmonitor.clients.lab import tools
 from kmonitor.clients.lab.machine import Machine
 from kmonitor.clients.lab.network import NETNS, Network, identity, is_in, pids_in
 from kmonitor.clients.lab.processes import Process, send
-from kmonitor.clients.lab.starting import BROKER, READY_S, RELAY, Programs, Starter
+from kmonitor.clients.lab.starting import BROKER, RELAY, Programs, Starter, Tell
 from kmonitor.clients.lab.state import Folder, State, check_name, names
 from kmonitor.wire.errors import KmonitorError, UsageError
 
@@ -30,7 +30,8 @@ PORT = 7221
 _SUBNET = IPv4Network("10.213.0.0/24")
 """Of every lab: it is in none but the lab's own namespaces."""
 _PREFIX = "kmlab-"
-_END_S = 10.0
+_END_S = 60.0
+"""A process that was killed waits for the kernel alone, which on a busy machine has much to do."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class NodeStatus:
 class Lab:
     """By its name. Making the object makes nothing; all methods raise KmonitorError."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tell: Tell = lambda _line: None) -> None:
+        """`tell` is given a line for people when something takes long."""
         self.name = check_name(name)
+        self._tell = tell
         self.folder = Folder(name)
         self._network = Network(f"{_PREFIX}{name}", _SUBNET)
         self.broker_inside = f"{self._network.hub_address}:{PORT}"
@@ -80,9 +83,9 @@ class Lab:
         broker = starter.broker()
         relay = starter.relay(f"{PORT}?")
         inits = {node: starter.node(node, number + 2, first=True) for number, node in enumerate(nodes)}
-        broker.wait_said("listening on", READY_S)
+        broker.wait_said("listening on", self._tell)
         starter.within(inits)
-        state.broker = relay.wait_said("listening on", READY_S).split()[-1]
+        state.broker = relay.wait_said("listening on", self._tell).split()[-1]
         self.folder.save(state)
         return state
 
@@ -139,9 +142,9 @@ class Lab:
         starter = self._starter(state, programs)
         if node == BROKER:
             if state.alive(RELAY) is None:
-                starter.relay(state.broker.rpartition(":")[2]).wait_said("listening on", READY_S)
+                starter.relay(state.broker.rpartition(":")[2]).wait_said("listening on", self._tell)
             if state.alive(BROKER) is None:
-                starter.broker().wait_said("listening on", READY_S)
+                starter.broker().wait_said("listening on", self._tell)
             return
         self._check_node(state, node)
         if state.alive(f"{node} init") is None:
@@ -206,7 +209,7 @@ class Lab:
     # ---- parts
 
     def _starter(self, state: State, programs: Programs) -> Starter:
-        return Starter(self.name, self.folder, self._network, self.broker_inside, state, programs)
+        return Starter(self.name, self.folder, self._network, self.broker_inside, state, programs, self._tell)
 
     def _state(self) -> State:
         tools.check()

@@ -7,10 +7,11 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kmonitor.clients.lab.detached import Started
+from kmonitor.clients.lab.detached import Impatience, Started
 from kmonitor.clients.lab.machine import READY, Machine, init_command
 from kmonitor.clients.lab.network import Network
 from kmonitor.clients.lab.processes import Process, first_child
@@ -20,8 +21,8 @@ from kmonitor.wire.errors import KmonitorError
 BROKER = "broker"
 """What can be killed, started, paused and resumed as a node can, and is none."""
 RELAY = "relay"
-READY_S = 30.0
 _HERE = Path(__file__).parent
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Programs:
 class Starter:
     """Of one lab. What it starts is written down at once, so that `down` finds it. All raises KmonitorError."""
 
-    def __init__(self, lab: str, folder: Folder, network: Network, broker: str, state: State, programs: Programs) -> None:
-        """`broker` is where it listens in the hub, HOST:PORT."""
+    def __init__(self, lab: str, folder: Folder, network: Network, broker: str, state: State, programs: Programs, tell: Tell) -> None:
+        """`broker` is where it listens in the hub, HOST:PORT. `tell`: see Lab."""
+        self._tell = tell
         self._lab = lab
         self._folder = folder
         self._network = network
@@ -73,7 +75,7 @@ class Starter:
         """What runs in nodes that begin; until their agents are connected."""
         agents = {}
         for node, started in nodes.items():
-            said = started.wait_said("init: ", READY_S)
+            said = started.wait_said("init: ", self._tell)
             init = _child_of(started)
             if said != READY or init is None:
                 raise KmonitorError(f"node {node}: {said}")
@@ -92,11 +94,12 @@ class Starter:
     def started_agent(self, node: str, started: Started, *, connected: bool) -> None:
         """Wait until it is there, or `connected`."""
         if connected:
-            started.wait_said(f"kmonitor-agent: {node} is connected to", READY_S)
-        until = time.monotonic() + READY_S
+            started.wait_said(f"kmonitor-agent: {node} is connected to", self._tell)
+        impatience = Impatience(self._tell)
         while (agent := _child_of(started)) is None:
-            if not started.process.state or time.monotonic() > until:
+            if not started.process.state:
                 raise KmonitorError(f"the agent of node {node} did not start: kmon lab logs {node} tells what it said")
+            impatience.waits(f"the agent of node {node} to start")
             time.sleep(0.001)
         self._note(f"{node} agent", agent)
 

@@ -14,17 +14,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from kmonitor.clients.lab.detached import Impatience
 from kmonitor.clients.lab.processes import Process
 from kmonitor.wire.errors import KmonitorError, UsageError
 
 BASE = Path("/run/kmonitor-lab")
 _NAME = re.compile(r"[a-z][a-z0-9]{0,19}")
 _FILE = "lab.json"
-_LOCK_S = 60.0
 
 
 @dataclass
@@ -97,9 +97,10 @@ class Folder:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Within, nobody else changes a lab: one lock for all of them, so that no two choose the same addresses. Raises KmonitorError."""
-    descriptor = _open_locked()
+def locked(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within, nobody else changes a lab: one lock for all of them, so that no two choose the same addresses. `tell` is given a line for
+    people when it takes long to get."""
+    descriptor = _open_locked(tell)
     try:
         yield
     finally:
@@ -108,17 +109,17 @@ def locked() -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_locked() -> int:
-    until = time.monotonic() + _LOCK_S
-    while time.monotonic() < until:
+def _open_locked(tell: Callable[[str], None]) -> int:
+    impatience = Impatience(tell)
+    while True:
         with contextlib.suppress(FileNotFoundError):  # the last lab went in this moment
             BASE.mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(BASE, os.O_RDONLY | os.O_DIRECTORY)
             if _lock(descriptor):
                 return descriptor
             os.close(descriptor)
-        time.sleep(0.02)  # flock(2) cannot wait for a time
-    raise KmonitorError(f"another kmon lab has been at work for {_LOCK_S:g} s (fuser {BASE} tells which): try again when it is done")
+        impatience.waits(f"another kmon lab, which is at work (fuser {BASE} tells which)")
+        time.sleep(0.02)  # flock(2) cannot wait and say so meanwhile
 
 
 def _lock(descriptor: int) -> bool:
