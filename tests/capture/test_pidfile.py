@@ -247,7 +247,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "FIFO": (os.mkfifo, "is a FIFO"),
     "socket": (_socket, "is a socket"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
-    "kernel's log": (lambda path: path.symlink_to("/proc/kmsg"), "is empty"),
+    "kernel's log": (lambda path: path.symlink_to("/proc/kmsg"), "is a file of the kernel's own, such as those in /proc and /sys"),
+    "number of the kernel's": (lambda path: path.symlink_to("/sys/class/net/lo/ifindex"), "is a file of the kernel's own"),
     "loop": (_loop, "cannot be opened: Too many levels of symbolic links"),
 }
 

@@ -160,11 +160,17 @@ def _check(path: Path, found: os.stat_result, *, last: bool) -> None:
 
 
 def is_bpffs(folder: Path | int) -> bool:
-    """Whether a folder, by its path or a descriptor, is in a bpffs. statfs(2) is not in os; unlike the mount table it needs no /proc."""
+    """Whether a folder, by its path or a descriptor, is in a bpffs."""
+    return filesystem_of(folder) == _BPF_FS_MAGIC
+
+
+def filesystem_of(there: Path | int) -> int:
+    """The kind of the file system that something is in, by its path or a descriptor: a number of include/uapi/linux/magic.h; 0 if that is
+    not known. statfs(2) is not in os; unlike the mount table it needs no /proc."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = (ctypes.c_long * 32)()  # struct statfs begins with f_type, a long, on 64-bit machines
-    result = libc.fstatfs(folder, buffer) if isinstance(folder, int) else libc.statfs(os.fsencode(folder), buffer)
-    return result == 0 and buffer[0] & 0xFFFFFFFF == _BPF_FS_MAGIC
+    result = libc.fstatfs(there, buffer) if isinstance(there, int) else libc.statfs(os.fsencode(there), buffer)
+    return buffer[0] & 0xFFFFFFFF if result == 0 else 0
 
 
 def _advice(root: Path) -> str:
