@@ -14,7 +14,7 @@ import time
 
 from kmonitor.agent import libbpf
 from kmonitor.agent.errors import BpfError
-from kmonitor.agent.groups import Findings, GroupTable
+from kmonitor.agent.groups import GroupTable
 from kmonitor.agent.listing import to_proto
 from kmonitor.agent.maps import (
     ANY_CGROUP,
@@ -65,30 +65,34 @@ class InterestTable:
         """
         answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer, number=self._next_number())
         try:
-            findings = await self.groups.look_up(interest.groups)
-            self._source.catch_up()
-            answer.position = self._source.ring.producer
-            await self._apply(interest, findings, answer)
+            await self._apply(interest, answer)
         except (KmonitorError, OSError) as error:
             log.warning("what the broker asks for cannot be applied: %s", error)
             answer.error = str(error)
         answer.end_position, answer.boottime_ns = self._source.ring.producer, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         return answer
 
-    async def _apply(self, interest: agent_pb2.Interest, findings: Findings, answer: agent_pb2.InterestApplied) -> None:
-        if interest.reset:
-            await self._forget_others(interest)
-            self.groups.reset(findings)
-        wants = False
+    async def _apply(self, interest: agent_pb2.Interest, answer: agent_pb2.InterestApplied) -> None:
+        # All that takes long and can be done before: little may happen between the position that is told and the masks.
+        findings = await self.groups.look_up(interest.groups)
+        await self._source.prepare(interest.node_mask)
+        wants, masks = False, 0
         async for process in in_slices(interest.processes):
             wants |= bool(process.event_mask)
-            self._masks_seen |= process.event_mask
+            masks |= process.event_mask
+        self._source.catch_up()
+        answer.position = self._source.ring.producer
+        if interest.reset:
+            self.groups.reset(findings)
         async for group in in_slices(interest.groups):
             self.groups.apply(group, findings, answer)
-        await self._source.prepare(interest.node_mask)
         self._source.control["all_mask"] = interest.node_mask
         # Before the entries: one that is there already when its process ends must be seen.
+        self._masks_seen |= masks
         self._set_any_mask(armed=wants or self._any_watched())
+        if interest.reset:
+            self._masks_seen = masks | await self._forget_others(interest)
+            self._set_any_mask(armed=wants or self._any_watched())
         async for process in in_slices(interest.processes):
             if not process.event_mask:
                 self._remove(process)
@@ -119,8 +123,9 @@ class InterestTable:
         value = self._source.watched.lookup(pid_key(pid), WATCHED_SIZE)
         return None if value is None else Watched.unpack(value)
 
-    async def _forget_others(self, interest: agent_pb2.Interest) -> None:
-        """Drop the processes that an earlier broker, or an earlier stream, had asked for and this one does not.
+    async def _forget_others(self, interest: agent_pb2.Interest) -> int:
+        """Drop the processes that an earlier broker, or an earlier stream, had asked for and this one does not. Return the OR of the masks
+        of those that stay all the same.
 
         Entries that follow stay if anything is followed: children that were made since the broker last heard of this node
         are armed, and it cannot know them yet. An entry too many costs records that nobody gets, one too few an exit.
@@ -131,7 +136,7 @@ class InterestTable:
             if process.event_mask:
                 kept.add(process.pid)
             following |= process.follow
-        self._masks_seen = 0
+        masks = 0
         keys = await in_thread(lambda: list(self._source.watched.keys(KEY_SIZE)))
         async for key in in_slices(keys):
             if pid_of(key) in kept:
@@ -140,9 +145,10 @@ class InterestTable:
             if entry is None:
                 continue
             if following and entry.flags & WATCHED_FOLLOW:
-                self._masks_seen |= entry.mask
+                masks |= entry.mask
                 continue
             self._source.watched.delete(key)
+        return masks
 
     def _remove(self, process: _Wanted) -> None:
         entry = self._entry(process.pid)
@@ -161,7 +167,10 @@ class InterestTable:
             if not process.event_mask:
                 continue
             if not process.look_up:
-                self._change(process)
+                try:
+                    self._change(process)
+                except BpfError as error:  # nobody waits for an answer: the entry goes on with the mask that it has
+                    log.warning("what is watched of process %d cannot be changed: %s", process.pid, error)
                 continue
             found = before.get(process.pid)
             pinned = bool(process.start_time)
