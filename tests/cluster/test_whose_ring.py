@@ -146,7 +146,7 @@ def test_a_refused_agent_leaves_no_pin(held: Held) -> None:
     second.wait(60)
     held.lab.expect(second, 2)
     said = second.stderr_text().splitlines()[-1]
-    assert f"node {NODE} is connected to {held.broker.address} already, by the agent at 127.0.0.1: stop the other agent" in said
+    assert f"node {NODE} is connected to {held.broker.address} already: stop the other agent, at 127.0.0.1, or give" in said
     assert list(held.pins.iterdir()) == []
 
 

@@ -57,7 +57,7 @@ _LEASE_LEAST_MS = 10
 _LEASE_MOST_MS = 24 * 3600 * 1000
 _REASON_MOST = 500
 """Characters of what a broker says that are shown."""
-_HOLDER = re.compile(r"the agent at [0-9A-Za-z.:%_\[\]-]{1,64}")
+_HOLDER = re.compile(r"the agent (at [0-9A-Za-z.:%_\[\]-]{1,64})")
 
 _CONNECT = "/kmonitor.v1.AgentService/Connect"
 
@@ -308,9 +308,9 @@ class Uplink:
         """What to say of an error that trying again cannot mend; None if it can."""
         code, details = error.code(), _reason(error)
         if code is grpc.StatusCode.ALREADY_EXISTS:
-            by = f", by {found[0]}" if (found := _HOLDER.search(details)) else ""
+            at = f", {found[1]}," if (found := _HOLDER.search(details)) else ","
             return NodeNameTakenError(
-                f"node {self._identity.node} is connected to {self._address} already{by}: stop the other agent, or give this one another "
+                f"node {self._identity.node} is connected to {self._address} already: stop the other agent{at} or give this one another "
                 "--node"
             )
         if code is grpc.StatusCode.DATA_LOSS:
