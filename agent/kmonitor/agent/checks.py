@@ -23,7 +23,7 @@ from kmonitor.wire.errors import KmonitorError
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
-_MIN_KERNEL = (5, 12)  # atomics in BPF; ring buffer, task iterator and CAP_BPF are older
+_MIN_KERNEL = (5, 10)  # programs that user space runs (BPF_PROG_TEST_RUN); ring buffer, task iterator and CAP_BPF are older
 _NETLINK_CONNECTOR = 11  # include/uapi/linux/netlink.h
 _BCC_FOLDERS = "python3*/*-packages/bcc"  # below /usr/lib: where distributions have it, for their own interpreter
 
@@ -65,7 +65,7 @@ def kernel() -> Check:
     match = re.match(r"(\d+)\.(\d+)", release)
     if match is not None and (int(match[1]), int(match[2])) >= _MIN_KERNEL:
         return Check("ok", "kernel", release)
-    return Check("fail", "kernel", release, "the probe needs Linux 5.12 or later, compiled by bcc 5.10; source netlink any")
+    return Check("fail", "kernel", release, "the probe needs Linux 5.10 or later; source netlink any")
 
 
 def btf() -> Check:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 
 from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.procfs import is_other_grain
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2
 
@@ -51,6 +52,9 @@ class Inference:
         for pid, start_boottime_ns in some:
             known = found.get(pid)
             if known is not None and known.start_boottime_ns != start_boottime_ns:
+                if known.live and is_other_grain(known.start_boottime_ns, start_boottime_ns):
+                    self._asked.discard((pid, start_boottime_ns))
+                    continue
                 known = None  # the pid was given out again
             # A zombie that the source has an entry for was not told yet, but is about to be.
             if known is None or (not known.live and not self._interest.will_tell(pid, start_boottime_ns)):
