@@ -31,7 +31,10 @@ _BACKOFF_FIRST = 0.1
 HEARTBEAT_MOST_S = 1.0
 """However long the lease is: so often monitors can be told how far all is complete."""
 _BACKOFF_MOST = 2.0
-_CONNECT_TIMEOUT = 5.0
+_ANSWER_FIRST_S = 5.0
+_ANSWER_MOST_S = 80.0
+"""So long a broker's first answer is waited for: each time in a row twice as long, as it may be slow, and a new try begins anew. A peer
+that is gone is noticed by gRPC's own pings."""
 _DRAIN_TIMEOUT = 1.0
 _NAME_TAKEN_TIMEOUT = 10.0
 """Longer than a lease: the one that holds the name may be this node's last stream, which the broker has not missed yet."""
@@ -66,6 +69,7 @@ class Uplink:
         self._stopping = asyncio.Event()
         self._boot_id = boot_id()
         self._complaint = ""
+        self._patience_s = _ANSWER_FIRST_S
 
     def stop(self) -> None:
         """Send what is there, wait a moment for its acknowledgement, and end `run`."""
@@ -143,12 +147,14 @@ class Uplink:
             except grpc.aio.AioRpcError as error:
                 raise self._final(error) or error from None
             except TimeoutError:
-                self._complain(f"the broker at {self._address} does not answer: trying again")
+                self._complain(f"the broker at {self._address} does not answer: trying again, and waiting longer")
+                self._patience_s = min(2 * self._patience_s, _ANSWER_MOST_S)
                 return
             finally:
                 if self._stopping.is_set():
                     call.cancel()
             self._complaint = ""
+            self._patience_s = _ANSWER_FIRST_S
             self._connected()
             await self._serve(call, forwarder, lease)
 
@@ -174,7 +180,7 @@ class Uplink:
             counts_bytes=True,
         )
         self._add_to_hello(hello)
-        async with asyncio.timeout(_CONNECT_TIMEOUT):
+        async with asyncio.timeout(self._patience_s):
             await call.write(agent_pb2.AgentMessage(hello=hello).SerializeToString())
             first = await call.read()
         if first is grpc.aio.EOF or first.WhichOneof("kind") != "welcome":
