@@ -166,14 +166,6 @@ static __always_inline void learn_level(struct task_struct *agent)
 #define FIRST(condition) __builtin_expect(!!(condition), 1)
 
 /*
- * Before a test that is to bound a number for the verifier: a length, or how often a loop goes round. A test holds for the register that it
- * was made on: verifiers before 6.8 do not know a 32-bit copy for the same, and clang leaves a test out if one on a copy says it all, or
- * counts down what it has computed before. So the number is one of 64 bits, of which clang knows nothing from here on: what is tested is
- * what is used.
- */
-#define FORGET(number) asm volatile("" : "+r"(number))
-
-/*
  * OR of the masks of the process's control group and those above it. From the top, where the kernel has a group's ancestors by their
  * level: whoever may make groups may make them as deep as he likes, below one that is watched and not above it.
  */
@@ -183,11 +175,11 @@ static __always_inline __u32 cgroup_mask(struct task_struct *task, __u64 *neares
 	__u64 own = READ(cgroup, cgroup, level);
 	__u32 mask = 0;
 
-	FORGET(own);
 	for (__u64 level = 0; level < CGROUP_LEVEL_MAX && level <= own; level++) {
 		__u64 id = ANCESTOR_ID(cgroup, level);
 		__u32 *entry = bpf_map_lookup_elem(MAP(watched_cgroups), &id);
 
+		FORGET_COUNT(level);
 		if (FIRST(entry)) {
 			mask |= *entry;
 			*nearest = id;

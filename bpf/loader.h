@@ -137,6 +137,19 @@ const volatile struct kmonitor_config config SEC(".rodata.config");
 	MORE_COPIES(name, tracepoint)                                                              \
 	static __always_inline int name##_copy(struct bpf_raw_tracepoint_args *ctx, const __u32 copy)
 
+/*
+ * Before a test that is to bound a number for the verifier. A test holds for the register that it was made on: verifiers before 6.8 do not
+ * know a 32-bit copy for the same, and clang leaves a test out if one on a copy says it all. So the number is one of 64 bits, of which clang
+ * knows nothing from here on: what is tested is what is used. FORGET_COUNT is for how often a loop goes round, which clang computes before
+ * it and then counts down to zero: verifiers before 6.12 do not see an end to that.
+ */
+#define FORGET(number) asm volatile("" : "+r"(number))
+#ifdef KMONITOR_BCC
+#define FORGET_COUNT(number) FORGET(number)
+#else
+#define FORGET_COUNT(number) /* with it clang loads an offset that not every kernel has before the loop; without, it tests what counts up */
+#endif
+
 #define START_BOOTTIME(task) IN_GRAIN(FIELD(task, task_struct, start_boottime))
 
 #define READ_AT(address)                                                                           \

@@ -18,7 +18,7 @@ from kmonitor.agent import libbpf
 from kmonitor.agent.capabilities import effective, in_initial_user_namespace, missing
 from kmonitor.agent.cgroups import hierarchy_root
 from kmonitor.agent.kernel_btf import KernelBtf
-from kmonitor.agent.probe import HOOKS
+from kmonitor.agent.probe import COPIES_MOST, HOOKS, preempts
 from kmonitor.wire.errors import KmonitorError
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
@@ -91,7 +91,8 @@ def tracepoints() -> Check:
         return Check(
             "fail", "tracepoints", f"not in this kernel: {', '.join(absent)}", "take a kernel with CONFIG_TRACEPOINTS; or source netlink"
         )
-    return Check("ok", "tracepoints", ", ".join(names))
+    copies = f"; a program may be preempted here: {COPIES_MOST} copies of those that make records" if preempts() else ""
+    return Check("ok", "tracepoints", ", ".join(names) + copies)
 
 
 def library() -> Check:
