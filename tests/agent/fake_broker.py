@@ -37,11 +37,15 @@ class Stream:
     ended: bool = False
     half_closed: bool = False
     """The agent has said that it has nothing more."""
-    out: queue.SimpleQueue[agent_pb2.BrokerMessage | None] = field(default_factory=queue.SimpleQueue)
+    out: queue.SimpleQueue[agent_pb2.BrokerMessage | Refusal | None] = field(default_factory=queue.SimpleQueue)
 
     def send(self, **kind: object) -> None:
         """To the agent."""
         self.out.put(agent_pb2.BrokerMessage(**kind))  # type: ignore[arg-type]
+
+    def close(self, refusal: Refusal | None = None) -> None:
+        """End it, with a status if one is given."""
+        self.out.put(refusal)
 
     def of(self, kind: str) -> list[agent_pb2.AgentMessage]:
         """Messages of one kind, in their order."""
@@ -66,6 +70,7 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
         self.refuse: Callable[[agent_pb2.Hello], Refusal | None] = lambda hello: None
         self.ack: Callable[[Stream], agent_pb2.Ack | None] = lambda stream: agent_pb2.Ack(position=stream.end)
         """Asked after each block."""
+        self.welcome: Callable[[agent_pb2.Hello], agent_pb2.Welcome] = lambda hello: agent_pb2.Welcome(lease_ms=LEASE_MS)
         self.interest: agent_pb2.Interest | None = None
         """Sent behind the welcome."""
         self._threads = ThreadPoolExecutor(max_workers=16)
@@ -86,6 +91,10 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
         """The so-many-th that was accepted, from 0 on."""
         self.wait(lambda: len(self.streams) > number, limit)
         return self.streams[number]
+
+    def applied(self, stream: Stream) -> None:
+        """Until the agent has done what the first Interest said."""
+        self.wait(lambda: len(stream.of("applied")) > 0)
 
     def wait(self, holds: Callable[[], bool], limit: float = 20.0) -> None:
         """Until it holds; looked at behind each message."""
@@ -123,13 +132,16 @@ class FakeBroker(agent_pb2_grpc.AgentServiceServicer):
                 self.starts[hello.epoch] = hello.position
             self.streams.append(stream)
             self.changed.notify_all()
-        stream.send(welcome=agent_pb2.Welcome(lease_ms=LEASE_MS))
+        stream.send(welcome=self.welcome(hello))
         if self.interest is not None and not hello.draining:
             stream.send(interest=self.interest)
         threading.Thread(target=self._read, args=(stream, incoming), daemon=True).start()
         context.add_callback(lambda: stream.out.put(None))
         while (message := stream.out.get()) is not None:
-            yield message
+            if isinstance(message, tuple):
+                context.abort(*message)
+            else:
+                yield message
 
     def _read(self, stream: Stream, incoming: Iterator[agent_pb2.AgentMessage]) -> None:
         try:

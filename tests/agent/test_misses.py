@@ -173,6 +173,10 @@ def test_a_gap_is_told_and_who_ended_meanwhile(lab: Lab, skipper: Skipper) -> No
             (folder / name).unlink()
             libbpf.pin(fd, folder / name)
         agent = lab.agent("skip", broker.address, pin=True)
+        # The agent has armed all anew, and has found the child alive: it does one after the other.
+        last = lab.watch(broker.address, "--node", "skip", "--pid", str(os.getpid()), "--events", "exit")
+        last.wait_registered(1, "RUNNING")
+        lab.stop(last)
         start = len(watch.records)
         assert child.stdin is not None
         child.stdin.close()

@@ -46,6 +46,7 @@ def test_it_brings_home_what_the_other_has_recorded(lab: Lab, before: str, after
         end(late)
         again.wait_end_of(late.pid)
         lab.expect(again, 0)
+        lab.stop(watch)
         told = [(line["pid"], line["exit_code"], line["inferred"]) for seen in (watch, again) for line in seen.events()]
         assert told == [(early.pid, 7, False), (late.pid, 7, False)]
         assert "EXITED" not in [line["state"] for line in watch.of_kind("registered")]

@@ -52,7 +52,9 @@ def test_bcc_in_a_folder_that_its_user_may_not_enter(lab: Lab, tmp_path: Path) -
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     agent = lab.agent_command("", "")[0]
-    done = lab.run("sh", "-c", 'cd "$0" && export PWD && exec "$@"', closed, *as_nobody("bpf", "perfmon"), agent, "--check", "--json", limit=60)
+    done = lab.run(
+        "sh", "-c", 'cd "$0" && export PWD && exec "$@"', closed, *as_nobody("bpf", "perfmon"), agent, "--check", "--json", limit=60
+    )
     lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert lines["source bcc"]["works"], lines["source bcc"]
 

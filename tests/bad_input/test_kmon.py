@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -47,6 +48,17 @@ def test_a_node_that_is_away(lab: Lab) -> None:
     address = lab.broker().address
     lab.stop(lab.agent("alpha", address))
     refused(lab.run("kmon", "ps", "--node", "alpha", "--broker", address), 2, "node alpha is not connected: start its agent there")
+
+
+def test_a_broker_at_its_file_limit(lab: Lab) -> None:
+    """It is there: to start another one is no help."""
+    broker = lab.broker(prefix=["prlimit", "--nofile=64:64"])
+    host, _, port = broker.address.rpartition(":")
+    with contextlib.ExitStack() as connections:
+        for _ in range(80):
+            connections.enter_context(socket.create_connection((host, int(port))))
+        said = f"no answer from the broker at {broker.address}, though connections are taken", "limit of open files"
+        refused(lab.run("kmon", "nodes", "--broker", broker.address, limit=50), 3, *said)
 
 
 def test_removing_a_node(lab: Lab, settled: tuple[str, str], kmon_options: list[str]) -> None:

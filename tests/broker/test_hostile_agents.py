@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
+from kmonitor.broker.hello import POSITION_MOST
 from kmonitor.broker.log import Entry
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import SqliteLog
@@ -110,9 +111,9 @@ async def test_a_hello_that_nobody_thought_of(here: Here, monkeypatch: pytest.Mo
 
 
 async def test_positions_at_their_end(here: Here) -> None:
-    """A ring that begins where no record has room; at a reboot the end of a watched process has none either. The next boot is taken."""
+    """A ring that is as far as one can be; at a reboot the end of a watched process has a position all the same. The next boot is taken."""
     agent = Served(here.channel)
-    agent.acked = agent.position = MOST
+    agent.acked = agent.position = POSITION_MOST - SLOT_SIZE
     await agent.serve()
     taker = Taker(here, [registration(0x40, pid=100), registration(0x40)])
     await taker.open()
@@ -125,8 +126,9 @@ async def test_positions_at_their_end(here: Here) -> None:
     assert (await taker.until("node")).state == monitor_pb2.NODE_STATE_REBOOTED
     await agent.wait(lambda: agent.mask != 0)
     await agent.send([rec(EXIT, 1)])
-    await taker.until_events(1)
-    assert taker.events == [("a", 8, 0, EXIT, 1)]
+    await taker.until_events(2)
+    inferred = ("a", 7, POSITION_MOST - SLOT_SIZE, EXIT, 100)
+    assert taker.events == [inferred, ("a", 8, 0, EXIT, 1)]
 
 
 async def test_times_that_are_none(here: Here) -> None:

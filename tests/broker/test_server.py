@@ -35,6 +35,7 @@ class Agent:
     boot_id: str = "boot-1"
     epoch: int = 7
     position: int = 0
+    secret: bytes = b"it lies with the ring"
     call: Any = None
     interest: list[agent_pb2.Interest] = field(default_factory=list)
     acked: int = 0
@@ -43,7 +44,7 @@ class Agent:
         self.call = agent_pb2_grpc.AgentServiceStub(self.channel).Connect()
         hello = agent_pb2.Hello(
             node=self.node, boot_id=self.boot_id, epoch=self.epoch, position=self.position, record_version=RECORD_VERSION,
-            record_size=RECORD_SIZE, slot_size=SLOT_SIZE,
+            record_size=RECORD_SIZE, slot_size=SLOT_SIZE, secret=self.secret,
         )  # fmt: skip
         hello.MergeFrom(agent_pb2.Hello(**more))
         await self.call.write(agent_pb2.AgentMessage(hello=hello))

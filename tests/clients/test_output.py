@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -178,3 +179,17 @@ async def ended_by(process: asyncio.subprocess.Process, number: signal.Signals, 
     await broker.session(session)
     process.send_signal(number)
     assert (await ended(process))[0] == 143
+
+
+async def test_a_pipe_that_does_not_block(broker: FakeBroker, kmon: Kmon) -> None:
+    """As a parent leaves it that shares it: what does not fit at once comes later, whole."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    watching = await kmon("watch", "--json", "--count", "3000", stdout=writing)
+    os.close(writing)
+    (await broker.session()).send(batch("web1", *(event(128 * number, EXIT, number) for number in range(1, 3001))))
+    with os.fdopen(reading, "rb") as pipe:
+        lines = (await asyncio.to_thread(pipe.read)).splitlines()
+    assert watching.stderr is not None
+    assert (await watching.wait(), await watching.stderr.read()) == (0, b"")
+    assert [json.loads(line)["pid"] for line in lines[1:]] == list(range(1, 3001))

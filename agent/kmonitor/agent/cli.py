@@ -27,7 +27,7 @@ from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.options import Parser, number, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
-from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_label_key, check_node_name
+from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_agent_name, check_labels
 
 if TYPE_CHECKING:
     from kmonitor.agent.predecessor import Predecessor
@@ -67,7 +67,8 @@ def parse_labels(texts: list[str]) -> dict[str, str]:
             raise UsageError(f"label {text!r}: write NAME=VALUE")
         if key in labels:
             raise UsageError(f"label {key} is given twice")
-        labels[check_label_key(key)] = value
+        labels[key] = value
+    check_labels(labels)
     return labels
 
 
@@ -97,7 +98,7 @@ def parser() -> Parser:
         default=os.environ.get("KMONITOR_BROKER") or DEFAULT_ADDRESS,
         help=f"Where the broker listens.  [env var: KMONITOR_BROKER]  [default: {DEFAULT_ADDRESS}]",
     )
-    made.add_argument("--node", metavar="NAME", default="", help="This node's name in the cluster.  [default: the host's name]")
+    made.add_argument("--node", metavar="NAME", default=None, help="This node's name in the cluster.  [default: the host's name]")
     made.add_argument("--source", metavar="NAME", default="auto", help="What captures: auto, core, bcc or netlink.  [default: %(default)s]")
     made.add_argument(
         "--scope",
@@ -145,7 +146,7 @@ def parser() -> Parser:
 def agent(
     *,
     broker: str,
-    node: str,
+    node: str | None,
     source: str,
     scope: str,
     label: list[str],
@@ -164,7 +165,7 @@ def agent(
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="kmonitor-agent: %(message)s", stream=sys.stderr)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     raise_priority(nice)
-    name = check_node_name(node or socket.gethostname())
+    name = check_agent_name(socket.gethostname() if node is None else node)
     choice = check_source(source)
     given = check_scope(scope)
     if check:
@@ -209,7 +210,12 @@ def agent(
             stack.callback(opened.close)
         from kmonitor.agent import service  # noqa: PLC0415  # waits for the import, if it has yet to end
 
-        signalled = service.run(address, Identity(name, scope, labels), opened, gather_s)
+        def give_up() -> None:
+            # Nobody has a use for what this one made: a probe that was there before may hold what is still to be delivered.
+            if pins is not None and not opened.adopted:
+                pins.remove()
+
+        signalled = service.run(address, Identity(name, scope, labels), opened, gather_s, give_up)
         if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
     return 0

@@ -43,5 +43,13 @@ class PidfileMissingError(PidfileError):
     """There is no such file."""
 
 
+class BrokerMessageError(KmonitorError):
+    """The broker says what no broker of this protocol can mean. The stream is given up, and another one tried."""
+
+
+class RingWentBackError(KmonitorError):
+    """The broker knows another ring by this one's name, such as after the machine was restored from a snapshot."""
+
+
 class ProtocolError(UsageError):
     """The broker refused what this agent sends: the two are of different versions."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from kmonitor.agent.frame import block_frame
 from kmonitor.agent.losses import Losses
+from kmonitor.agent.orders import PART_BYTES, answer_parts, check_position
 from kmonitor.agent.pace import FILL_BYTES, GATHER_S, Pace
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
@@ -63,6 +64,8 @@ class Forwarder:
         """The broker has got all before it."""
         self._room = asyncio.Event()
         self._released = asyncio.Event()
+        self.in_parts = False
+        """The broker takes an answer in parts."""
 
     def totals(self) -> agent_pb2.Lost:
         """All losses of this epoch so far: for the hello, which makes them known to the broker."""
@@ -203,7 +206,14 @@ class Forwarder:
     async def answer(self, make: Callable[[], agent_pb2.AgentMessage]) -> None:
         """Do what changes the source, and write the answer before any record that comes of it."""
         async with self._lock:
-            await self._write(make().SerializeToString())
+            await self._write_answer(make())
+
+    async def _write_answer(self, message: agent_pb2.AgentMessage) -> None:
+        if not self.in_parts or message.ByteSize() <= PART_BYTES:
+            await self._write(message.SerializeToString())
+            return
+        for part in answer_parts(message.applied):
+            await self._write(agent_pb2.AgentMessage(applied=part).SerializeToString())
 
     async def send(self, message: agent_pb2.AgentMessage) -> None:
         """Write a message that has no place in the order of events."""
@@ -214,8 +224,10 @@ class Forwarder:
         """The broker has got everything before one position, and has it in its log before another: only that may be forgotten.
 
         What it has got makes room for more blocks: a log on a disk is written in groups, and must not slow the stream down. A broker
-        that does not say what it has got says so by its log.
+        that does not say what it has got says so by its log. Raises BrokerMessageError if it says more than was sent.
         """
+        for position in (ack.position, ack.received):
+            check_position("an acknowledgement", position, self._ring.position)
         self._ring.release(ack.position)
         self._got = max(self._got, ack.received, ack.position)
         self._room.set()

@@ -21,6 +21,7 @@ from kmonitor.agent.errors import BpfError, CaptureError, MissingCapabilityError
 BPF_ANY = 0
 BPF_NOEXIST = 1
 BPF_EXIST = 2
+_BPF_MAP_TYPE_ARRAY = 2
 _BPF_TRACE_ITER = 28
 _LOG_LIMIT = 64 * 1024
 
@@ -102,6 +103,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_program__set_autoload": (c_int, (c_void_p, c_bool)),
     "bpf_link__fd": (c_int, (c_void_p,)),
     "bpf_link__destroy": (c_int, (c_void_p,)),
+    "bpf_map_create": (c_int, (c_uint32, c_char_p, c_uint32, c_uint32, c_uint32, c_void_p)),
     "bpf_obj_get": (c_int, (c_char_p,)),
     "bpf_obj_pin": (c_int, (c_int, c_char_p)),
     "bpf_map_lookup_elem": (c_int, (c_int, c_void_p, c_void_p)),
@@ -235,6 +237,20 @@ class Map:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def make_array(name: str, value: bytes) -> Map:
+    """Make a map of one value, at key 0. Raises MissingCapabilityError, BpfError."""
+    fd = library.bpf_map_create(_BPF_MAP_TYPE_ARRAY, name.encode(), 4, len(value), 1, None)
+    if fd < 0:
+        raise _fail(f"cannot make map {name}")
+    made = Map(fd, name)
+    try:
+        made.update(bytes(4), value)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def open_pinned(path: Path) -> int:

@@ -38,7 +38,8 @@ class PinFolder:
         root = self.path.parent
         try:
             root_was_there = root.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o755, exist_ok=True)  # whatever the umask: whoever may write there could put his own secret in
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise PinError(f"cannot make {self.path}: {os.strerror(error.errno or 0)}: {_advice(root)}") from None
@@ -83,9 +84,10 @@ class PinFolder:
             entry.unlink()
 
     def remove(self) -> None:
-        """Unpin everything, and take the folder away."""
-        self.clear()
-        self.path.rmdir()
+        """Unpin everything, and take the folder away, if somebody else has not."""
+        with contextlib.suppress(FileNotFoundError):
+            self.clear()
+            self.path.rmdir()
         if self.path.parent == DEFAULT_ROOT:  # another one is not ours to remove
             with contextlib.suppress(OSError):
                 DEFAULT_ROOT.rmdir()  # other nodes' pins may be in there

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -18,6 +19,7 @@ from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import can_adopt, is_current, open_control, open_misses, open_ring, source_of
+from kmonitor.agent.secret import pinned_secret
 from kmonitor.agent.uplink import Uplink
 from kmonitor.v1 import agent_pb2
 
@@ -42,9 +44,18 @@ class Predecessor:
             stack.callback(misses.close)
             self.control = open_control(pins, misses)
             stack.callback(self.control.close)
-            self.epoch = self.control["epoch"]
+            self.secret = pinned_secret(pins)
             self.ring = open_ring(pins, self.control)
             self._opened = stack.pop_all()
+
+    @property
+    def epoch(self) -> int:
+        """Names the ring."""
+        return self.control["epoch"]
+
+    def begin_epoch(self) -> None:
+        """Name the ring anew, with what is in it."""
+        self.control["epoch"] = max(time.time_ns(), self.epoch + 1)
 
     @property
     def waiting(self) -> int:

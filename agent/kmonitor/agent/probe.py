@@ -24,6 +24,7 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.processes import Found, ProcessTable, comm_bytes
 from kmonitor.agent.procfs import ProcTable
 from kmonitor.agent.ring import Ring
+from kmonitor.agent.secret import make_secret, pin_secret, pinned_secret
 from kmonitor.wire.record import RECORD_VERSION
 
 DEFAULT_RING_BYTES = 16 * 1024 * 1024
@@ -126,7 +127,9 @@ def preempts() -> bool:
 class Probe:
     """Ring, control and maps of a running probe. `close` detaches it, unless it is pinned."""
 
-    def __init__(self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: dict[str, int], *, adopted: bool) -> None:
+    def __init__(
+        self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: dict[str, int], *, adopted: bool, secret: bytes = b""
+    ) -> None:
         """Owns all that it is given. `programs`: INFER, those of SKIPPED, and ITERATOR, without which processes are looked up
         in /proc. `links` by program; none are needed of a probe that is pinned."""
         self.name = name
@@ -136,6 +139,8 @@ class Probe:
         self._links = links
         self.adopted = adopted
         """Whether it was running already: an agent before this one made it."""
+        self.secret = secret or make_secret()
+        """Proves that this agent holds the ring."""
         self.watched = maps["watched"]
         self.watched_cgroups = maps["watched_cgroups"]
         self.processes = ProcessTable(programs[ITERATOR]) if ITERATOR in programs else ProcTable()
@@ -147,6 +152,10 @@ class Probe:
     def epoch(self) -> int:
         """Names the ring: when it was made, in Unix nanoseconds."""
         return self.control["epoch"]
+
+    def begin_epoch(self) -> None:
+        """Name the ring anew, with what is in it: its positions mean something else from here on."""
+        self.control["epoch"] = max(time.time_ns(), self.epoch + 1)
 
     def catch_up(self) -> None:
         """The kernel matches each event when it happens: nothing is ever behind."""
@@ -161,6 +170,7 @@ class Probe:
 
     def pin(self, pins: PinFolder) -> None:
         """Have it outlive this process. `pins` is open and empty. Raises PinError, BpfError."""
+        pin_secret(pins, self.secret)
         for name, each in self._maps.items():
             libbpf.pin(each.fd, pins.path / f"map_{name}")
         for name, fd in self._programs.items():
@@ -306,7 +316,11 @@ def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
         raise CaptureError(f"what is pinned in {pins.path} is another version's: remove it with --unpin")
     programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER, *SKIPPED) if f"prog_{name}" in found}
     maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in MAPS}
-    probe = Probe(source_of(found), maps, programs, {}, adopted=True)
+    secret = pinned_secret(pins)
+    if not secret:  # the pins of an older version
+        secret = make_secret()
+        pin_secret(pins, secret)
+    probe = Probe(source_of(found), maps, programs, {}, adopted=True, secret=secret)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()
         raise CaptureError(

@@ -115,9 +115,9 @@ class Ring:
         if self._fill:
             self._control.set_nap(self.position - self.consumer + self._fill, calm=self._calm)
 
-    def rewind(self) -> None:
-        """Read again what was not released."""
-        self.position = self.consumer
+    def rewind(self, position: int = 0) -> None:
+        """Read again what was not released, from `position` on if that is later."""
+        self.position = max(self.consumer, position)
 
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already: then nobody will be."""

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Callable
 from typing import Literal
 
 from kmonitor.agent.connection import Connection
@@ -16,19 +17,29 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.predecessor import Draining, Predecessor, discard
 from kmonitor.agent.source import Source
 from kmonitor.agent.uplink import Uplink
+from kmonitor.wire.errors import KmonitorError
 
 log = logging.getLogger("kmonitor-agent")
 
 Signalled = Literal["term", "int"]
 
 
-def run(address: str, identity: Identity, source: Source, gather_s: float) -> Signalled:
-    """Keep this node connected to its broker until a signal ends it: which one. `gather_s`: see Forwarder. Raises KmonitorError."""
-    return asyncio.run(_connect(address, identity, source, gather_s)) or "term"
+def run(address: str, identity: Identity, source: Source, gather_s: float, on_refused: Callable[[], None] = lambda: None) -> Signalled:
+    """Keep this node connected to its broker until a signal ends it: which one. `gather_s`: see Forwarder. Raises KmonitorError.
+
+    `on_refused` is called before that if no broker has ever taken it.
+    """
+    return asyncio.run(_connect(address, identity, source, gather_s, on_refused)) or "term"
 
 
-async def _connect(address: str, identity: Identity, source: Source, gather_s: float) -> Signalled | None:
-    return await _until_signal(Connection(address, identity, source, gather_s))
+async def _connect(address: str, identity: Identity, source: Source, gather_s: float, on_refused: Callable[[], None]) -> Signalled | None:
+    connection = Connection(address, identity, source, gather_s)
+    try:
+        return await _until_signal(connection)
+    except KmonitorError:
+        if not connection.was_connected:
+            on_refused()
+        raise
 
 
 def succeed(found: list[Predecessor], folders: list[PinFolder], address: str, identity: Identity) -> Signalled | None:

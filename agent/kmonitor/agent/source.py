@@ -50,8 +50,8 @@ class Ring(Protocol):
     def release(self, position: int) -> None:
         """Everything before `position` is not needed any more."""
 
-    def rewind(self) -> None:
-        """Read again what was not released."""
+    def rewind(self, position: int = 0) -> None:
+        """Read again what was not released, from `position` on if that is later."""
 
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already."""
@@ -111,6 +111,13 @@ class Feed(Protocol):
     @property
     def epoch(self) -> int:
         """Names the ring: when it was made, in Unix nanoseconds."""
+
+    @property
+    def secret(self) -> bytes:
+        """Proves to the broker that this agent holds the ring; empty if an older version made it."""
+
+    def begin_epoch(self) -> None:
+        """Name the ring anew, with what is in it: the broker knows another one by its name."""
 
     @property
     def record_version(self) -> int:

@@ -8,20 +8,23 @@ import contextlib
 import logging
 import os
 import random
+import re
 from collections.abc import Coroutine
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from kmonitor.agent.errors import NodeNameTakenError, ProtocolError
+from kmonitor.agent.errors import BrokerMessageError, NodeNameTakenError, ProtocolError, RingWentBackError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
+from kmonitor.agent.orders import Orders, check_position, decode
 from kmonitor.agent.pace import GATHER_S
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boot_id
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
+from kmonitor.wire.plain import plain_text
 from kmonitor.wire.record import RECORD_SIZE, SLOT_SIZE
 from kmonitor.wire.version import installed_version
 
@@ -52,6 +55,12 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
+_LEASE_LEAST_MS = 10
+_LEASE_MOST_MS = 24 * 3600 * 1000
+_REASON_MOST = 500
+"""Characters of what a broker says that are shown."""
+_HOLDER = re.compile(r"the agent at [0-9A-Za-z.:%_\[\]-]{1,64}")
+
 _CONNECT = "/kmonitor.v1.AgentService/Connect"
 
 _Call = Any  # grpc.aio.StreamStreamCall of serialised AgentMessages and of BrokerMessages; it is not generic at run time
@@ -70,6 +79,8 @@ class Uplink:
         self._boot_id = boot_id()
         self._complaint = ""
         self._patience_s = _ANSWER_FIRST_S
+        self.was_connected = False
+        """Whether a broker has ever taken a stream of it."""
 
     def stop(self) -> None:
         """Send what is there, wait a moment for its acknowledgement, and end `run`."""
@@ -123,6 +134,18 @@ class Uplink:
                     log.warning("%s; trying for %.0f s more", error, _NAME_TAKEN_TIMEOUT)
                 if loop.time() - taken_since > _NAME_TAKEN_TIMEOUT:
                     raise
+            except RingWentBackError as error:
+                log.warning(
+                    "the broker at %s knows another ring by the name of this one (%s), as after a snapshot was restored: going on in a new "
+                    "epoch; monitors are told of a gap",
+                    self._address,
+                    error,
+                )
+                self._feed.begin_epoch()
+                taken_since = None
+            except BrokerMessageError as error:
+                self._complain(f"the broker at {self._address} says what cannot be ({error}): trying again")
+                taken_since = None
             except grpc.aio.AioRpcError as error:
                 self._complain(f"no broker answers at {self._address} ({_reason(error)}): trying again")
                 taken_since = None
@@ -138,9 +161,7 @@ class Uplink:
     async def _one_stream(self) -> None:
         """Connect and serve until the stream ends; returns if it had been accepted."""
         async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
-            call: _Call = channel.stream_stream(
-                _CONNECT, request_serializer=None, response_deserializer=agent_pb2.BrokerMessage.FromString
-            )()
+            call: _Call = channel.stream_stream(_CONNECT, request_serializer=None, response_deserializer=decode)()
             forwarder = Forwarder(self._feed, call.write, self._gather_s)
             try:
                 lease = await self._handshake(call, forwarder)
@@ -155,6 +176,7 @@ class Uplink:
                     call.cancel()
             self._complaint = ""
             self._patience_s = _ANSWER_FIRST_S
+            self.was_connected = True
             self._connected()
             await self._serve(call, forwarder, lease)
 
@@ -178,15 +200,27 @@ class Uplink:
             lost=forwarder.totals(),
             ring_bytes=ring.size,
             counts_bytes=True,
+            secret=self._feed.secret,
+            end_position=ring.producer,
+            takes_parts=True,
         )
         self._add_to_hello(hello)
         async with asyncio.timeout(self._patience_s):
             await call.write(agent_pb2.AgentMessage(hello=hello).SerializeToString())
             first = await call.read()
-        if first is grpc.aio.EOF or first.WhichOneof("kind") != "welcome":
+        if first is grpc.aio.EOF or first is None or first.WhichOneof("kind") != "welcome":
             raise ProtocolError(f"what answers at {self._address} is no kmonitor broker of this version")
-        ring.release(first.welcome.position)
-        return float(first.welcome.lease_ms) / 1000
+        welcome = first.welcome
+        if welcome.position > ring.producer:
+            # A broker of an older version does not look itself.
+            raise RingWentBackError(f"it has all before position {welcome.position}, and this ring has come to {ring.producer}")
+        check_position("a welcome", welcome.position, ring.producer)
+        if not _LEASE_LEAST_MS <= welcome.lease_ms <= _LEASE_MOST_MS:
+            raise BrokerMessageError(f"a lease of {welcome.lease_ms} ms")
+        # Nothing is released for it: whether the broker has this very ring is only known when it acknowledges what is sent now.
+        ring.rewind(welcome.position)
+        forwarder.in_parts = welcome.takes_parts
+        return float(welcome.lease_ms) / 1000
 
     async def _serve(self, call: _Call, forwarder: Forwarder, lease: float) -> None:
         # The forwarder's own first: it is the one that must not send while the ring is drained.
@@ -232,11 +266,15 @@ class Uplink:
                 await call.code()  # the broker has read to the end: cancelled before, it would take it for a break
 
     async def _receive(self, call: _Call, forwarder: Forwarder) -> None:
+        orders = Orders()
         while (message := await call.read()) is not grpc.aio.EOF:
-            if message.WhichOneof("kind") == "ack":
-                forwarder.acknowledge(message.ack)
+            order = orders.take(message)
+            if order is None:
+                continue
+            if order.WhichOneof("kind") == "ack":
+                forwarder.acknowledge(order.ack)
             else:
-                await self._take(message, forwarder)
+                await self._take(order, forwarder)
         code = await call.code()
         if code is not grpc.StatusCode.OK:
             raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
@@ -249,11 +287,15 @@ class Uplink:
 
     def _final(self, error: grpc.aio.AioRpcError) -> KmonitorError | None:
         """What to say of an error that trying again cannot mend; None if it can."""
-        code, details = error.code(), error.details() or ""
+        code, details = error.code(), _reason(error)
         if code is grpc.StatusCode.ALREADY_EXISTS:
+            by = f", by {found[0]}" if (found := _HOLDER.search(details)) else ""
             return NodeNameTakenError(
-                f"node {self._identity.node} is connected to {self._address} already: stop the other agent, or give this one another --node"
+                f"node {self._identity.node} is connected to {self._address} already{by}: stop the other agent, or give this one another "
+                "--node"
             )
+        if code is grpc.StatusCode.DATA_LOSS:
+            return RingWentBackError(details)
         if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED):
             return ProtocolError(f"the broker at {self._address} refuses this agent: {details}")
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
@@ -263,4 +305,4 @@ class Uplink:
 
 def _reason(error: grpc.aio.AioRpcError) -> str:
     first = (error.details() or "").strip().splitlines()
-    return first[0] if first else error.code().name
+    return plain_text(first[0][:_REASON_MOST]) if first else error.code().name

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from kmonitor.broker.block import Block
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.hello import check_hello, check_proof, check_ring, remember_secret, ring_bytes, take_secret, went_back
 from kmonitor.broker.mark import Mark, MarkKind
-from kmonitor.broker.nodes import RING_BYTES, Link, Node
+from kmonitor.broker.nodes import RING_BYTES, LastRecord, Link, Node
 from kmonitor.v1 import agent_pb2, monitor_pb2
-from kmonitor.wire.errors import BadRecordError, BadSelectorError
+from kmonitor.wire.errors import BadRecordError
 from kmonitor.wire.masks import EventType
-from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
-from kmonitor.wire.selectors import check_node_name
+from kmonitor.wire.record import SLOT_SIZE, record_starts
 
 if TYPE_CHECKING:
     from kmonitor.broker.broker import Broker
@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 UP = monitor_pb2.NODE_STATE_UP
 UNREACHABLE = monitor_pb2.NODE_STATE_UNREACHABLE
 REBOOTED = monitor_pb2.NODE_STATE_REBOOTED
+
+LATE_LOSSES_MOST = 256
+"""Losses that one stream tells before the records around them: that of the hello is one."""
+NODES_MOST = 16_384
+"""Names that are known at once."""
 
 
 class Agents:
@@ -39,43 +44,65 @@ class Agents:
         self._loop = asyncio.get_running_loop()
         self._timers: dict[Link, asyncio.TimerHandle] = {}
 
-    def connect(self, hello: agent_pb2.Hello) -> Link:
-        """An agent's first message. Raises RefusedError if it cannot be this node's agent now."""
+    def connect(self, hello: agent_pb2.Hello, peer: str = "") -> Link:
+        """An agent's first message, from an address. Raises RefusedError if it cannot be this node's agent now."""
+        node, proof = self._admit(hello)
         try:
-            return self._connect(hello)
+            return self._connect(node, hello, proof, peer)
         except RefusedError:
             raise
         except Exception:
             # Whatever it has said that nobody thought of: the next agent of this node must not suffer for it.
-            node = self._broker.nodes.get(hello.node)
-            if node is not None:
-                node.link = node.drain = None
-                self._unreachable(node, "its agent's hello could not be dealt with")
+            node.link = node.drain = None
+            self._unreachable(node, "its agent's hello could not be dealt with")
             raise
 
-    def _connect(self, hello: agent_pb2.Hello) -> Link:
-        _check(hello)
+    def _admit(self, hello: agent_pb2.Hello) -> tuple[Node, bytes]:
+        """The node, and the hash of the secret that was shown. Raises RefusedError before anything has changed."""
+        check_hello(hello)
+        proof = take_secret(hello)
         if self._broker.failure is not None:
             raise self._broker.failure
-        node = self._broker.nodes.meet(hello.node)
+        node = self._broker.nodes.get(hello.node)
+        if node is None:
+            if len(self._broker.nodes) >= NODES_MOST:
+                raise RefusedError(
+                    Code.RESOURCE_EXHAUSTED,
+                    f"node {hello.node}: this broker knows {NODES_MOST} nodes, and takes no more: remove those that will not come back",
+                )
+            return self._broker.nodes.meet(hello.node), proof
+        holder = node.link or node.drain
+        # The pinned ring has one holder: who shows its secret has taken it over from the one that is connected.
+        if holder is not None and (node.boot_id, node.epoch) != (hello.boot_id, hello.epoch):
+            raise RefusedError(
+                Code.ALREADY_EXISTS,
+                f"node {node.name} is connected already, by the agent at {holder.peer or 'another address'} (boot {node.boot_id}): "
+                "give this one another --node",
+            )
+        check_proof(node, hello, proof, None if holder is None else holder.peer or "another address")
+        if (node.boot_id, node.epoch) == (hello.boot_id, hello.epoch):
+            check_ring(node, hello, node.expected)
+        elif (known := self._broker.log.ends(node.name).get(hello.epoch)) is not None:
+            check_ring(node, hello, known.position)
+            if node.boot_id != hello.boot_id and hello.HasField("end_position"):
+                # What was watched in that boot was said to have ended, in records of ours at positions that were free.
+                raise went_back(node, "it is of a boot that was taken to be over")
+        return node, proof
+
+    def _connect(self, node: Node, hello: agent_pb2.Hello, proof: bytes, peer: str) -> Link:
         new = not node.boot_id
         rebooted = not new and node.boot_id != hello.boot_id
         restarted = rebooted or (not new and node.epoch != hello.epoch)
         successor = node.link is not None
-        if node.link is not None:
-            # The pinned ring has one holder: who shows the same boot and epoch has taken it over from the one that is connected.
-            if restarted:
-                raise RefusedError(
-                    Code.ALREADY_EXISTS,
-                    f"node {node.name} is connected already, by an agent of boot {node.boot_id}: give this one another --node",
-                )
-            self._end(node.link, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
-        if node.drain is not None:
-            self._end(node.drain, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
+        for holder in (node.link, node.drain):
+            if holder is not None:
+                self._end(holder, RefusedError(Code.ABORTED, f"another agent took over node {node.name}"))
         if successor and hello.draining:
             self._unreachable(node, "its agent has ended, and another drains what it left")
-        link = Link(node, draining=hello.draining)
+        link = Link(node, draining=hello.draining, peer=peer)
+        link.takes_parts = hello.takes_parts
         link.heard = self._loop.time()
+        remember_secret(node, hello.epoch, proof)
         if hello.draining:
             node.drain = link
             self._take_on(node, hello, new=new, restarted=restarted, rebooted=rebooted)
@@ -89,12 +116,23 @@ class Agents:
                 reason = "its agent connected" if not rebooted else "it is up with another boot id"
                 self._broker.tell_concerned(node, REBOOTED if rebooted else UP, reason, hello.boot_id)
             self._take_on(node, hello, new=new, restarted=restarted, rebooted=rebooted)
+            end = hello.end_position if hello.HasField("end_position") else hello.position + ring_bytes(hello)
+            node.told_position = max(node.told_position, end)
+            self._broker.lingering.returned(node)
             interest = self._broker.reconcile.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, epoch=hello.epoch)
         self._broker.remember_node(node)
-        welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=0 if new or restarted else node.logged)
+        welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=node.logged, takes_parts=True)
+        if new or restarted:
+            welcome.position = 0
+        elif hello.HasField("end_position"):
+            if node.last is not None and hello.position <= node.last.position:
+                # It is to send the last record that came once more, by which its ring is known.
+                link.proven = False
+                welcome.position = min(node.logged, node.last.position)
+            link.ack(node.logged, node.expected)  # what the agent has not heard of: it releases nothing for the welcome
         link.send(agent_pb2.BrokerMessage(welcome=welcome))
         if interest is not None:
-            link.send(agent_pb2.BrokerMessage(interest=interest))
+            link.send_interest(interest)
         self._timers[link] = self._loop.call_later(self._lease, self._check_lease, link, self._loop.time() + self._lease)
         logger.info("node %s: agent %s connected, source %s, epoch %x", node.name, hello.agent_version, hello.source, hello.epoch)
         return link
@@ -107,11 +145,14 @@ class Agents:
         node = link.node
         kind = message.WhichOneof("kind")
         if kind == "block":
-            self._block(node, message.block)
+            self._block(link, message.block)
             link.ack(node.logged, node.expected)
         elif kind == "lost":
+            _check_sent(node, message.lost.from_position, "a loss")
+            _check_sent(node, message.lost.to_position, "a loss")
             self._lost(node, message.lost)
         elif kind == "heartbeat":
+            _check_sent(node, message.heartbeat.position, "a heartbeat")
             node.beats(message.heartbeat)
             self._broker.router.retire(node.name, node.complete_ns, node.position, self._broker.log.end)
             if message.heartbeat.acknowledge:
@@ -121,7 +162,13 @@ class Agents:
         elif link.draining:
             raise RefusedError(Code.INVALID_ARGUMENT, f"a stream that drains brings no {kind}")
         elif kind == "applied":
-            self._broker.answers.applied(node, message.applied)
+            answer = link.whole(message.applied)
+            if answer is not None:
+                _check_position(node, answer.position, "an answer")
+                if answer.end_position:  # older agents do not say
+                    _check_position(node, answer.end_position, "an answer")
+                node.told_position = max(node.told_position, answer.position, answer.end_position)
+                self._broker.answers.applied(node, answer)
         elif kind == "pidfile_read":
             self._broker.answers.pidfile_read(node, message.pidfile_read)
         elif kind == "groups_changed":
@@ -205,23 +252,30 @@ class Agents:
         if not link.draining:
             self._unreachable(link.node, reason)
 
-    def _block(self, node: Node, message: agent_pb2.Block) -> None:
-        position, data = message.position, message.data
+    def _block(self, link: Link, message: agent_pb2.Block) -> None:
+        node, position, data = link.node, message.position, message.data
+        _check_position(node, position, "a block")
         node.received_bytes += len(data)
-        if position + len(data) <= node.expected:
-            return  # it was sent again because the acknowledgement did not get through
         if position < node.expected:
-            data = data[node.expected - position :]
-            position = node.expected
-        try:
-            block = Block(node.name, node.epoch, position, data, message.boottime_to_unix_ns, node.boot_id)
-        except BadRecordError as error:
-            raise RefusedError(Code.INVALID_ARGUMENT, f"node {node.name}: {error}") from None
+            # It was sent again because the acknowledgement did not get through.
+            same = None if node.last is None else node.last.agrees(position, data)
+            if same is False:
+                raise went_back(node, f"another record lies at position {node.last.position if node.last else 0}")
+            link.proven |= bool(same)
+            if position + len(data) <= node.expected:
+                return
+            again = node.expected - position
+            block = _parse(node, position, data, message.boottime_to_unix_ns)
+            if not _begins_at(block, again):
+                raise went_back(node, f"no record begins at position {node.expected}")
+            data, position = data[again:], node.expected
+        block = _parse(node, position, data, message.boottime_to_unix_ns)
         if position > max(node.expected, node.position):
             self._hole(node, position)
         time_ns = block.unix_ns(len(block) - 1) if len(block) else node.time_ns
         node.boottime_to_unix_ns = block.boottime_to_unix_ns
         node.expected = block.end
+        node.last = LastRecord.of(block) or node.last
         self._broker.store(block)
         node.appended(block.offset, block.end)
         node.committed(self._broker.log.committed)
@@ -249,9 +303,13 @@ class Agents:
 
     def _lost(self, node: Node, message: agent_pb2.Lost) -> None:
         """Tell those whom it may concern what the ring could not take since we last heard."""
+        message.from_position = min(message.from_position, message.to_position)
         if message.to_position > node.position:
             # A hello tells of what was lost while there was no stream, before the records around it have come. The gap belongs
             # behind them: who takes it has taken all before it.
+            node.late_losses += 1
+            if node.late_losses > LATE_LOSSES_MOST:
+                raise RefusedError(Code.RESOURCE_EXHAUSTED, f"node {node.name}: it tells of losses before the records around them")
             node.untold[message.to_position] = message.from_position
             node.when_reached(message.to_position, partial(self._lost, node, message))
             return
@@ -278,19 +336,42 @@ def _totals(lost: agent_pb2.Lost) -> dict[tuple[int, bool], int]:
     return {(int(count.type), count.watched): count.total for count in lost.counts if count.type in _TYPES}
 
 
-def _check(hello: agent_pb2.Hello) -> None:
+def _parse(node: Node, position: int, data: bytes, boottime_to_unix_ns: int) -> Block:
     try:
-        check_node_name(hello.node)
-    except BadSelectorError as error:
-        raise RefusedError(Code.INVALID_ARGUMENT, str(error)) from None
-    if not hello.boot_id:
-        raise RefusedError(Code.INVALID_ARGUMENT, f"node {hello.node}: the hello has no boot id")
-    if not hello.epoch:  # to a monitor 0 says that no epoch is known
-        raise RefusedError(Code.INVALID_ARGUMENT, f"node {hello.node}: the hello has no epoch")
-    found = (hello.record_version, hello.record_size, hello.slot_size)
-    if found != (RECORD_VERSION, RECORD_SIZE, SLOT_SIZE):
-        raise RefusedError(
-            Code.FAILED_PRECONDITION,
-            f"node {hello.node}: records of version {found[0]} ({found[1]} bytes in slots of {found[2]}); this broker takes "
-            f"version {RECORD_VERSION} ({RECORD_SIZE} in {SLOT_SIZE}): upgrade the older of agent and broker",
-        )
+        return Block(node.name, node.epoch, position, data, boottime_to_unix_ns, node.boot_id)
+    except BadRecordError as error:
+        raise RefusedError(Code.INVALID_ARGUMENT, f"node {node.name}: {error}") from None
+
+
+def _begins_at(block: Block, offset: int) -> bool:
+    """Whether a record begins so many bytes behind the block's first."""
+    return not offset % SLOT_SIZE and offset // SLOT_SIZE in record_starts(block.slots)
+
+
+def _check_aligned(node: Node, position: int, what: str) -> None:
+    if position % SLOT_SIZE:
+        raise RefusedError(Code.INVALID_ARGUMENT, f"node {node.name}: {what} at position {position}, where no record begins")
+
+
+def _check_sent(node: Node, position: int, what: str) -> None:
+    """Raise RefusedError unless all before a position may have come. How long ago is open: a loss may be told late."""
+    _check_aligned(node, position, what)
+    if position > node.expected:
+        raise _beyond(node, what, position)
+
+
+def _check_position(node: Node, position: int, what: str) -> None:
+    """Raise RefusedError unless a position can be one of the node's ring now."""
+    _check_aligned(node, position, what)
+    ring = ring_bytes(node.hello)
+    if position > node.expected + ring:
+        raise _beyond(node, what, position)
+    if position + ring < node.expected:
+        raise went_back(node, f"{what} at position {position}, which is more than its {ring} bytes before {node.expected}")
+
+
+def _beyond(node: Node, what: str, position: int) -> RefusedError:
+    return RefusedError(
+        Code.INVALID_ARGUMENT,
+        f"node {node.name}: {what} at position {position} is beyond all that can be: {node.expected} have come",
+    )

@@ -18,6 +18,10 @@ from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
+LEVELS_MOST = 2048
+"""Of control groups: no path of 4096 bytes has more."""
+
+
 logger = logging.getLogger(__name__)
 
 _AT_A_TIME_S = 0.01
@@ -59,8 +63,9 @@ class Answers:
     def _applied(self, node: Node, message: agent_pb2.InterestApplied) -> Iterator[None]:
         processes = {(result.pid, result.start_time): result for result in message.processes}
         groups = {Group(kind, getattr(result, kind)): result for result in message.groups if (kind := result.WhichOneof("kind"))}
-        for result in message.groups:
-            if result.cgroup_ids:
+        for group, result in groups.items():
+            # What nobody asked for is not kept: an agent could say any number of it.
+            if 0 < len(result.cgroup_ids) <= LEVELS_MOST and node.interest.claims_of(group):
                 self._router.learn_group(node.name, node.epoch, result.cgroup_ids)
         node.number = message.number
         node.applied = message.version, message.boottime_ns

@@ -57,7 +57,7 @@ class Arms:
         if node.link is None:
             return
         if node.interest.dirty:
-            node.link.send(agent_pb2.BrokerMessage(interest=node.interest.delta()))
+            node.link.send_interest(node.interest.delta())
         for call in node.pidfiles.unsent():
             if node.hello.reads_pidfiles:
                 node.link.send(agent_pb2.BrokerMessage(read_pidfile=call))

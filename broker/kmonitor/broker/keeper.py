@@ -12,10 +12,11 @@ import json
 from typing import Any
 
 from kmonitor.broker.arms import Arms
+from kmonitor.broker.block import Block
 from kmonitor.broker.keys import Pidfile, Process, parse_key
-from kmonitor.broker.log import EventLog
+from kmonitor.broker.log import End, EventLog
 from kmonitor.broker.matching import Group, Span
-from kmonitor.broker.nodes import Node
+from kmonitor.broker.nodes import LastRecord, Node
 from kmonitor.broker.registrations import ArmState, Registration, make_registration
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, monitor_pb2
@@ -45,6 +46,8 @@ class LogKeeper:
             "since_ns": node.since_ns,
             "number": node.number,
             "lost": [[kind, watched, count] for (kind, watched), count in node.lost.items()],
+            "secrets": {str(epoch): secret.hex() for epoch, secret in node.secrets.items()},
+            "last": node.last and [node.last.position, node.last.end, node.last.crc],
         }
         self._log.put(NODES, node.name, _dump(value))
 
@@ -138,6 +141,16 @@ class LogKeeper:
             node.starts_anew(max(content["expected"], end.position if end is not None else 0))
             node.time_ns, node.since_ns, node.number = content["time_ns"], content["since_ns"], content["number"]
             node.lost = {(kind, watched): count for kind, watched, count in content["lost"]}
+            # Earlier versions wrote neither of these.
+            node.secrets = {int(epoch): bytes.fromhex(secret) for epoch, secret in content.get("secrets", {}).items()}
+            node.last = self._last_record(node, end) or (LastRecord(*content["last"]) if content.get("last") else None)
+
+    def _last_record(self, node: Node, end: End | None) -> LastRecord | None:
+        """The last that the log has of the node's epoch; None if its last entry is none with a record, or is gone."""
+        for entry in () if end is None else self._log.read(end.offset, 1):
+            if isinstance(entry, Block) and (entry.node, entry.epoch, entry.end) == (node.name, node.epoch, node.expected):
+                return LastRecord.of(entry)
+        return None
 
     def sessions(self, arms: Arms, open_session: Any) -> list[Session]:
         """Make the sessions of before, without streams. `open_session`: makes an empty one, given its linger in seconds."""

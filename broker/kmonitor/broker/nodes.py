@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+from kmonitor.broker.block import Block
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.interest import NodeInterest
 from kmonitor.broker.keys import Terms
@@ -16,6 +19,7 @@ from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
 from kmonitor.broker.router import Heard
 from kmonitor.v1 import agent_pb2, monitor_pb2
+from kmonitor.wire.record import SLOT_SIZE
 
 RING_BYTES = 8 << 20
 """Taken for an agent that does not say how large its ring is."""
@@ -24,15 +28,76 @@ ACK_BYTES = 256 << 10
 the block."""
 ACK_S = 0.25
 """The rest waits no longer than this, seconds."""
+PART_BYTES = 1 << 20
+"""Of one message with a part of an Interest, about."""
+_FRAME = 4
+"""Bytes around an item of a message, at most: its tag and its length."""
+ANSWER_MOST = 64 << 20
+"""Bytes of an answer in parts: some 900,000 processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastRecord:
+    """Where a record lies, and what tells it from any other that could lie there: in it is the time at which it was made."""
+
+    position: int
+    end: int
+    crc: int
+
+    @classmethod
+    def of(cls, block: Block) -> LastRecord | None:
+        """That of a block; None if it has no record."""
+        if not len(block):
+            return None
+        slot = len(block.slots) - 1 if block.starts is None else int(block.starts[-1])
+        return cls(block.position + slot * SLOT_SIZE, block.end, zlib.crc32(block.data[slot * SLOT_SIZE :]))
+
+    def agrees(self, position: int, data: bytes) -> bool | None:
+        """Whether this stretch of a ring has it in its place; None if the stretch does not reach over that."""
+        if position > self.position or position + len(data) < self.end:
+            return None
+        return zlib.crc32(data[self.position - position : self.end - position]) == self.crc
+
+
+def parts_of(interest: agent_pb2.Interest) -> Iterator[agent_pb2.Interest]:
+    """Yield the same in messages of about PART_BYTES, each but the last marked as followed by more."""
+
+    def begin() -> agent_pb2.Interest:
+        return agent_pb2.Interest(version=interest.version, reset=interest.reset, node_mask=interest.node_mask, more=True)
+
+    part, size = begin(), 0
+    for process in interest.processes:
+        part.processes.append(process)
+        size += process.ByteSize() + _FRAME
+        if size >= PART_BYTES:
+            yield part
+            part, size = begin(), 0
+    for group in interest.groups:
+        part.groups.append(group)
+        size += group.ByteSize() + _FRAME
+        if size >= PART_BYTES:
+            yield part
+            part, size = begin(), 0
+    part.more = False
+    yield part
 
 
 class Link:
     """One agent's stream, as the broker writes to it. The server's task takes what is to be sent."""
 
-    def __init__(self, node: Node, *, draining: bool = False) -> None:
+    def __init__(self, node: Node, *, draining: bool = False, peer: str = "") -> None:
         self.node = node
         self.draining = draining
         """It only brings what is left in a ring that is about to go."""
+        self.peer = peer
+        """The agent's address, for people."""
+        self.proven = True
+        """Whether the agent's ring is known to be the one that the log knows. Nothing is acknowledged before."""
+        self.takes_parts = False
+        """The agent takes an Interest in parts."""
+        self._parts: agent_pb2.InterestApplied | None = None
+        """What has come of an answer in parts."""
+        self._parts_bytes = 0
         self.heard = 0.0
         """When something came, on the event loop's clock, seconds."""
         self.failure: RefusedError | None = None
@@ -61,6 +126,28 @@ class Link:
         self._messages.append(message)
         self.filled.set()
 
+    def send_interest(self, interest: agent_pb2.Interest) -> None:
+        """Send it in parts that are small, if the agent takes them: it may name very many processes, and groups by long paths."""
+        for part in parts_of(interest) if self.takes_parts else (interest,):
+            self.send(agent_pb2.BrokerMessage(interest=part))
+
+    def whole(self, part: agent_pb2.InterestApplied) -> agent_pb2.InterestApplied | None:
+        """Put a part of an answer to those before it: the answer, once all of it is there. Raises RefusedError."""
+        before = self._parts
+        if before is None:
+            self._parts_bytes = 0
+        elif before.version != part.version:
+            raise RefusedError(Code.INVALID_ARGUMENT, f"node {self.node.name}: the parts of its answer are of several versions")
+        self._parts_bytes += part.ByteSize()
+        if self._parts_bytes > ANSWER_MOST:
+            raise RefusedError(Code.RESOURCE_EXHAUSTED, f"node {self.node.name}: its answer has more than {ANSWER_MOST} bytes")
+        if before is not None:
+            before.MergeFrom(part)
+            before.more = part.more
+            part = before
+        self._parts = part if part.more else None
+        return None if part.more else part
+
     def ack(self, logged: int, received: int, *, urge: bool = False) -> None:
         """All before `logged` is in the log, and all before `received` has come: the agent is told if that is much, and otherwise a
         little later; at once if it urges, until all that has come by now is in the log."""
@@ -79,7 +166,7 @@ class Link:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        if self._reached != self._said:
+        if self._reached != self._said and self.proven:
             self._said = self._reached
             self._ack = agent_pb2.Ack(position=self._said[0], received=self._said[1])
             self.filled.set()
@@ -145,6 +232,12 @@ class Node:
         """... and were made up to this time, Unix nanoseconds of the node's clock."""
         self.complete = (0, 0)
         """What its agent says of how far it has told all: losses too, which may be told behind the records around them."""
+        self.told_position = 0
+        """The furthest that its agent has named of its ring, in this epoch: an earlier broker may have delivered what lies before it."""
+        self.last: LastRecord | None = None
+        """The last record that came of this epoch: what lies there in the ring of an agent that comes back must be the same."""
+        self.secrets: dict[int, bytes] = {}
+        """Epoch -> hash of the secret that lies with that ring, the newest last; none for agents of older versions."""
         self.complete_ns = 0
         """The same, by the node's boot-time clock."""
         self.applied = 0, 0
@@ -153,6 +246,8 @@ class Node:
         """Of its last block."""
         self.untold: dict[int, int] = {}
         """Losses that are to be told once the records before a position have come: that position -> where they begin."""
+        self.late_losses = 0
+        """How many of this stream had to wait for that."""
         self.lost: dict[tuple[int, bool], int] = {}
         """(event type, whether of a watched process) -> how many the ring could not take since the epoch began."""
         self.number = 0
@@ -177,6 +272,11 @@ class Node:
     def up(self) -> bool:
         """Whether its agent is connected."""
         return self.link is not None
+
+    @property
+    def farthest(self) -> int:
+        """Nobody can have taken, or have been told of, an event at this position of the epoch or behind it."""
+        return max(self.expected, self.told_position)
 
     def reached(self, position: int, time_ns: int) -> None:
         """All records before `position` have come."""
@@ -209,6 +309,8 @@ class Node:
         """Its positions start anew here."""
         self.expected = self.position = self.logged = position
         self.complete = position, self.complete[1]
+        self.last = None
+        self.told_position = 0
         self.complete_ns, self.applied = 0, (0, 0)
         self._unlogged.clear()
 
@@ -234,6 +336,7 @@ class Node:
         """What `when_reached` was told to wait for is of no use any more."""
         self._waiting.clear()
         self.untold.clear()
+        self.late_losses = 0
 
     def describe(self) -> monitor_pb2.Node:
         """As ListNodes tells it."""
@@ -275,6 +378,9 @@ class Nodes:
     def get(self, name: str) -> Node | None:
         """The node, or None if no agent has ever connected with this name."""
         return self._nodes.get(name)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
 
     def meet(self, name: str) -> Node:
         """The node; made if it is new."""

@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterator
 
 from kmonitor.broker.arms import Arms
 from kmonitor.broker.errors import Code, RefusedError
-from kmonitor.broker.keys import Process
+from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.matching import Matcher, Span
+from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import gap_of
 from kmonitor.broker.registrations import Arm, ArmState, Registration
 from kmonitor.broker.sessions import Cursor, Session
 from kmonitor.v1 import monitor_pb2
+from kmonitor.wire.masks import EventType
 
 DETACHED_MOST = 1024
 """Sessions without a stream; the one that has waited longest goes when there are more."""
 
 _LAST = (1 << 64) - 1
-_RING_MOST = 1 << 31
-"""Bytes: taken for an agent that does not say how large its ring is."""
 
 _LOG = monitor_pb2.GAP_REASON_LOG
 
@@ -85,10 +85,9 @@ class Lingering:
             node = self._arms.nodes.get(name)
             far = position == _LAST
             if node is not None and node.up and node.epoch == epoch:
-                # An earlier broker may have delivered what its log does not have, and this one has not got yet: it is in the ring still.
-                far |= position > node.expected + (node.hello.ring_bytes or _RING_MOST)
+                far |= position >= node.farthest
             if far:
-                raise RefusedError(Code.INVALID_ARGUMENT, f"the cursor's position {position} of node {name!r} is beyond all that there was")
+                raise _beyond(name, position)
         # Of another log, or not to be believed: marks are rather told a second time than not at all.
         number = message.number if message.log_id == self._log.log_id and message.number <= self._log.end else 0
         cursor = Cursor(positions, message.log_id, number, message.stream_id)
@@ -105,6 +104,16 @@ class Lingering:
                 other.fail(RefusedError(Code.ALREADY_EXISTS, "another stream goes on with what this one registered"))
         session.reads_from, session.floors = self._place(cursor)
         session.outbox.gather(session.reads_from, session.floors, cursor.number)
+
+    def returned(self, node: Node) -> None:
+        """It is known how far the ring of a node has come that was away: end the streams whose cursors are further."""
+        for session in list(self._sessions):
+            epoch, position = session.matcher.taken.get(node.name, (0, 0))
+            if epoch == node.epoch and position >= node.farthest:
+                if session.detached:
+                    self.drop(session)
+                else:
+                    session.fail(_beyond(node.name, position))
 
     def requested(self, session: Session) -> None:
         """One of these requests was taken, or refused."""
@@ -133,6 +142,9 @@ class Lingering:
         its_own = theirs.stream_id == session.stream_id
         if not its_own and not _reach_back(session.cursor, copied):
             return False  # of what was before they came nobody knows anything: it is registered anew, behind a gap
+        by_name = isinstance(registration.key.target, Process | Pidfile)
+        if by_name and not its_own and session.cursor.stream_id and any(span.node not in session.cursor.positions for span in copied):
+            return False  # what they knew by that name may have been another process, which had ended before this monitor came
         kept = {span.node for span in copied}
         for arm in donor.arms:
             name = arm.node
@@ -148,6 +160,10 @@ class Lingering:
                 registration.find({name: Process(*arm.process)})
         registration.had_spans = donor.had_spans
         self._say_what_came_before(registration, session.cursor, copied, its_own=its_own)
+        if not its_own and mask & ~donor.mask:
+            # They have never had these bits, and this monitor may have: what is missing of them is told when they are armed.
+            for arm in registration.arms:
+                arm.absent = session.cursor.positions.get(arm.node, (0, 0))
         for span in copied:
             if span.end is None:
                 self._go_on(registration, span, mask)
@@ -180,12 +196,15 @@ class Lingering:
         own, of a node that came back when nobody could be told what had been missed there."""
         session = registration.session
         assert isinstance(session, Session)
-        begins: dict[tuple[str, int], int] = {}
+        begins: dict[tuple[str, int], dict[int, int]] = {}
         for span in spans:
             if span.root or span.process is None:
-                place = span.node, span.epoch
-                begins[place] = min(span.first, begins.get(place, span.first))
-        for (node, epoch), first in begins.items():
+                by_bit = begins.setdefault((span.node, span.epoch), {})
+                for bit in EventType:
+                    if span.mask & registration.mask & bit:
+                        by_bit[bit] = min(span.first, by_bit.get(bit, span.first))
+        for (node, epoch), firsts in begins.items():
+            first = max(firsts.values(), default=0)
             arm = registration.arm_on(node)
             absent = arm.absent if arm is not None else None
             at = absent or (None if its_own else cursor.positions.get(node))
@@ -391,6 +410,10 @@ class Lingering:
             if spans:
                 positions = max(taken + 1, min(span.first for span in spans)), end.dropped.end
                 yield gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
+
+
+def _beyond(name: str, position: int) -> RefusedError:
+    return RefusedError(Code.INVALID_ARGUMENT, f"the cursor's position {position} of node {name!r} is beyond all that there was")
 
 
 def _places(cursor: Cursor, matcher: Matcher) -> Iterator[tuple[str, int, int]]:

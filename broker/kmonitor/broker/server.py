@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -18,28 +19,27 @@ from kmonitor.broker import reflection
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.nodes import Link
+from kmonitor.broker.seldom import Seldom
 from kmonitor.broker.sessions import Session
 from kmonitor.broker.turns import Turns
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
-from kmonitor.wire.plain import plain_text
 
 logger = logging.getLogger(__name__)
+_seldom = Seldom(logger)
 
 
-class _Unreadable(logging.Filter):
-    """Makes a line of what gRPC logs as an error with a traceback: a request that is no message. Whoever sent it is told by gRPC."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, DecodeError):
-            record.msg, record.args = "a request cannot be read, and was refused: %s", (plain_text(str(error)),)
-            record.exc_info = record.exc_text = None
-            record.levelno, record.levelname = logging.WARNING, "WARNING"
-        return True
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether what gRPC logs is worth a traceback: neither that a peer died while something was written to it, nor that a request
+    is no message, which is a line of ours."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, DecodeError):
+        _seldom.warning("a request cannot be read, and was refused: %s", error)
+    return not isinstance(error, DecodeError | grpc.aio.InternalError)
 
 
-logging.getLogger("grpc._cython.cygrpc").addFilter(_Unreadable())
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+
 
 MONITOR_SERVICE = "kmonitor.v1.MonitorService"
 AGENT_SERVICE = "kmonitor.v1.AgentService"
@@ -74,7 +74,6 @@ class Server:
         self._broker = broker
         self._turns = Turns()
         self._health = health.aio.HealthServicer()
-        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -228,7 +227,7 @@ class Server:
             first = await anext(messages, None)
             if first is None or first.WhichOneof("kind") != "hello":
                 raise RefusedError(Code.INVALID_ARGUMENT, "the first message is no hello")  # noqa: TRY301 -- as all refusals below
-            link = self._broker.agents.connect(first.hello)
+            link = self._broker.agents.connect(first.hello, _host(context.peer()))
             sending = asyncio.ensure_future(_send_to_agent(link, context))
             taking = asyncio.ensure_future(self._take_from_agent(link, messages))
             await _first_end(sending, taking)
@@ -236,7 +235,7 @@ class Server:
         except RefusedError as refusal:
             reason = str(refusal)
             if link is None or link.failure is None:
-                logger.warning("agent of %s refused: %s", context.peer(), reason)
+                _seldom.warning("agent of %s refused: %s", context.peer(), reason)
             await _abort(context, refusal)
         finally:
             if link is not None:
@@ -249,9 +248,10 @@ class Server:
             await link.ready.wait()
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not that a peer died while something was written to it, which gRPC logs as a failure of the handler: its stream has ended."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
+def _host(peer: str) -> str:
+    """Return the address without its port, from "ipv4:127.0.0.1:40000", "ipv6:%5B::1%5D:40000", "unix:"."""
+    kind, _, rest = urllib.parse.unquote(peer).partition(":")
+    return rest.rpartition(":")[0] if kind in {"ipv4", "ipv6"} else kind
 
 
 async def _send_to_agent(link: Link, context: Context) -> None:

@@ -26,7 +26,7 @@ from kmonitor.v1 import events_pb2 as kmonitor_dot_v1_dot_events__pb2
 from kmonitor.v1 import monitor_pb2 as kmonitor_dot_v1_dot_monitor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kmonitor/v1/agent.proto\x12\x0bkmonitor.v1\x1a\x18kmonitor/v1/events.proto\x1a\x19kmonitor/v1/monitor.proto\"\xf8\x02\n\x0c\x41gentMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.kmonitor.v1.HelloH\x00\x12#\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x12.kmonitor.v1.BlockH\x00\x12/\n\x07\x61pplied\x18\x03 \x01(\x0b\x32\x1c.kmonitor.v1.InterestAppliedH\x00\x12!\n\x04lost\x18\x04 \x01(\x0b\x32\x11.kmonitor.v1.LostH\x00\x12+\n\theartbeat\x18\x05 \x01(\x0b\x32\x16.kmonitor.v1.HeartbeatH\x00\x12-\n\tprocesses\x18\x06 \x01(\x0b\x32\x18.kmonitor.v1.ProcessListH\x00\x12\x30\n\x0cpidfile_read\x18\x07 \x01(\x0b\x32\x18.kmonitor.v1.PidfileReadH\x00\x12\x34\n\x0egroups_changed\x18\x08 \x01(\x0b\x32\x1a.kmonitor.v1.GroupsChangedH\x00\x42\x06\n\x04kind\"\xac\x02\n\rBrokerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.kmonitor.v1.WelcomeH\x00\x12)\n\x08interest\x18\x02 \x01(\x0b\x32\x15.kmonitor.v1.InterestH\x00\x12\x1f\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x10.kmonitor.v1.AckH\x00\x12\x38\n\x0elist_processes\x18\x04 \x01(\x0b\x32\x1e.kmonitor.v1.ListProcessesCallH\x00\x12\x34\n\x0cread_pidfile\x18\x05 \x01(\x0b\x32\x1c.kmonitor.v1.ReadPidfileCallH\x00\x12.\n\x0binfer_exits\x18\x06 \x01(\x0b\x32\x17.kmonitor.v1.InferExitsH\x00\x42\x06\n\x04kind\"\xbf\x03\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x10\n\x08position\x18\x04 \x01(\x06\x12\x16\n\x0erecord_version\x18\x05 \x01(\r\x12\x13\n\x0brecord_size\x18\x06 \x01(\r\x12\x11\n\tslot_size\x18\x07 \x01(\r\x12\x0e\n\x06source\x18\x08 \x01(\t\x12\r\n\x05scope\x18\t \x01(\t\x12\x16\n\x0ekernel_release\x18\n \x01(\t\x12\x15\n\ragent_version\x18\x0b \x01(\t\x12.\n\x06labels\x18\x0c \x03(\x0b\x32\x1e.kmonitor.v1.Hello.LabelsEntry\x12\x1f\n\x04lost\x18\r \x01(\x0b\x32\x11.kmonitor.v1.Lost\x12\x16\n\x0ereads_pidfiles\x18\x0e \x01(\x08\x12\x14\n\x0cinfers_exits\x18\x0f \x01(\x08\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\x12\x12\n\nring_bytes\x18\x11 \x01(\x06\x12\x14\n\x0c\x63ounts_bytes\x18\x12 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x07Welcome\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\x06\"D\n\x05\x42lock\x12\x10\n\x08position\x18\x01 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x1b\n\x13\x62oottime_to_unix_ns\x18\x03 \x01(\x10\")\n\x03\x41\x63k\x12\x10\n\x08position\x18\x01 \x01(\x06\x12\x10\n\x08received\x18\x02 \x01(\x06\"\xe2\x01\n\x04Lost\x12\'\n\x06\x63ounts\x18\x01 \x03(\x0b\x32\x17.kmonitor.v1.Lost.Count\x12\x15\n\rfrom_position\x18\x02 \x01(\x06\x12\x13\n\x0bto_position\x18\x03 \x01(\x06\x12\x1b\n\x13\x66rom_time_unix_nano\x18\x04 \x01(\x06\x12\x19\n\x11to_time_unix_nano\x18\x05 \x01(\x06\x1aM\n\x05\x43ount\x12$\n\x04type\x18\x01 \x01(\x0e\x32\x16.kmonitor.v1.EventType\x12\x0f\n\x07watched\x18\x02 \x01(\x08\x12\r\n\x05total\x18\x03 \x01(\x04\"_\n\tHeartbeat\x12\x10\n\x08position\x18\x01 \x01(\x06\x12\x16\n\x0etime_unix_nano\x18\x02 \x01(\x06\x12\x13\n\x0b\x61\x63knowledge\x18\x03 \x01(\x08\x12\x13\n\x0b\x62oottime_ns\x18\x04 \x01(\x06\"\xf2\x02\n\x08Interest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x38\n\tprocesses\x18\x03 \x03(\x0b\x32%.kmonitor.v1.Interest.ProcessInterest\x12\x33\n\x06groups\x18\x04 \x03(\x0b\x32#.kmonitor.v1.Interest.GroupInterest\x12\x11\n\tnode_mask\x18\x05 \x01(\r\x1au\n\x0fProcessInterest\x12\x0b\n\x03pid\x18\x01 \x01(\x07\x12\x12\n\nstart_time\x18\x02 \x01(\x06\x12\x12\n\nevent_mask\x18\x03 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x0f\n\x07look_up\x18\x05 \x01(\x08\x12\x0c\n\x04root\x18\x06 \x01(\x08\x1aM\n\rGroupInterest\x12\x10\n\x06\x63group\x18\x01 \x01(\tH\x00\x12\x0e\n\x04unit\x18\x02 \x01(\tH\x00\x12\x12\n\nevent_mask\x18\x03 \x01(\rB\x06\n\x04kind\"\x8c\x04\n\x0fInterestApplied\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\x06\x12=\n\tprocesses\x18\x03 \x03(\x0b\x32*.kmonitor.v1.InterestApplied.ProcessResult\x12\x38\n\x06groups\x18\x04 \x03(\x0b\x32(.kmonitor.v1.InterestApplied.GroupResult\x12\x14\n\x0c\x65nd_position\x18\x05 \x01(\x06\x12\x0e\n\x06number\x18\x06 \x01(\x07\x12\x13\n\x0b\x62oottime_ns\x18\x07 \x01(\x06\x1a\x95\x01\n\rProcessResult\x12\x0b\n\x03pid\x18\x01 \x01(\x07\x12\x12\n\nstart_time\x18\x02 \x01(\x06\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.kmonitor.v1.RegistrationState\x12%\n\x07process\x18\x04 \x01(\x0b\x32\x14.kmonitor.v1.Process\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a\x89\x01\n\x0bGroupResult\x12\x10\n\x06\x63group\x18\x01 \x01(\tH\x00\x12\x0e\n\x04unit\x18\x02 \x01(\tH\x00\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.kmonitor.v1.RegistrationState\x12\x12\n\ncgroup_ids\x18\x04 \x03(\x06\x12\r\n\x05\x65rror\x18\x05 \x01(\tB\x06\n\x04kind\"t\n\rGroupsChanged\x12\x30\n\x06groups\x18\x01 \x03(\x0b\x32 .kmonitor.v1.GroupsChanged.Group\x1a\x31\n\x05Group\x12\x10\n\x06\x63group\x18\x01 \x01(\tH\x00\x12\x0e\n\x04unit\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"l\n\nInferExits\x12\x32\n\tprocesses\x18\x01 \x03(\x0b\x32\x1f.kmonitor.v1.InferExits.Process\x1a*\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\x07\x12\x12\n\nstart_time\x18\x02 \x01(\x06\"P\n\x11ListProcessesCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12*\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1a.kmonitor.v1.ProcessFilter\"\xa0\x01\n\x0bProcessList\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\'\n\tprocesses\x18\x02 \x03(\x0b\x32\x14.kmonitor.v1.Process\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x10\n\x08\x62y_group\x18\x04 \x01(\x08\x12\x12\n\ncgroup_ids\x18\x05 \x03(\x06\x12\x15\n\x08position\x18\x06 \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_position\"0\n\x0fReadPidfileCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x83\x01\n\x0bPidfileRead\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.kmonitor.v1.RegistrationState\x12%\n\x07process\x18\x03 \x01(\x0b\x32\x14.kmonitor.v1.Process\x12\r\n\x05\x65rror\x18\x04 \x01(\t2T\n\x0c\x41gentService\x12\x44\n\x07\x43onnect\x12\x19.kmonitor.v1.AgentMessage\x1a\x1a.kmonitor.v1.BrokerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kmonitor/v1/agent.proto\x12\x0bkmonitor.v1\x1a\x18kmonitor/v1/events.proto\x1a\x19kmonitor/v1/monitor.proto\"\xf8\x02\n\x0c\x41gentMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.kmonitor.v1.HelloH\x00\x12#\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x12.kmonitor.v1.BlockH\x00\x12/\n\x07\x61pplied\x18\x03 \x01(\x0b\x32\x1c.kmonitor.v1.InterestAppliedH\x00\x12!\n\x04lost\x18\x04 \x01(\x0b\x32\x11.kmonitor.v1.LostH\x00\x12+\n\theartbeat\x18\x05 \x01(\x0b\x32\x16.kmonitor.v1.HeartbeatH\x00\x12-\n\tprocesses\x18\x06 \x01(\x0b\x32\x18.kmonitor.v1.ProcessListH\x00\x12\x30\n\x0cpidfile_read\x18\x07 \x01(\x0b\x32\x18.kmonitor.v1.PidfileReadH\x00\x12\x34\n\x0egroups_changed\x18\x08 \x01(\x0b\x32\x1a.kmonitor.v1.GroupsChangedH\x00\x42\x06\n\x04kind\"\xac\x02\n\rBrokerMessage\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.kmonitor.v1.WelcomeH\x00\x12)\n\x08interest\x18\x02 \x01(\x0b\x32\x15.kmonitor.v1.InterestH\x00\x12\x1f\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x10.kmonitor.v1.AckH\x00\x12\x38\n\x0elist_processes\x18\x04 \x01(\x0b\x32\x1e.kmonitor.v1.ListProcessesCallH\x00\x12\x34\n\x0cread_pidfile\x18\x05 \x01(\x0b\x32\x1c.kmonitor.v1.ReadPidfileCallH\x00\x12.\n\x0binfer_exits\x18\x06 \x01(\x0b\x32\x17.kmonitor.v1.InferExitsH\x00\x42\x06\n\x04kind\"\x90\x04\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x10\n\x08position\x18\x04 \x01(\x06\x12\x16\n\x0erecord_version\x18\x05 \x01(\r\x12\x13\n\x0brecord_size\x18\x06 \x01(\r\x12\x11\n\tslot_size\x18\x07 \x01(\r\x12\x0e\n\x06source\x18\x08 \x01(\t\x12\r\n\x05scope\x18\t \x01(\t\x12\x16\n\x0ekernel_release\x18\n \x01(\t\x12\x15\n\ragent_version\x18\x0b \x01(\t\x12.\n\x06labels\x18\x0c \x03(\x0b\x32\x1e.kmonitor.v1.Hello.LabelsEntry\x12\x1f\n\x04lost\x18\r \x01(\x0b\x32\x11.kmonitor.v1.Lost\x12\x16\n\x0ereads_pidfiles\x18\x0e \x01(\x08\x12\x14\n\x0cinfers_exits\x18\x0f \x01(\x08\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\x12\x12\n\nring_bytes\x18\x11 \x01(\x06\x12\x14\n\x0c\x63ounts_bytes\x18\x12 \x01(\x08\x12\x0e\n\x06secret\x18\x13 \x01(\x0c\x12\x19\n\x0c\x65nd_position\x18\x14 \x01(\x06H\x00\x88\x01\x01\x12\x13\n\x0btakes_parts\x18\x15 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_end_position\"B\n\x07Welcome\x12\x10\n\x08lease_ms\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\x06\x12\x13\n\x0btakes_parts\x18\x03 \x01(\x08\"D\n\x05\x42lock\x12\x10\n\x08position\x18\x01 \x01(\x06\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x1b\n\x13\x62oottime_to_unix_ns\x18\x03 \x01(\x10\")\n\x03\x41\x63k\x12\x10\n\x08position\x18\x01 \x01(\x06\x12\x10\n\x08received\x18\x02 \x01(\x06\"\xe2\x01\n\x04Lost\x12\'\n\x06\x63ounts\x18\x01 \x03(\x0b\x32\x17.kmonitor.v1.Lost.Count\x12\x15\n\rfrom_position\x18\x02 \x01(\x06\x12\x13\n\x0bto_position\x18\x03 \x01(\x06\x12\x1b\n\x13\x66rom_time_unix_nano\x18\x04 \x01(\x06\x12\x19\n\x11to_time_unix_nano\x18\x05 \x01(\x06\x1aM\n\x05\x43ount\x12$\n\x04type\x18\x01 \x01(\x0e\x32\x16.kmonitor.v1.EventType\x12\x0f\n\x07watched\x18\x02 \x01(\x08\x12\r\n\x05total\x18\x03 \x01(\x04\"_\n\tHeartbeat\x12\x10\n\x08position\x18\x01 \x01(\x06\x12\x16\n\x0etime_unix_nano\x18\x02 \x01(\x06\x12\x13\n\x0b\x61\x63knowledge\x18\x03 \x01(\x08\x12\x13\n\x0b\x62oottime_ns\x18\x04 \x01(\x06\"\x80\x03\n\x08Interest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x38\n\tprocesses\x18\x03 \x03(\x0b\x32%.kmonitor.v1.Interest.ProcessInterest\x12\x33\n\x06groups\x18\x04 \x03(\x0b\x32#.kmonitor.v1.Interest.GroupInterest\x12\x11\n\tnode_mask\x18\x05 \x01(\r\x12\x0c\n\x04more\x18\x06 \x01(\x08\x1au\n\x0fProcessInterest\x12\x0b\n\x03pid\x18\x01 \x01(\x07\x12\x12\n\nstart_time\x18\x02 \x01(\x06\x12\x12\n\nevent_mask\x18\x03 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x04 \x01(\x08\x12\x0f\n\x07look_up\x18\x05 \x01(\x08\x12\x0c\n\x04root\x18\x06 \x01(\x08\x1aM\n\rGroupInterest\x12\x10\n\x06\x63group\x18\x01 \x01(\tH\x00\x12\x0e\n\x04unit\x18\x02 \x01(\tH\x00\x12\x12\n\nevent_mask\x18\x03 \x01(\rB\x06\n\x04kind\"\x9a\x04\n\x0fInterestApplied\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\x06\x12=\n\tprocesses\x18\x03 \x03(\x0b\x32*.kmonitor.v1.InterestApplied.ProcessResult\x12\x38\n\x06groups\x18\x04 \x03(\x0b\x32(.kmonitor.v1.InterestApplied.GroupResult\x12\x14\n\x0c\x65nd_position\x18\x05 \x01(\x06\x12\x0e\n\x06number\x18\x06 \x01(\x07\x12\x13\n\x0b\x62oottime_ns\x18\x07 \x01(\x06\x12\x0c\n\x04more\x18\t \x01(\x08\x1a\x95\x01\n\rProcessResult\x12\x0b\n\x03pid\x18\x01 \x01(\x07\x12\x12\n\nstart_time\x18\x02 \x01(\x06\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.kmonitor.v1.RegistrationState\x12%\n\x07process\x18\x04 \x01(\x0b\x32\x14.kmonitor.v1.Process\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1a\x89\x01\n\x0bGroupResult\x12\x10\n\x06\x63group\x18\x01 \x01(\tH\x00\x12\x0e\n\x04unit\x18\x02 \x01(\tH\x00\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.kmonitor.v1.RegistrationState\x12\x12\n\ncgroup_ids\x18\x04 \x03(\x06\x12\r\n\x05\x65rror\x18\x05 \x01(\tB\x06\n\x04kind\"t\n\rGroupsChanged\x12\x30\n\x06groups\x18\x01 \x03(\x0b\x32 .kmonitor.v1.GroupsChanged.Group\x1a\x31\n\x05Group\x12\x10\n\x06\x63group\x18\x01 \x01(\tH\x00\x12\x0e\n\x04unit\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"l\n\nInferExits\x12\x32\n\tprocesses\x18\x01 \x03(\x0b\x32\x1f.kmonitor.v1.InferExits.Process\x1a*\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\x07\x12\x12\n\nstart_time\x18\x02 \x01(\x06\"P\n\x11ListProcessesCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12*\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x1a.kmonitor.v1.ProcessFilter\"\xa0\x01\n\x0bProcessList\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\'\n\tprocesses\x18\x02 \x03(\x0b\x32\x14.kmonitor.v1.Process\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x10\n\x08\x62y_group\x18\x04 \x01(\x08\x12\x12\n\ncgroup_ids\x18\x05 \x03(\x06\x12\x15\n\x08position\x18\x06 \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_position\"0\n\x0fReadPidfileCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x83\x01\n\x0bPidfileRead\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12-\n\x05state\x18\x02 \x01(\x0e\x32\x1e.kmonitor.v1.RegistrationState\x12%\n\x07process\x18\x03 \x01(\x0b\x32\x14.kmonitor.v1.Process\x12\r\n\x05\x65rror\x18\x04 \x01(\t2T\n\x0c\x41gentService\x12\x44\n\x07\x43onnect\x12\x19.kmonitor.v1.AgentMessage\x1a\x1a.kmonitor.v1.BrokerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,49 +40,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BROKERMESSAGE']._serialized_start=473
   _globals['_BROKERMESSAGE']._serialized_end=773
   _globals['_HELLO']._serialized_start=776
-  _globals['_HELLO']._serialized_end=1223
-  _globals['_HELLO_LABELSENTRY']._serialized_start=1178
-  _globals['_HELLO_LABELSENTRY']._serialized_end=1223
-  _globals['_WELCOME']._serialized_start=1225
-  _globals['_WELCOME']._serialized_end=1270
-  _globals['_BLOCK']._serialized_start=1272
-  _globals['_BLOCK']._serialized_end=1340
-  _globals['_ACK']._serialized_start=1342
-  _globals['_ACK']._serialized_end=1383
-  _globals['_LOST']._serialized_start=1386
-  _globals['_LOST']._serialized_end=1612
-  _globals['_LOST_COUNT']._serialized_start=1535
-  _globals['_LOST_COUNT']._serialized_end=1612
-  _globals['_HEARTBEAT']._serialized_start=1614
-  _globals['_HEARTBEAT']._serialized_end=1709
-  _globals['_INTEREST']._serialized_start=1712
-  _globals['_INTEREST']._serialized_end=2082
-  _globals['_INTEREST_PROCESSINTEREST']._serialized_start=1886
-  _globals['_INTEREST_PROCESSINTEREST']._serialized_end=2003
-  _globals['_INTEREST_GROUPINTEREST']._serialized_start=2005
-  _globals['_INTEREST_GROUPINTEREST']._serialized_end=2082
-  _globals['_INTERESTAPPLIED']._serialized_start=2085
-  _globals['_INTERESTAPPLIED']._serialized_end=2609
-  _globals['_INTERESTAPPLIED_PROCESSRESULT']._serialized_start=2320
-  _globals['_INTERESTAPPLIED_PROCESSRESULT']._serialized_end=2469
-  _globals['_INTERESTAPPLIED_GROUPRESULT']._serialized_start=2472
-  _globals['_INTERESTAPPLIED_GROUPRESULT']._serialized_end=2609
-  _globals['_GROUPSCHANGED']._serialized_start=2611
-  _globals['_GROUPSCHANGED']._serialized_end=2727
-  _globals['_GROUPSCHANGED_GROUP']._serialized_start=2678
-  _globals['_GROUPSCHANGED_GROUP']._serialized_end=2727
-  _globals['_INFEREXITS']._serialized_start=2729
-  _globals['_INFEREXITS']._serialized_end=2837
-  _globals['_INFEREXITS_PROCESS']._serialized_start=2795
-  _globals['_INFEREXITS_PROCESS']._serialized_end=2837
-  _globals['_LISTPROCESSESCALL']._serialized_start=2839
-  _globals['_LISTPROCESSESCALL']._serialized_end=2919
-  _globals['_PROCESSLIST']._serialized_start=2922
-  _globals['_PROCESSLIST']._serialized_end=3082
-  _globals['_READPIDFILECALL']._serialized_start=3084
-  _globals['_READPIDFILECALL']._serialized_end=3132
-  _globals['_PIDFILEREAD']._serialized_start=3135
-  _globals['_PIDFILEREAD']._serialized_end=3266
-  _globals['_AGENTSERVICE']._serialized_start=3268
-  _globals['_AGENTSERVICE']._serialized_end=3352
+  _globals['_HELLO']._serialized_end=1304
+  _globals['_HELLO_LABELSENTRY']._serialized_start=1242
+  _globals['_HELLO_LABELSENTRY']._serialized_end=1287
+  _globals['_WELCOME']._serialized_start=1306
+  _globals['_WELCOME']._serialized_end=1372
+  _globals['_BLOCK']._serialized_start=1374
+  _globals['_BLOCK']._serialized_end=1442
+  _globals['_ACK']._serialized_start=1444
+  _globals['_ACK']._serialized_end=1485
+  _globals['_LOST']._serialized_start=1488
+  _globals['_LOST']._serialized_end=1714
+  _globals['_LOST_COUNT']._serialized_start=1637
+  _globals['_LOST_COUNT']._serialized_end=1714
+  _globals['_HEARTBEAT']._serialized_start=1716
+  _globals['_HEARTBEAT']._serialized_end=1811
+  _globals['_INTEREST']._serialized_start=1814
+  _globals['_INTEREST']._serialized_end=2198
+  _globals['_INTEREST_PROCESSINTEREST']._serialized_start=2002
+  _globals['_INTEREST_PROCESSINTEREST']._serialized_end=2119
+  _globals['_INTEREST_GROUPINTEREST']._serialized_start=2121
+  _globals['_INTEREST_GROUPINTEREST']._serialized_end=2198
+  _globals['_INTERESTAPPLIED']._serialized_start=2201
+  _globals['_INTERESTAPPLIED']._serialized_end=2739
+  _globals['_INTERESTAPPLIED_PROCESSRESULT']._serialized_start=2450
+  _globals['_INTERESTAPPLIED_PROCESSRESULT']._serialized_end=2599
+  _globals['_INTERESTAPPLIED_GROUPRESULT']._serialized_start=2602
+  _globals['_INTERESTAPPLIED_GROUPRESULT']._serialized_end=2739
+  _globals['_GROUPSCHANGED']._serialized_start=2741
+  _globals['_GROUPSCHANGED']._serialized_end=2857
+  _globals['_GROUPSCHANGED_GROUP']._serialized_start=2808
+  _globals['_GROUPSCHANGED_GROUP']._serialized_end=2857
+  _globals['_INFEREXITS']._serialized_start=2859
+  _globals['_INFEREXITS']._serialized_end=2967
+  _globals['_INFEREXITS_PROCESS']._serialized_start=2925
+  _globals['_INFEREXITS_PROCESS']._serialized_end=2967
+  _globals['_LISTPROCESSESCALL']._serialized_start=2969
+  _globals['_LISTPROCESSESCALL']._serialized_end=3049
+  _globals['_PROCESSLIST']._serialized_start=3052
+  _globals['_PROCESSLIST']._serialized_end=3212
+  _globals['_READPIDFILECALL']._serialized_start=3214
+  _globals['_READPIDFILECALL']._serialized_end=3262
+  _globals['_PIDFILEREAD']._serialized_start=3265
+  _globals['_PIDFILEREAD']._serialized_end=3396
+  _globals['_AGENTSERVICE']._serialized_start=3398
+  _globals['_AGENTSERVICE']._serialized_end=3482
 # @@protoc_insertion_point(module_scope)

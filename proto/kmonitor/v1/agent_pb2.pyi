@@ -158,6 +158,9 @@ class Hello(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     RING_BYTES_FIELD_NUMBER: _builtins.int
     COUNTS_BYTES_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    END_POSITION_FIELD_NUMBER: _builtins.int
+    TAKES_PARTS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
@@ -185,6 +188,17 @@ class Hello(_message.Message):
     """It goes on while less than a MiB is not acknowledged as received, so that one acknowledgement may stand for many blocks. Otherwise
     each block is acknowledged.
     """
+    secret: _builtins.bytes
+    """Proves that this agent holds the ring that boot id and epoch name: whoever holds it can read the secret that lies with it, and nobody
+    else. The broker keeps a hash, and takes this ring from nobody who does not show the same. 16 to 64 bytes; empty from older agents.
+    """
+    end_position: _builtins.int
+    """The ring's producer position: where its next record will lie. Older agents do not say.
+    An agent that says so reads again what it has not released, the record at the welcome's position included, so that the broker sees
+    whether it is what was logged there; and when it is told DATA_LOSS, it goes on in a new epoch.
+    """
+    takes_parts: _builtins.bool
+    """It takes an Interest in parts."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -212,12 +226,17 @@ class Hello(_message.Message):
         draining: _builtins.bool = ...,
         ring_bytes: _builtins.int = ...,
         counts_bytes: _builtins.bool = ...,
+        secret: _builtins.bytes = ...,
+        end_position: _builtins.int | None = ...,
+        takes_parts: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_position", b"_end_position", "end_position", b"end_position", "lost", b"lost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "counts_bytes", b"counts_bytes", "draining", b"draining", "epoch", b"epoch", "infers_exits", b"infers_exits", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "ring_bytes", b"ring_bytes", "scope", b"scope", "slot_size", b"slot_size", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_position", b"_end_position", "agent_version", b"agent_version", "boot_id", b"boot_id", "counts_bytes", b"counts_bytes", "draining", b"draining", "end_position", b"end_position", "epoch", b"epoch", "infers_exits", b"infers_exits", "kernel_release", b"kernel_release", "labels", b"labels", "lost", b"lost", "node", b"node", "position", b"position", "reads_pidfiles", b"reads_pidfiles", "record_size", b"record_size", "record_version", b"record_version", "ring_bytes", b"ring_bytes", "scope", b"scope", "secret", b"secret", "slot_size", b"slot_size", "source", b"source", "takes_parts", b"takes_parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__end_position: _TypeAlias = _typing.Literal["end_position"]  # noqa: Y015
+    _WhichOneofArgType__end_position: _TypeAlias = _typing.Literal["_end_position", b"_end_position"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_position) -> _WhichOneofReturnType__end_position | None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
@@ -227,19 +246,25 @@ class Welcome(_message.Message):
 
     LEASE_MS_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    TAKES_PARTS_FIELD_NUMBER: _builtins.int
     lease_ms: _builtins.int
     """The agent is held to be lost when nothing came for so long."""
     position: _builtins.int
-    """All before this position is in the log: the agent goes on from the later of this and its own."""
+    """All before this position is in the log: the agent sends from the later of this and its own. It releases nothing before an
+    acknowledgement says so.
+    """
+    takes_parts: _builtins.bool
+    """The broker takes an InterestApplied in parts."""
     def __init__(
         self,
         *,
         lease_ms: _builtins.int = ...,
         position: _builtins.int = ...,
+        takes_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "position", b"position", "takes_parts", b"takes_parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -464,11 +489,14 @@ class Interest(_message.Message):
     PROCESSES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     NODE_MASK_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     reset: _builtins.bool
     """This is all there is: forget what is not in it."""
     node_mask: _builtins.int
     """For every process of the node. Always as it is to be, not a delta."""
+    more: _builtins.bool
+    """Another message follows at once with more of the same version: the agent applies all of them as one, after the last, and answers once."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Interest.ProcessInterest]: ...
     @_builtins.property
@@ -481,10 +509,11 @@ class Interest(_message.Message):
         processes: _abc.Iterable[Global___Interest.ProcessInterest] | None = ...,
         groups: _abc.Iterable[Global___Interest.GroupInterest] | None = ...,
         node_mask: _builtins.int = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "node_mask", b"node_mask", "processes", b"processes", "reset", b"reset", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "more", b"more", "node_mask", b"node_mask", "processes", b"processes", "reset", b"reset", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -569,6 +598,7 @@ class InterestApplied(_message.Message):
     END_POSITION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     BOOTTIME_NS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
     """Events from this position on were filtered with this version."""
@@ -580,6 +610,8 @@ class InterestApplied(_message.Message):
     """
     boottime_ns: _builtins.int
     """When that was, of the node's boot-time clock, nanoseconds: what is told as EXITED or NOT_FOUND here has ended before. 0 if that is not known."""
+    more: _builtins.bool
+    """Another message follows at once with more results of the same version; they are one answer."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___InterestApplied.ProcessResult]: ...
     @_builtins.property
@@ -594,10 +626,11 @@ class InterestApplied(_message.Message):
         end_position: _builtins.int = ...,
         number: _builtins.int = ...,
         boottime_ns: _builtins.int = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boottime_ns", b"boottime_ns", "end_position", b"end_position", "groups", b"groups", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boottime_ns", b"boottime_ns", "end_position", b"end_position", "groups", b"groups", "more", b"more", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

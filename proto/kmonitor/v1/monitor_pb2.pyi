@@ -67,7 +67,7 @@ class _GapReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GapReason.V
     GAP_REASON_RING: _GapReason.ValueType  # 1
     """The node's ring was full."""
     GAP_REASON_AGENT: _GapReason.ValueType  # 2
-    """The agent or its pins were gone."""
+    """The agent or its pins were gone, or the node's ring was not the one that the broker had known (a machine restored from a snapshot)."""
     GAP_REASON_LOG: _GapReason.ValueType  # 3
     """The broker's log no longer reaches."""
     GAP_REASON_SUBSCRIBER: _GapReason.ValueType  # 4
@@ -79,7 +79,7 @@ GAP_REASON_UNSPECIFIED: GapReason.ValueType  # 0
 GAP_REASON_RING: GapReason.ValueType  # 1
 """The node's ring was full."""
 GAP_REASON_AGENT: GapReason.ValueType  # 2
-"""The agent or its pins were gone."""
+"""The agent or its pins were gone, or the node's ring was not the one that the broker had known (a machine restored from a snapshot)."""
 GAP_REASON_LOG: GapReason.ValueType  # 3
 """The broker's log no longer reaches."""
 GAP_REASON_SUBSCRIBER: GapReason.ValueType  # 4

@@ -15,6 +15,9 @@ DEFAULT_ADDRESS = "127.0.0.1:7221"
 PID_MAX = 4_194_304  # PID_MAX_LIMIT of include/linux/threads.h on 64-bit machines
 _PATH_MAX = 4096  # include/uapi/linux/limits.h
 _NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_PINNED_NAME_MAX = 240
+"""Bytes of a node's name in that of its folder of pins (kmonitor.agent.pins), which may have 255: there a dot takes three."""
+_BOOT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _UNIT_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}\.(service|scope|slice|socket|mount|swap)")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,62})?")
 _GLOB = re.compile(r"[*?\[]")
@@ -22,6 +25,9 @@ GLOBS_MOST = 64
 """In one list of a request."""
 GLOBS_LENGTH = 1024
 """Characters of all of them together: matching the worst of them takes 20 us a name."""
+LABELS_MOST = 64
+"""Of one node."""
+_LABEL_VALUE_MAX = 255
 COMM_MOST = 15
 """Bytes of a process's name: TASK_COMM_LEN of include/linux/sched.h without the NUL."""
 
@@ -102,8 +108,16 @@ def check_node_name(name: str) -> str:
     """Return `name`, or raise BadSelectorError if no node can be called so (letters, digits, . _ -; at most 253)."""
     if not _NODE_NAME.fullmatch(name):
         raise BadSelectorError(
-            f"{name!r} cannot be a node's name: use letters, digits, '.', '_' and '-', starting and ending with a letter or digit"
+            f"{_short(name)} cannot be a node's name: use letters, digits, '.', '_' and '-', starting and ending with a letter or digit"
         )
+    return name
+
+
+def check_agent_name(name: str) -> str:
+    """Return the node's name of an agent, or raise BadSelectorError if no node can be called so, or none that is pinned."""
+    check_node_name(name)
+    if len(name) + 2 * name.count(".") > _PINNED_NAME_MAX:
+        raise BadSelectorError(f"{_short(name)} cannot be a node's name: at most {_PINNED_NAME_MAX} characters, each dot counting as three")
     return name
 
 
@@ -116,24 +130,33 @@ def check_node_selector(names: Iterable[str], labels: Mapping[str, str]) -> None
             check_glob(name, "node")
         else:
             check_node_name(name)
-    for key in labels:
+    check_labels(labels)
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise BadSelectorError unless a node can have these labels."""
+    if len(labels) > LABELS_MOST:
+        raise BadSelectorError(f"{len(labels)} labels: at most {LABELS_MOST}")
+    for key, value in labels.items():
         check_label_key(key)
+        if len(value) > _LABEL_VALUE_MAX or not value.isprintable():
+            raise BadSelectorError(f"label {key}={_short(value)}: a value has at most {_LABEL_VALUE_MAX} printable characters")
 
 
 def check_label_key(key: str) -> str:
     """Return `key`, or raise BadSelectorError if no label can be called so."""
     if not _LABEL_KEY.fullmatch(key):
-        raise BadSelectorError(f"{key!r} cannot be a label's name: use letters, digits, '.', '_', '/' and '-', at most 63")
+        raise BadSelectorError(f"{_short(key)} cannot be a label's name: use letters, digits, '.', '_', '/' and '-', at most 63")
     return key
 
 
 def check_boot_id(boot_id: str) -> str:
-    """Return `boot_id`, or raise BadSelectorError if it cannot be one: empty, longer than 128 characters, or with blanks in it.
+    """Return `boot_id`, or raise BadSelectorError if it cannot be one: letters, digits, . _ : -, at most 128.
 
     Linux's is a UUID, but nothing here depends on that.
     """
-    if not 0 < len(boot_id) <= 128 or any(letter.isspace() or not letter.isprintable() for letter in boot_id):
-        raise BadSelectorError(f"{boot_id[:40]!r} is no boot id: give it as `kmon ps --json` and `kmon nodes --json` show it")
+    if not _BOOT_ID.fullmatch(boot_id):
+        raise BadSelectorError(f"{_short(boot_id)} is no boot id: give it as `kmon ps --json` and `kmon nodes --json` show it")
     return boot_id
 
 
@@ -205,3 +228,8 @@ def check_unit_name(name: str) -> str:
     if not _UNIT_NAME.fullmatch(full):
         raise BadSelectorError(f"{name!r} is not the name of a systemd unit that has processes, such as nginx.service")
     return full
+
+
+def _short(text: str) -> str:
+    """Quote what somebody wrote, for an error that is one line."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -170,9 +170,9 @@ class MemoryRing:
             self.consumer = min(position, self.producer)
         self.position = max(self.position, self.consumer)
 
-    def rewind(self) -> None:
-        """Read again what was not released."""
-        self.position = self.consumer
+    def rewind(self, position: int = 0) -> None:
+        """Read again what was not released, from `position` on if that is later."""
+        self.position = max(self.consumer, position)
 
     def prepare_sleep(self) -> bool:
         """Ask to be woken. False if there is something to read already."""

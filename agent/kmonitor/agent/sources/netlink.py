@@ -17,6 +17,7 @@ from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import ProbeOptions
 from kmonitor.agent.processes import Found, comm_bytes
 from kmonitor.agent.procfs import ProcTable
+from kmonitor.agent.secret import make_secret
 from kmonitor.agent.sources.connector import Batch, Connector
 from kmonitor.agent.sources.lineage import Kin
 from kmonitor.agent.sources.memory_ring import MemoryRing, Pause
@@ -60,6 +61,7 @@ class Netlink:
 
     def __init__(self, options: ProbeOptions) -> None:
         self.epoch = time.time_ns()
+        self.secret = make_secret()
         self.processes = ProcTable()
         self.control = MemoryControl(self._on_masks)
         self.watched = WatchedTable(options.watched_max, self._on_entry)
@@ -80,6 +82,10 @@ class Netlink:
         self.ring = MemoryRing(options.ring_bytes, self.control, self._take_in)
         self._events = ProcEvents(self.ring, self.control, self.watched)
         self._reconciliation = Reconciliation(self._events)
+
+    def begin_epoch(self) -> None:
+        """Name the ring anew, with what is in it."""
+        self.epoch = max(time.time_ns(), self.epoch + 1)
 
     def catch_up(self) -> None:
         """Take all messages of what has happened so far.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -43,7 +44,9 @@ def main() -> None:
         status = error.exit_status
     except KeyboardInterrupt:  # before or after the part that catches the signal in order
         status = 0
-    output.outlive_stdout()  # the interpreter's last flush
+    with contextlib.suppress(KmonitorError):
+        sys.stdout.flush()
+    output.outlive_stdout()  # for the interpreter's own last flush
     sys.exit(status)
 
 
