@@ -25,6 +25,7 @@ from kmonitor.agent.probe import INFER, ITERATOR, Config, Probe, ProbeOptions, l
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import check_records, slots_of
+from tests.agent.interest import apply
 from tests.lab.requires import capture_lack, need
 from tests.lab.services import Lab
 
@@ -120,7 +121,7 @@ for _ in range({CHILDREN}):
 def test_each_event_comes_once_whichever_copies_run(without: frozenset[str]) -> None:
     need(capture_lack)
     with opened(without=without) as probe:
-        InterestTable(probe).apply(agent_pb2.Interest(version=1, node_mask=0x7F))
+        apply(InterestTable(probe), agent_pb2.Interest(version=1, node_mask=0x7F))
         with subprocess.Popen([sys.executable, "-S", "-c", WORK]) as parent:
             assert parent.wait(50) == 0
         data = probe.ring.read(1 << 20)
@@ -149,13 +150,15 @@ def test_what_is_skipped_counts_as_lost(skipper: Skipper, program: str, kinds: s
     """Of each type that the program makes, and exactly as often."""
     skipper.skip(2)  # before: another probe's
     with opened(counting={program: skipper.program}) as probe:
-        already = probe.control.lost()[1]
+        already, before = probe.control.lost()[1], libbpf.recursion_misses(skipper.program)
         skipper.skip(3)
+        more = libbpf.recursion_misses(skipper.program) - before
+        assert more >= 3  # whoever else on this machine writes to the kernel's trace has it skipped too
         node, watched = probe.control.lost()
         assert node == (0,) * 8
-        grown = [now - before for now, before in zip(watched, already, strict=True)]
+        grown = [now - then for now, then in zip(watched, already, strict=True)]
         assert {TYPE_BITS[index] for index, count in enumerate(grown) if count and index != LOST_FOLLOW} == kinds
-        assert set(grown) == {0, 3}
+        assert set(grown) == {0, more}
         assert bool(grown[LOST_FOLLOW]) == (program == "kmonitor_fork")
         assert probe.control.lost()[1] == watched
 
@@ -185,11 +188,13 @@ def test_a_gap_is_told_and_who_ended_meanwhile(lab: Lab, skipper: Skipper) -> No
         at = watch.wait_for(lambda line: line["kind"] == "gap", "the gap", start=start)
         gap = watch.records[at]
         assert gap["reason"] == "RING"
-        assert gap["lost"] == [{"type": "PROCESS_EXIT", "count": 1}]
+        assert [(each["type"], each["count"] > 0) for each in gap["lost"]] == [("PROCESS_EXIT", True)]
         watch.wait_end_of(child.pid)
         (end,) = [line for line in watch.events() if line["type"] == "PROCESS_EXIT"]
         assert end["inferred"]
         # What was counted is counted: not once more for an agent that comes later.
         lab.kill(agent)
         lab.agent("skip", broker.address, pin=True)
-        assert [node["lost"] for node in lab.json_lines("nodes", "--json", "--broker", broker.address)] == [4]
+        assert [node["lost"] for node in lab.json_lines("nodes", "--json", "--broker", broker.address)] == [
+            4 * libbpf.recursion_misses(skipper.program)
+        ]

@@ -61,7 +61,7 @@ def test_bcc_in_a_folder_that_its_user_may_not_enter(lab: Lab, tmp_path: Path) -
 
 @pytest.mark.capture
 def test_a_broker_that_takes_its_time_to_answer(lab: Lab) -> None:
-    """Longer than an agent waits at first, each time."""
+    """Longer than an agent waits for a connection, each time."""
     need(capture_lack)
     broker = FakeBroker()
 
@@ -73,7 +73,6 @@ def test_a_broker_that_takes_its_time_to_answer(lab: Lab) -> None:
     try:
         agent = lab.keep(Agent("slow", lab.agent_command("slow", broker.address)))
         agent.wait_line(lambda text: text.startswith(b"kmonitor-agent: slow is connected"), "its connection", limit=40)
-        assert "does not answer: trying again, and waiting longer" in agent.stderr_text()
         lab.stop(agent)
     finally:
         broker.close()

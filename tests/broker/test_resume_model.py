@@ -205,6 +205,22 @@ class ResumeMachine(RuleBasedStateMachine):
                 deed.known = deed.known and deed.safe
         self.start()
 
+    @precondition(lambda self: any(self.monitors))
+    @rule(found=st.booleans())
+    def restart_under_load(self, found: bool) -> None:
+        """Monitors are back before agents are, whose rings hold what happened meanwhile."""
+        self.commit()
+        self.restart(crashes=False, before=1000)
+        for kernel in self.kernels:
+            for process in list(kernel.processes.values()):
+                kernel.act(process, EXEC)
+        for monitor in self.monitors:
+            monitor.wire.clear()
+            self.come(monitor, found=found)
+            self.ask(monitor)
+        for which in range(len(self.kernels)):
+            self.flow(which)
+
     # -- nodes
 
     @initialize()
@@ -243,6 +259,16 @@ class ResumeMachine(RuleBasedStateMachine):
         pid = next((pid for pid in range(1, 9) if pid not in kernel.processes), None)
         if pid is not None:
             kernel.spawn(pid, group)
+
+    @rule(which=NODE, who=WHO, ticks=st.integers(0, 2))
+    def end_slowly(self, which: int, who: int, ticks: int) -> None:
+        """A process ends, its agent is cut off for a while, and only then a thread's end comes that the kernel has recorded right after."""
+        self.do(which, who, "exit with a thread", lost=False)
+        self.send(which, 1000, beats=True)
+        for _ in range(ticks):
+            self.tick()
+        self.kernels[which].end_threads()
+        self.send(which, 1000, beats=True)
 
     @precondition(lambda self: any(kernel.late for kernel in self.kernels))
     @rule(which=NODE)

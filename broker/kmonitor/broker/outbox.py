@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +60,10 @@ class Missed:
             self.counts[kind] = self.counts.get(kind, 0) + count
 
 
+Notice = tuple[str, int, bytes]
+"""(node, epoch, what is to be told of that)."""
+
+
 @dataclass(slots=True)
 class _Stretch:
     """Log offsets [start, end) that the session has still to read."""
@@ -68,14 +71,14 @@ class _Stretch:
     start: int
     end: int
     missed: dict[tuple[str, int], Missed] = field(default_factory=dict)
-    notices: list[bytes] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
     """Of marks that the log evicted."""
     floors: Mapping[str, int] = field(default_factory=dict)
     """Node -> log offset before which its client has taken everything."""
     number: int = 0
     """The client was told of the marks up to this number."""
-    absences: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """Node -> epoch, and what is to be told before anything of that."""
+    absences: list[Notice] = field(default_factory=list)
+    """Each is told before anything of its node's epoch."""
     resumed: bool = False
     """It is what an earlier stream has not brought: what was told beside the log meanwhile was told to nobody."""
 
@@ -165,15 +168,15 @@ class Outbox:
         self._stretches.append(stretch)
         self._lagging.add(self)
 
-    def gathered(self, start: int, before: Iterable[bytes] = (), absences: Mapping[str, tuple[int, bytes]] = MappingProxyType({})) -> None:
+    def gathered(self, start: int, before: Iterable[Notice] = (), absences: Iterable[Notice] = ()) -> None:
         """What is to be delivered from the log is known now: from `start` on, and what is to be said `before` that.
 
-        `absences`: node -> epoch, and what is to be said before anything of that.
+        `absences`: each is said before anything of its node's epoch.
         """
         if self._gathering is not None:
             self._gathering.start = max(min(start, self._gathering.start), self._log.oldest)
             self._gathering.notices += before
-            self._gathering.absences.update(absences)
+            self._gathering.absences += absences
             self._gathering.end = self._log.end
             self._gathering = None
             self.has_read()
@@ -264,7 +267,7 @@ class Outbox:
                 self.evicted_while_gathering = True  # whose rows they were is not known yet
                 continue
             if isinstance(entry, Mark):
-                stretch.notices += self._read_mark(stretch, entry)
+                stretch.notices += ((entry.node, entry.epoch, message) for message in self._read_mark(stretch, entry))
             elif entry.offset >= stretch.floors.get(entry.node, 0):
                 rows = self.select(entry)
                 if len(rows):
@@ -354,8 +357,8 @@ class Outbox:
         """Read on in the log. First tell what it dropped."""
         self._blocked = False
         reason = monitor_pb2.GAP_REASON_LOG if stretch.resumed else monitor_pb2.GAP_REASON_SUBSCRIBER
-        out = [gap_of(missed, node, epoch, reason) for (node, epoch), missed in stretch.missed.items()]
-        out += stretch.notices
+        dropped = [(node, epoch, gap_of(missed, node, epoch, reason)) for (node, epoch), missed in stretch.missed.items()]
+        out = self._in_order(dropped + stretch.notices)
         stretch.missed.clear()
         stretch.notices.clear()
         page = self._next_page(stretch) if stretch.start < stretch.end else None
@@ -371,10 +374,12 @@ class Outbox:
                 stretch.start = entry.offset
                 self._blocked = True
                 break
-            if entry.node in stretch.absences and stretch.absences[entry.node][0] == entry.epoch:
+            due = [each for each in stretch.absences if each[:2] == (entry.node, entry.epoch)]
+            if due:
                 out += self._messages(parts)
                 parts = []
-                out.append(stretch.absences.pop(entry.node)[1])
+                out += (message for _, _, message in due)
+                stretch.absences = [each for each in stretch.absences if each not in due]
             if isinstance(entry, Mark):
                 out += self._messages(parts)
                 parts = []
@@ -396,7 +401,7 @@ class Outbox:
             number = min(stretch.start, stretch.end)
             out.append(progress(self._read_so_far(), number, self._log.log_id, self.stream_id))
         if stretch.start >= stretch.end:
-            out += (message for _, message in stretch.absences.values())
+            out += self._in_order(stretch.absences)
             self._items.popleft()
             self._stretches.popleft()
             if not self._stretches:
@@ -404,6 +409,13 @@ class Outbox:
                 self._delivered.clear()
         self.prune(self._log.end)
         return out
+
+    def _in_order(self, notices: list[Notice]) -> list[bytes]:
+        """The messages, of each node by its epochs: a cursor does not go back."""
+        if len(notices) > 1:
+            epochs = {node: list(self._log.ends(node)) for node, _, _ in notices}
+            notices.sort(key=lambda each: epochs[each[0]].index(each[1]) if each[1] in epochs[each[0]] else -1)
+        return [message for _, _, message in notices]
 
     def _next_page(self, stretch: _Stretch) -> Page | None:
         """What comes next of a stretch; None while the log's disk is asked for it."""

@@ -22,7 +22,7 @@ from kmonitor.broker.losses import number_of, told
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import gap
-from kmonitor.broker.outbox import gap_of
+from kmonitor.broker.outbox import Notice, gap_of
 from kmonitor.broker.registrations import Arm, ArmState, Registration
 from kmonitor.broker.sessions import Cursor, Session
 from kmonitor.v1 import monitor_pb2
@@ -214,7 +214,7 @@ class Lingering:
             taken = at[1] if at[0] == epoch else -1
             if (at[0] == epoch or absent is not None) and first > taken + 1:
                 positions, times = (taken + 1, first), (0, time.time_ns())
-                session.before.append(gap(node, _LOG, epoch, positions=positions, times=times, counts={}))
+                session.before.append((node, epoch, gap(node, _LOG, epoch, positions=positions, times=times, counts={})))
                 session.note_absence(node, epoch, *positions)
             if arm is not None:
                 arm.absent = None
@@ -233,7 +233,8 @@ class Lingering:
             start = max(start, until)  # for another registration
         if first > start:
             session.note_absence(node.name, epoch, start, first)
-            session.before.append(gap(node.name, _LOG, epoch, positions=(start, first), times=(0, time.time_ns()), counts={}))
+            told_now = gap(node.name, _LOG, epoch, positions=(start, first), times=(0, time.time_ns()), counts={})
+            session.before.append((node.name, epoch, told_now))
 
     def _go_on(self, registration: Registration, span: Span, mask: int) -> None:
         arm = registration.make_arm(span.node)
@@ -298,8 +299,8 @@ class Lingering:
                 continue
             offset = self._log.offset_behind(name, epoch, position)
             if offset is None:  # of a ring that this log has never known: all that it has of the node came later, or is not its own
-                floors[name] = 0
-                start = min(start, self._log.oldest)
+                floors[name] = cursor.number  # ... but what it had passed before it was told of that
+                start = min(start, max(cursor.number, self._log.oldest))
                 continue
             offset = max(offset, 0)
             latest = max(latest, offset)
@@ -333,8 +334,8 @@ class Lingering:
             offsets = [self._log.offset_behind(name, span.epoch, span.first - 1) for span in spans]
             session.floors[name] = min((max(offset, 0) for offset in offsets if offset is not None), default=session.floors.get(name, 0))
             session.reads_from = min(session.reads_from, session.floors[name])
-        session.before += self._evicted(session, session.cursor)
-        session.outbox.gathered(session.reads_from, session.before, self._absences(session, session.cursor))
+        absences = session.before + self._absences(session, session.cursor)
+        session.outbox.gathered(session.reads_from, self._evicted(session, session.cursor), absences)
         session.before = []
         self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
@@ -345,9 +346,9 @@ class Lingering:
             if theirs.detached and all(each.taken for each in everything):
                 self.drop(theirs)
 
-    def _absences(self, session: Session, cursor: Cursor) -> dict[str, tuple[int, bytes]]:
-        """Node -> epoch and gap: what its earlier stream was told of absence, and has not taken, as far as one can know."""
-        found: dict[str, tuple[int, bytes]] = {}
+    def _absences(self, session: Session, cursor: Cursor) -> list[Notice]:
+        """What its earlier stream was told of absence, and has not taken, as far as one can know."""
+        found: list[Notice] = []
         for theirs in session.forerunners:
             for node, (epoch, first, until) in theirs.told_of_absence.items():
                 taken_epoch, taken = cursor.positions.get(node, (0, -1))
@@ -357,24 +358,24 @@ class Lingering:
                 start = max(first, taken + 1) if taken_epoch == epoch else first
                 # Of an empty one its position does not tell whether it was taken: rather twice than not at all.
                 if start < until or (first == until and start == until):
-                    found[node] = epoch, gap(node, _LOG, epoch, positions=(start, until), times=(0, time.time_ns()), counts={})
+                    found.append((node, epoch, gap(node, _LOG, epoch, positions=(start, until), times=(0, time.time_ns()), counts={})))
                     session.note_absence(node, epoch, first, until)
         return found
 
-    def _evicted(self, session: Session, cursor: Cursor) -> list[bytes]:
+    def _evicted(self, session: Session, cursor: Cursor) -> list[Notice]:
         """Gaps for what retention has taken, or the earlier session has forgotten."""
-        out: list[bytes] = []
+        out: list[Notice] = []
         counted_from = 0
         for theirs in session.donors:
             if not theirs.evicted.whole or not theirs.detached or session.outbox.evicted_while_gathering:
                 counted_from = self._log.end
             counted_from = max(counted_from, theirs.detached_from)
             missed = theirs.evicted.behind(cursor.positions, session.floors, self._is_later)
-            out += [gap_of(each, node, epoch, _LOG) for (node, epoch), each in missed.items()]
+            out += [(node, epoch, gap_of(each, node, epoch, _LOG)) for (node, epoch), each in missed.items()]
             for mark in theirs.evicted.marks:
                 message = told(mark, session.matcher, self._log.log_id)
                 if message is not None and number_of(mark) > cursor.number:
-                    out.append(message)
+                    out.append((mark.node, mark.epoch, message))
         for name in session.matcher.nodes_known():
             if session.floors.get(name, 0) < counted_from:
                 out += self._dropped(session, name, *cursor.positions.get(name, (0, -1)))
@@ -383,7 +384,7 @@ class Lingering:
             if end is not None and session.floors.get(name, 0) < session.matcher.remembers_from and position < end.position:
                 # So many processes have ended since that the session does not know any more whose they were.
                 positions, times = (position + 1, end.position), (0, time.time_ns())
-                out.append(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
+                out.append((name, epoch, gap(name, _LOG, epoch, positions=positions, times=times, counts={})))
         return out
 
     def _say_what_was_forgotten(self, session: Session, cursor: Cursor) -> None:
@@ -398,7 +399,7 @@ class Lingering:
                     positions, times = (0, end.position), (0, time.time_ns())
                     session.tell(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
 
-    def _dropped(self, session: Session, name: str, epoch: int, position: int) -> Iterator[bytes]:
+    def _dropped(self, session: Session, name: str, epoch: int, position: int) -> Iterator[Notice]:
         """What retention has taken of a node, nobody has counted it, and the client has come to a position of an epoch."""
         behind = epoch not in self._log.ends(name)
         for each, end in self._log.ends(name).items():
@@ -409,7 +410,7 @@ class Lingering:
             spans = session.matcher.spans_between(name, each, taken + 1, end.dropped.end - 1)
             if spans:
                 positions = max(taken + 1, min(span.first for span in spans)), end.dropped.end
-                yield gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
+                yield name, each, gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
 
 
 def _beyond(name: str, position: int) -> RefusedError:

@@ -23,7 +23,7 @@ from kmonitor.broker.mark import Mark
 from kmonitor.broker.matching import Matcher, Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import node_change
-from kmonitor.broker.outbox import MESSAGES_MOST, Missed, Outbox, OverflowedError, count_types
+from kmonitor.broker.outbox import MESSAGES_MOST, Missed, Notice, Outbox, OverflowedError, count_types
 from kmonitor.broker.registered import Registered
 from kmonitor.broker.registrations import ArmState, Registration
 from kmonitor.broker.router import Router
@@ -180,7 +180,7 @@ class Session:
         """Log offset from which on it had something to read when it came back."""
         self.floors: dict[str, int] = {}
         """The same by node."""
-        self.before: list[bytes] = []
+        self.before: list[Notice] = []
         """What is to be told before anything of that."""
         self.failure: RefusedError | None = None
         """Why the broker ended the stream."""
