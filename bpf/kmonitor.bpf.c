@@ -13,8 +13,9 @@
 
 #define KMONITOR_ENDS (KMONITOR_THREAD_ABORT | KMONITOR_THREAD_EXIT | KMONITOR_PROCESS_ABORT | KMONITOR_PROCESS_EXIT)
 #define SIGNAL_GROUP_EXIT 0x4 /* include/linux/sched/signal.h */
+#define SIGNAL_UNKILLABLE 0x40
 #define PID_NS_LEVEL_MAX 32   /* MAX_PID_NS_LEVEL, include/linux/pid_namespace.h */
-#define CGROUP_LEVEL_MAX 64   /* of a control group that is watched; a process may be as deep below it as it likes */
+#define CGROUP_LEVEL_MAX 32   /* of a control group that is watched; a process may be as deep below it as it likes */
 #define PF_KERNELS_THREAD 0x4010 /* PF_IO_WORKER, PF_USER_WORKER, include/linux/sched.h: io_uring's and vhost's, within a process */
 
 RING(events);
@@ -43,7 +44,7 @@ struct sent {
 LRU_HASH(waiting, struct signal_key, struct sent, 8192);
 LRU_HASH(killers, struct signal_key, struct sent, 8192);
 
-/* The last SIGKILL that the kernel itself sent in the context of a thread (by its id): the out-of-memory killer says of it what it was for. */
+/* By thread id, the last SIGKILL that the kernel itself sent in its context: the out-of-memory killer says afterwards what it was for. */
 struct kernel_kill {
 	__u64 mm; /* of the target */
 	__u32 tgid;
@@ -62,7 +63,7 @@ struct claim_key {
 /* Kernels without group_dead: which process ends were told already. */
 LRU_HASH(claims, struct claim_key, __u8, 1024);
 
-/* Of processes that have ended, by their ids in the initial namespace: what threads need that end in the same moment, and come here later. */
+/* Of processes that have ended, by id in the initial namespace: for threads that end in the same moment, and come here later. */
 struct ended_process {
 	__u32 mask; /* what its own entry asked for */
 	__u32 signal; /* that it died of, if it is known who sent it */
@@ -490,13 +491,13 @@ static __always_inline bool find_sent(void *map, const struct signal_key *key, _
 
 /*
  * Where nobody has written down who sent what the process dies of: KMONITOR_F_KILLED_BY if it can only have been a timer, which is the
- * kernel, else 0. A signal that kills at once is not taken from the process's queue: it is there until the process is freed. So a timer's is known
- * that went off before anybody had registered, or for which the kernel did not run kmonitor_signal: a timer goes off in whatever is
- * interrupted, and a kernel (6.18, of a virtual machine) was met that runs no BPF program at all while a certain task of its is on the
+ * kernel, else 0. A signal that kills at once is not taken from the process's queue: it is there until the process is freed. So a timer's
+ * is known that went off before anybody had registered, or for which the kernel did not run kmonitor_signal: a timer goes off in whatever
+ * is interrupted, and a kernel (6.18, of a virtual machine) was met that runs no BPF program at all while a certain task of its is on the
  * processor.
  *
- * A siginfo proves nothing here: a process may send itself one with whatever it likes. What it cannot make is a queue entry that belongs to a timer; and for an
- * alarm, its timer must have gone off. Any other sender stays unknown.
+ * A siginfo proves nothing here: a process may send itself one with whatever it likes. What it cannot make is a queue entry that belongs
+ * to a timer; and for an alarm, its timer must have gone off. Any other sender stays unknown.
  *
  * Without the lock: what comes meanwhile comes last, and pointers are followed by a helper that may fail.
  */
@@ -642,8 +643,8 @@ enum origin {
 };
 
 /*
- * Who sends a signal. A process may write what it likes into a siginfo (rt_sigqueueinfo(2), pidfd_send_signal(2)), but for one thing: of codes that
- * are not negative and not for itself the kernel takes none.
+ * Who sends a signal. A process may write what it likes into a siginfo (rt_sigqueueinfo(2), pidfd_send_signal(2)), but for one thing:
+ * a code that is not negative the kernel takes from it only if the signal is for itself.
  */
 static __always_inline enum origin origin_of(unsigned long info, int sig, struct task_struct *task, bool to_itself, struct sigqueue *queued)
 {
@@ -658,7 +659,7 @@ static __always_inline enum origin origin_of(unsigned long info, int sig, struct
 	if (to_itself && FIELD(task, task_struct, ptrace))
 		return ORIGIN_UNKNOWN;
 	code = READ((struct kernel_siginfo *)info, kernel_siginfo, si_code);
-	/* A fault; SIGIO of a descriptor, and by F_SETSIG any signal. Of what a process makes look like a fault of its own: so it might have had one. */
+	/* A fault; SIGIO of a descriptor, which may be any signal (F_SETSIG). A process may make one look like its own fault, or have that fault. */
 	if (code > 0)
 		return !to_itself || (sig < 32 && CODED & (1U << sig)) ? ORIGIN_KERNEL : ORIGIN_UNKNOWN;
 	/* A timer's siginfo is no copy: it is part of what is queued. */
@@ -670,7 +671,7 @@ static __always_inline enum origin origin_of(unsigned long info, int sig, struct
 	return ORIGIN_SENDER;
 }
 
-/* Whether the out-of-memory killer, which runs here, kills `task` for its victim's sake, whose memory it has. Else writes down this kill. */
+/* Whether the out-of-memory killer runs here and kills `task` since it has the victim's memory. Else this kill is written down. */
 static __always_inline bool shares_victims_memory(struct task_struct *task)
 {
 	__u32 me = bpf_get_current_pid_tgid();
@@ -745,9 +746,9 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 }
 
 /*
- * A thread takes a signal, which it will handle, or ignore, or which ends its process. So the entry is of no more use. It says who kills only if
- * the kernel has what was sent in its hands: a debugger may have put a signal there, or changed it; and a signalfd may have taken what
- * was sent, which nothing tells.
+ * A thread takes a signal, which it will handle, or ignore, or which ends its process: the entry is of no more use. It says who kills
+ * only if the kernel has just what was sent in its hands: a debugger may have put a signal there, or changed it; and a signalfd may have
+ * taken what was sent, which nothing tells.
  */
 PROBE(kmonitor_deliver, signal_deliver) /* number, siginfo, action */
 {
@@ -760,16 +761,24 @@ PROBE(kmonitor_deliver, signal_deliver) /* number, siginfo, action */
 	struct sent sent;
 	__u64 start;
 
-	if (!(control.any_mask & KMONITOR_ENDS) || !can_kill(sig) || !bpf_map_lookup_elem(MAP(waiting), &key))
+	if (!(control.any_mask & KMONITOR_ENDS) || !can_kill(sig))
 		return 0;
-	bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
-	if (!READ(ADDRESS(action, k_sigaction, sa), sigaction, sa_handler) && info > SEND_SIG_PRIV) { /* SIG_DFL: it kills */
-		task = CURRENT_TASK();
+	/* Each thread of a process that is dying takes SIGKILL, whatever it dies of. */
+	if (sig == SIGKILL || !bpf_map_lookup_elem(MAP(waiting), &key))
+		return 0;
+	task = CURRENT_TASK();
+	/* SIG_DFL: it kills, but for the init of a pid namespace. */
+	if (!READ(ADDRESS(action, k_sigaction, sa), sigaction, sa_handler) &&
+	    !(READ(READ(task, task_struct, signal), signal_struct, flags) & SIGNAL_UNKILLABLE)) {
 		start = START_BOOTTIME(FIELD(task, task_struct, group_leader));
-		if (find_sent(MAP(waiting), &key, start, &sent) &&
-		    sent.code == READ((struct kernel_siginfo *)info, kernel_siginfo, si_code) &&
-		    sent.detail == READ_AT((__u64 *)ADDRESS((struct kernel_siginfo *)info, kernel_siginfo, _sifields)) &&
-		    !find_sent(MAP(killers), &key, start, &other))
+		bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
+		if (!find_sent(MAP(waiting), &key, start, &sent) || sent.code != READ((struct kernel_siginfo *)info, kernel_siginfo, si_code) ||
+		    sent.detail != READ_AT((__u64 *)ADDRESS((struct kernel_siginfo *)info, kernel_siginfo, _sifields))) {
+			/* Nobody knows who did it. An entry all the same: kernels before 5.17 queue more signals for who is dying. */
+			__builtin_memset(&sent, 0, sizeof(sent));
+			sent.start_boottime_ns = start;
+		}
+		if (!find_sent(MAP(killers), &key, start, &other))
 			bpf_map_update_elem(MAP(killers), &key, &sent, BPF_ANY);
 	}
 	bpf_map_delete_elem(MAP(waiting), &key);

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.capture
 SMALL = ProbeOptions(ring_bytes=1 << 20)
 
 CAPTURE_ONE = """
-import json, os, signal, subprocess, sys, time
+import asyncio, json, os, signal, subprocess, sys, time
 from kmonitor.agent.interest import InterestTable
 from kmonitor.agent.probe import ProbeOptions
 from kmonitor.agent.sources import start
@@ -33,7 +33,7 @@ source = start("bcc", ProbeOptions(ring_bytes=1 << 20), None)
 child = subprocess.Popen(["sh", "-c", "echo; read line; exec sleep 1000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()  # its own exec is over
 want = agent_pb2.Interest.ProcessInterest(pid=child.pid, event_mask=0x7F, look_up=True)
-answer = InterestTable(source).apply(agent_pb2.Interest(version=1, processes=[want]))
+answer = asyncio.run(InterestTable(source).apply(agent_pb2.Interest(version=1, processes=[want])))
 child.stdin.close()
 while source.ring.producer == 0:  # the exec, on another CPU
     time.sleep(0.001)

@@ -23,6 +23,7 @@ from kmonitor.agent.sources.memory_ring import MemoryRing
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_KILLED_BY, F_MATCH_PROCESS, F_OOM_KILLED, Slots, check_records, slots_of
+from tests.agent.interest import apply
 from tests.lab.control_groups import control_group
 from tests.lab.memory_cgroup import memory_cgroup
 from tests.lab.requires import capture_lack, need
@@ -87,7 +88,7 @@ def followed(source: Source, programs: Programs, *case: str, mask: int = FORK | 
         [programs.blame, *case], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         want = agent_pb2.Interest.ProcessInterest(pid=process.pid, event_mask=mask, follow=True, look_up=True)
-        InterestTable(source).apply(agent_pb2.Interest(version=1, reset=True, processes=[want]))
+        apply(InterestTable(source), agent_pb2.Interest(version=1, reset=True, processes=[want]))
         try:
             yield Tree(source, process)
         finally:
@@ -224,7 +225,7 @@ def test_in_a_full_ring_ends_rank_above_execs(name: str) -> None:
         want = agent_pb2.Interest.ProcessInterest
         wants = [want(pid=other.pid, event_mask=EXIT, look_up=True) for other in others]
         wants.append(want(pid=tree.pid, event_mask=FORK | EXEC, follow=True, look_up=True))
-        InterestTable(source).apply(agent_pb2.Interest(version=1, processes=wants))
+        apply(InterestTable(source), agent_pb2.Interest(version=1, processes=wants))
         tree.communicate(b"\n")
         source.catch_up()
         _, lost = source.control.lost()

@@ -308,6 +308,38 @@ async def test_a_heartbeat_takes_along_what_gathers(feed: Feed) -> None:
         assert (last.position, last.time_unix_nano > before_ns) == (feed.ring.producer, True)
 
 
+async def test_a_change_that_takes_long(feed: Feed) -> None:
+    """The lease is renewed, nothing is sent that its answer must come before, and nothing more is called complete."""
+    feed.make(3)
+    async with sending(feed, beat=0.02) as (forwarder, broker):
+        await broker.until("block", 1)
+        may_end = asyncio.Event()
+
+        async def change() -> agent_pb2.AgentMessage:
+            feed.make(2)
+            feed.lose(1)
+            forwarder.wake()
+            await may_end.wait()
+            feed.make(1)
+            return agent_pb2.AgentMessage(applied=agent_pb2.InterestApplied(version=7))
+
+        before = len(broker.of("heartbeat"))
+        changing = asyncio.create_task(forwarder.answer(change))
+        await broker.until("heartbeat", before + 10)
+        await forwarder.send(agent_pb2.AgentMessage(groups_changed=agent_pb2.GroupsChanged()))
+        assert broker.of("groups_changed"), "what has no place in the order does not wait"
+        assert (len(broker.of("block")), broker.of("lost")) == (1, [])
+        beats = [message.heartbeat for message in broker.of("heartbeat")]
+        assert {beat.position for beat in beats} <= {0, 3 * SLOT_SIZE}
+        assert len({beat.time_unix_nano for beat in beats[before + 1 :]}) == 1
+        may_end.set()
+        await changing
+        await broker.until("lost", 1)
+        kinds = [kind for _, message in broker.messages if (kind := message.WhichOneof("kind")) in ("block", "applied", "lost")]
+        assert kinds[:3] == ["block", "applied", "block"]
+        assert sum(len(message.block.data) for message in broker.of("block")) == 6 * SLOT_SIZE
+
+
 async def test_in_a_storm_that_loses_some_all_the_time_it_goes_on_all_the_same(feed: Feed) -> None:
     """The present is never complete then, and something is always about to be told: what was before is complete in the end."""
     lost: list[int] = []  # when, boot-time nanoseconds, after each of them

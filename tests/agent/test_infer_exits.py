@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -25,6 +26,7 @@ from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_INFERRED, F_MATCH_PROCESS, SLOT_SIZE, Slots, check_records, slots_of
 from tests.agent.fake_broker import FakeBroker
+from tests.agent.interest import apply
 from tests.lab.connector import connector_lack
 from tests.lab.privileges import as_nobody, need_another_user
 from tests.lab.requires import capture_lack, need
@@ -74,7 +76,7 @@ class Bench:
         self.children.append(made)
         made.start = self.source.processes.look_up([made.pid])[made.pid].start_boottime_ns
         if watched:
-            self.table.apply(agent_pb2.Interest(version=1, processes=[Want(pid=made.pid, event_mask=EXIT, look_up=True)]))
+            apply(self.table, agent_pb2.Interest(version=1, processes=[Want(pid=made.pid, event_mask=EXIT, look_up=True)]))
         return made
 
     def missed(self, root: maps.Root = maps.NO_ROOT) -> Child:
@@ -203,26 +205,40 @@ class Woken:
         self.event.set()
 
 
+@contextlib.asynccontextmanager
+async def inferring(bench: Bench) -> AsyncIterator[tuple[Callable[[agent_pb2.InferExits], Awaitable[None]], Woken]]:
+    """What takes such requests, at work; and what it wakes."""
+    woken = Woken()
+    inference = Inference(bench.source, bench.table, woken)
+    task = asyncio.create_task(inference.run())
+    try:
+        async with asyncio.timeout(30):
+            yield inference.ask, woken
+    finally:
+        task.cancel()
+
+
 async def test_only_who_is_gone_and_each_once(bench: Bench) -> None:
     alive, zombie, gone = bench.child(), bench.child(), bench.missed()
     zombie.let_go()
     assert bench.told() == [(zombie.pid, False)]
-    woken = Woken()
-    inference = Inference(bench.source, bench.table, woken)
     # The zombie's own end was told and, say, lost on the way; one that has the pid of the living is another process.
     request = asked(
         (alive.pid, alive.start), (gone.pid, gone.start), (gone.pid, gone.start), (zombie.pid, zombie.start), (alive.pid, 1), (0, 1), (1, 0)
     )
-    inference.ask(request)
-    expected = {(gone.pid, gone.start), (zombie.pid, zombie.start), (alive.pid, 1)}
+    async with inferring(bench) as (ask, woken):
+        await ask(request)
+        await woken.event.wait()
+        # Looked up after the ones before, and told: nothing is told of those who live.
+        woken.event.clear()
+        await ask(asked((alive.pid, alive.start), (4_000_000, 1)))
+        await woken.event.wait()
+        assert woken.count == 2
+    expected = {(4_000_000, 1), (gone.pid, gone.start), (zombie.pid, zombie.start), (alive.pid, 1)}
     rows = bench.rows()
     assert sorted((int(row["tgid"]), int(row["start_boottime_ns"])) for row in rows) == sorted(expected)
     assert set(rows["comm"][rows["tgid"] == zombie.pid].tolist()) == {b"sh"}, "a zombie has a name still"
-    assert woken.count == 1
     assert bench.is_watched(alive)
-    inference.ask(asked((alive.pid, alive.start)))
-    assert bench.told() == []
-    assert woken.count == 1
 
 
 async def test_a_zombie_that_is_about_to_be_told(bench: Bench) -> None:
@@ -231,28 +247,28 @@ async def test_a_zombie_that_is_about_to_be_told(bench: Bench) -> None:
     zombie.let_go()
     entry = maps.Watched(zombie.start, EXIT, 0)
     bench.source.watched.update(maps.pid_key(zombie.pid), entry.pack())
-    Inference(bench.source, bench.table, Woken()).ask(asked((zombie.pid, zombie.start)))
-    assert bench.told() == []
+    async with inferring(bench) as (ask, woken):
+        await ask(asked((zombie.pid, zombie.start), (4_000_000, 1)))
+        await woken.event.wait()
+    assert bench.told() == [(4_000_000, True)]
     assert bench.is_watched(zombie)
 
 
 async def test_tried_again_while_there_is_no_room(bench: Bench) -> None:
     first, second = bench.missed(), bench.missed()
     bench.fill()
-    woken = Woken()
-    inference = Inference(bench.source, bench.table, woken)
-    inference.ask(asked((first.pid, first.start), (second.pid, second.start)))
-    assert woken.count == 0
-    task = asyncio.create_task(inference.run())
-    try:
+    async with inferring(bench) as (ask, woken):
+        await ask(asked((first.pid, first.start), (second.pid, second.start)))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await woken.event.wait()
         bench.rows()
         bench.source.ring.release(bench.source.ring.position)
-        async with asyncio.timeout(5):
-            await woken.event.wait()
-        await asyncio.sleep(0.3)  # it is not told again
-        assert sorted(bench.told()) == sorted([(first.pid, True), (second.pid, True)])
-    finally:
-        task.cancel()
+        await woken.event.wait()
+        woken.event.clear()
+        await ask(asked((4_000_000, 1)))
+        await woken.event.wait()
+        assert sorted(bench.told()) == sorted([(first.pid, True), (second.pid, True), (4_000_000, True)]), "not again"
 
 
 @pytest.mark.parametrize("name", SOURCES)

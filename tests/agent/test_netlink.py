@@ -23,6 +23,7 @@ from kmonitor.agent.probe import ProbeOptions
 from kmonitor.agent.sources.netlink import Netlink, load
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.record import F_INFERRED, F_MATCH_NODE, F_MATCH_PROCESS, Slots, check_records, slots_of
+from tests.agent.interest import apply
 from tests.bad_input.refusal import refused
 from tests.lab.connector import Connector, connector_lack
 from tests.lab.process import Running
@@ -55,10 +56,10 @@ def source(request: pytest.FixtureRequest) -> Iterator[Netlink]:
 def arm(source: Netlink) -> Callable[..., agent_pb2.InterestApplied]:
     table = InterestTable(source)
 
-    def apply(*processes: Want, node_mask: int = 0) -> agent_pb2.InterestApplied:
-        return table.apply(agent_pb2.Interest(version=1, processes=processes, node_mask=node_mask))
+    def arm_some(*processes: Want, node_mask: int = 0) -> agent_pb2.InterestApplied:
+        return apply(table, agent_pb2.Interest(version=1, processes=processes, node_mask=node_mask))
 
-    return apply
+    return arm_some
 
 
 def shell(script: str) -> subprocess.Popen[bytes]:
@@ -126,7 +127,7 @@ def heard_on_each_cpu(node_mask: int) -> Netlink:
     limit = time.monotonic() + 20
     while time.monotonic() < limit:
         opened = load(ProbeOptions(ring_bytes=SMALL), None)
-        InterestTable(opened).apply(agent_pb2.Interest(version=1, node_mask=node_mask))
+        apply(InterestTable(opened), agent_pb2.Interest(version=1, node_mask=node_mask))
         on_each_cpu(opened)
         assert opened.connector is not None
         if opened.connector.missing() == 0 and opened.connector.heard.keys() >= os.sched_getaffinity(0):
@@ -213,9 +214,8 @@ def test_what_a_process_runs_while_it_runs(source: Netlink, arm: Callable[..., A
 
 
 def test_a_group_is_refused(arm: Callable[..., Any], source: Netlink) -> None:
-    answer = InterestTable(source).apply(
-        agent_pb2.Interest(version=1, groups=[agent_pb2.Interest.GroupInterest(cgroup="/", event_mask=EXIT)])
-    )
+    interest = agent_pb2.Interest(version=1, groups=[agent_pb2.Interest.GroupInterest(cgroup="/", event_mask=EXIT)])
+    answer = apply(InterestTable(source), interest)
     assert "source netlink does not know in which control group" in answer.groups[0].error
 
 
@@ -419,7 +419,7 @@ def test_no_descriptor_is_left_behind() -> None:
 
     def once() -> None:
         source = load(ProbeOptions(ring_bytes=1 << 20), None)
-        InterestTable(source).apply(agent_pb2.Interest(version=1, node_mask=EXIT))
+        apply(InterestTable(source), agent_pb2.Interest(version=1, node_mask=EXIT))
         source.close()
 
     once()

@@ -115,11 +115,15 @@ def test_pins_of_a_user_outlive_its_agent(lab: Lab, own_pins: Path, as_service: 
 
 
 def test_pins_of_another_user(lab: Lab, own_pins: Path, as_service: list[str]) -> None:
-    """Of an agent that ran as root before."""
+    """Neither takes what the other has made: root's agent cannot know that it is a probe at all, and the user's may not open it."""
+    words: list[str | Path] = [*lab.agent_command("unit", NOBODY_THERE, "--pin-root", str(own_pins), pin=True)]
+    refused(lab.run(*words), 2, f"{own_pins} belongs to another user, uid {NOBODY}")
+    os.chown(own_pins, 0, 0)
     broker = lab.broker()
     lab.stop(lab.agent("unit", broker.address, "--pin-root", str(own_pins), pin=True))
-    words: list[str | Path] = [*as_service, *lab.agent_command("unit", NOBODY_THERE, "--pin-root", SEEN_AT, pin=True)]
-    refused(lab.run(*words), 2, f"the pin {SEEN_AT}/unit@host@v", "another user", "--unpin")
+    os.chown(own_pins, NOBODY, NOBODY)
+    words = [*as_service, *lab.agent_command("unit", NOBODY_THERE, "--pin-root", SEEN_AT, pin=True)]
+    refused(lab.run(*words), 2, f"{SEEN_AT}/unit@host@v", "Permission denied", "--pin-root")
 
 
 def test_a_bpffs_that_is_closed_to_the_user(lab: Lab) -> None:

@@ -23,6 +23,7 @@ from kmonitor.agent.sources import open_source
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import SLOT_SIZE, Slots, check_records, slots_of
+from tests.agent.interest import apply
 from tests.lab.requires import capture_lack, need
 
 
@@ -48,10 +49,10 @@ def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
 def arm(probe: Probe) -> Callable[..., agent_pb2.InterestApplied]:
     table = InterestTable(probe)
 
-    def apply(*processes: Want, node_mask: int = 0, reset: bool = False) -> agent_pb2.InterestApplied:
-        return table.apply(agent_pb2.Interest(version=1, reset=reset, processes=processes, node_mask=node_mask))
+    def arm_some(*processes: Want, node_mask: int = 0, reset: bool = False) -> agent_pb2.InterestApplied:
+        return apply(table, agent_pb2.Interest(version=1, reset=reset, processes=processes, node_mask=node_mask))
 
-    return apply
+    return arm_some
 
 
 def open_probe(options: ProbeOptions, pins: PinFolder | None) -> Probe:
@@ -182,7 +183,7 @@ def test_a_full_ring_is_counted_exactly_and_keeps_watched_exits(arm: Callable[..
     try:
         table = InterestTable(small)
         child = Child()
-        table.apply(agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)], node_mask=FORK))
+        apply(table, agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)], node_mask=FORK))
         made = 600
         for _ in range(made):
             Child().end()
@@ -264,7 +265,7 @@ def test_pins_outlive_the_agent(pins: Path) -> None:
     folder.open()
     probe = open_probe(ProbeOptions(ring_bytes=1 << 20), folder)
     child = Child()
-    InterestTable(probe).apply(agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)]))
+    apply(InterestTable(probe), agent_pb2.Interest(version=1, processes=[Want(pid=child.pid, event_mask=EXIT, look_up=True)]))
     epoch = probe.epoch
     second = PinFolder(pins, "a.node", "host")
     with pytest.raises(PinError, match="another agent"):

@@ -18,6 +18,7 @@ from kmonitor.agent.sources import open_source
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import Slots, check_records, slots_of
+from tests.agent.interest import apply
 from tests.lab.requires import capture_lack, need
 
 pytestmark = pytest.mark.capture
@@ -51,7 +52,7 @@ class Family:
     def arm(self, pid: int, *, reset: bool = False, **how: Any) -> int:
         """As the broker would; returns the start time of the process."""
         want = agent_pb2.Interest.ProcessInterest(pid=pid, look_up=True, event_mask=how.pop("mask", ALL), **how)
-        applied = self.table.apply(agent_pb2.Interest(version=1, reset=reset, processes=[want]))
+        applied = apply(self.table, agent_pb2.Interest(version=1, reset=reset, processes=[want]))
         assert applied.number > self.number
         self.number = applied.number
         return applied.processes[0].process.start_time
@@ -108,7 +109,7 @@ def test_kept_when_the_agent_rewrites_the_entry(family: Family) -> None:
         family.arm(child, start_time=entry.start_boottime_ns, follow=True, reset=reset)
         assert family.entry(child) == entry
     change = agent_pb2.Interest.ProcessInterest(pid=child, start_time=entry.start_boottime_ns, event_mask=EXIT, follow=True)
-    family.table.apply(agent_pb2.Interest(version=2, processes=[change]))
+    apply(family.table, agent_pb2.Interest(version=2, processes=[change]))
     assert family.entry(child) == Watched(entry.start_boottime_ns, EXIT, WATCHED_FOLLOW, family.root)
     rows = family.end()
     assert roots(rows, child) == {family.root}

@@ -19,6 +19,7 @@ from kmonitor.agent.sources import open_source
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.masks import EventType
 from kmonitor.wire.record import F_KILLED_BY, Slots, check_records, slots_of
+from tests.agent.interest import apply
 from tests.lab.requires import capture_lack, need
 
 pytestmark = pytest.mark.capture
@@ -46,7 +47,7 @@ def ends(source: Source, script: str, *, unseen: bool = True) -> list[tuple[int,
         assert child.stdout is not None
         child.stdout.readline()
         want = agent_pb2.Interest.ProcessInterest(pid=child.pid, event_mask=ENDS, look_up=True)
-        InterestTable(source).apply(agent_pb2.Interest(version=1, processes=[want]))
+        apply(InterestTable(source), agent_pb2.Interest(version=1, processes=[want]))
         if unseen:
             # Ends are told for the process's own entry; but nothing is written down of signals.
             source.control["any_mask"] = maps.ANY_WATCHED

@@ -267,7 +267,9 @@ def test_killed_when_the_old_probe_was_stopped(upgrade: Upgrade) -> None:
     with load():
         upgrade.broker.wait(lambda: upgrade.broker.stream(0).end > 0)
         upgrade.lab.kill(old)
-    upgrade.folder().detach()
+    with contextlib.closing(upgrade.folder()) as folder:
+        folder.open()
+        folder.detach()
     with upgrade.hold() as ring:
         assert ring.producer() > 0
         upgrade.broker.ack = always
@@ -314,7 +316,9 @@ def test_what_was_left_half_pinned(upgrade: Upgrade) -> None:
     """Nothing waits in it, and nothing fills it: it goes without a word."""
     upgrade.broker.interest = agent_pb2.Interest(version=1, reset=True)
     upgrade.lab.kill(upgrade.old())
-    upgrade.folder().detach()
+    with contextlib.closing(upgrade.folder()) as folder:
+        folder.open()
+        folder.detach()
     upgrade.new().wait_connected()
     assert [stream.hello.draining for stream in upgrade.broker.streams] == [False, False]
     assert upgrade.names() == {upgrade.folder(RECORD_VERSION).path.name}

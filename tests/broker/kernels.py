@@ -16,6 +16,7 @@ from tests.broker.records import EXEC, EXIT, FORK, THREAD_EXIT, build, rec
 
 ProcessKey = tuple[int, int]
 GROUPS = {"/a": 50, "/a/b": 51, "/c": 60}
+SECRET = b"it lies with the ring"
 START = 1024
 """Of each epoch's positions. Not 0: a cursor cannot say that nothing was taken of a node from 0 on."""
 LATE = 20
@@ -218,7 +219,7 @@ class Kernel:
         lost = self._lost([deed for deed in self.deeds if deed.lost and deed.epoch == self.epoch], self.acked, self.position)
         hello = agent_pb2.Hello(
             node=self.name, boot_id=self.boot_id, epoch=self.epoch, position=self.acked, record_version=RECORD_VERSION,
-            record_size=RECORD_SIZE, slot_size=SLOT_SIZE, infers_exits=True, lost=lost,
+            record_size=RECORD_SIZE, slot_size=SLOT_SIZE, infers_exits=True, lost=lost, secret=SECRET, end_position=self.position,
         )  # fmt: skip
         self.link, self.agents = agents.connect(hello), agents
         self.told = [(self.position, [deed for deed in self.deeds if deed.lost and deed.epoch == self.epoch and not deed.known])]

@@ -233,6 +233,7 @@ def _loop(path: Path) -> None:
     path.symlink_to(path)
 
 
+KERNELS = "is a file of the kernel's own, such as those in /proc and /sys"
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbage": (lambda path: path.write_text("nginx\n"), "has no process id in its first line"),
     "two numbers": (lambda path: path.write_text("1 2\n"), "has no process id in its first line"),
@@ -247,7 +248,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "FIFO": (os.mkfifo, "is a FIFO"),
     "socket": (_socket, "is a socket"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
-    "kernel's log": (lambda path: path.symlink_to("/proc/kmsg"), "is empty"),
+    "kernel's log": (lambda path: path.symlink_to("/proc/kmsg"), KERNELS),
+    "number of the kernel's": (lambda path: path.symlink_to("/sys/class/net/lo/ifindex"), KERNELS),
     "loop": (_loop, "cannot be opened: Too many levels of symbolic links"),
 }
 

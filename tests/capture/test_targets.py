@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab.control_groups import Group, control_group, hierarchy_lack
+from kmonitor.clients import connect
+from kmonitor.wire.errors import UsageError
+from tests.lab.control_groups import control_group, hierarchy_lack, placed_group
 from tests.lab.process import Running
 from tests.lab.requires import Lack, need, tools_lack
 from tests.lab.services import Agent, Lab
@@ -146,10 +148,11 @@ def test_a_group_that_is_removed(scene: Scene) -> None:
 @pytest.mark.parametrize("by", ["path", "unit"])
 def test_a_group_that_is_made_anew(scene: Scene, by: str) -> None:
     """As systemd does when it restarts a unit: the name goes on to be watched, from when that is said."""
-    with unit("system.slice/kmtest.service") as first:
+    own = f"kmtest{os.getpid()}.service"
+    with placed_group(f"system.slice/{own}") as first:
         worker = scene.worker()
         first.take(worker.pid)
-        what, name = ("control group", first.path) if by == "path" else ("unit", "kmtest.service")
+        what, name = ("control group", first.path) if by == "path" else ("unit", own)
         watch = scene.watch("--cgroup" if by == "path" else "--unit", name)
         worker.end(1)
         # The two at once, as far as the agent can see: it looks every so often.
@@ -168,33 +171,33 @@ def test_a_group_that_is_made_anew(scene: Scene, by: str) -> None:
         assert answers(watch, f"{what} {name}") == ["ARMED", "ARMED"]
 
 
-@contextlib.contextmanager
-def unit(folder: str) -> Iterator[Group]:
-    """A unit's group where systemd would make it, in a tree of the test's own."""
-    with control_group(f"kmonitor-test-{os.getpid()}.slice") as tree:
-        yield tree.group(folder)
-
-
 @pytest.mark.knows("control groups")
 @pytest.mark.parametrize(
-    "folder",
+    ("folder", "name"),
     [
-        "system.slice/kmtest.service",
-        "system.slice/system-kmtest.slice/kmtest@bar.service",
-        r"system.slice/kmtest\x2dwith\x2ddashes.service",
-        r"system.slice/system-kmtest\x2dtemplate.slice/kmtest\x2dtemplate@dev-sda1:x.service",
-        "user.slice/user-1000.slice/user@1000.service/app.slice/app-kmtest.service",
-        "user.slice/user-1000.slice/session-kmtest3.scope",
-        "system.slice/docker-kmtest0123456789abcdef.scope",
-        "kmtest.slice",
+        ("system.slice/{}.service", "{}.service"),
+        ("{}.service", "{}.service"),
+        ("system.slice/system-{}.slice/{}@bar.service", "{}@bar.service"),
+        (r"system.slice/{}\x2dwith\x2ddashes.service", r"{}\x2dwith\x2ddashes.service"),
+        (r"system.slice/system-{}\x2dtemplate.slice/{}\x2dtemplate@dev-sda1:x.service", r"{}\x2dtemplate@dev-sda1:x.service"),
+        ("user.slice/user-54321.slice/user@54321.service", "user@54321.service"),
+        ("user.slice/user-54321.slice/session-{}.scope", "session-{}.scope"),
+        ("system.slice/docker-{}0123456789abcdef.scope", "docker-{}0123456789abcdef.scope"),
+        ("machine.slice/machine-{}.scope", "machine-{}.scope"),
+        ("{}.slice", "{}.slice"),
+        ("{}.slice/{}-inner.slice", "{}-inner.slice"),
+        # Names that an attribute of a group may have are escaped: cg_escape() of systemd.
+        ("system.slice/__{}.service", "_{}.service"),
+        ("system.slice/_cpu.{}.service", "cpu.{}.service"),
     ],
 )
-def test_units(scene: Scene, folder: str) -> None:
-    """By name alone, wherever the unit is."""
-    with unit(folder) as group:
+def test_units(scene: Scene, folder: str, name: str) -> None:
+    """By name alone, wherever the service manager puts the unit."""
+    own = f"kmtest{os.getpid()}"
+    with placed_group(folder.replace("{}", own)) as group:
         inside, outside = scene.worker(), scene.worker()
         group.take(inside.pid)
-        watch = scene.watch("--unit", group.folder.name)
+        watch = scene.watch("--unit", name.replace("{}", own))
         outside.end(1)
         inside.work()
         inside.end(9)
@@ -202,6 +205,80 @@ def test_units(scene: Scene, folder: str) -> None:
         assert short(events) == [*shift(events, inside), ("PROCESS_EXIT", inside.pid)]
         assert len(events) == 4
         assert {line["cgroup_id"] for line in events} == {group.id}
+
+
+ELSEWHERE = [
+    "user.slice/user-54321.slice/user@54321.service/app.slice/{}",
+    "user.slice/user-54321.slice/user@54321.service/{}",
+    "user.slice/user-54321.slice/user@54321.service/system.slice/{}",
+    "user.slice/user-54321.slice/session-7.scope/{}",
+    "system.slice/docker-0123456789abcdef.scope/system.slice/{}",
+    "system.slice/docker-0123456789abcdef.scope/init.scope/{}",
+    "system.slice/kmtest-delegated.service/{}",
+    "machine.slice/systemd-nspawn@kmtest.service/payload/system.slice/{}",
+    "machine.slice/libpod-0123456789abcdef.scope/container/system.slice/{}",
+    "kubepods.slice/kubepods-pod1.slice/cri-containerd-0123456789abcdef.scope/system.slice/{}",
+    "docker/0123456789abcdef/system.slice/{}",
+    "lxc.payload.kmtest/system.slice/{}",
+    "init.scope/system.slice/{}",
+    "kmtest.slice/other.slice/{}",
+]
+"""Where groups that are named as a system unit's are none: a user's manager, a container, a machine or whoever owns a part of the tree has
+made them. The last is in no folder that systemd could make."""
+
+
+@pytest.mark.knows("control groups")
+def test_what_is_named_as_a_unit_and_is_none(scene: Scene) -> None:
+    """It is never taken for the unit, not even while the unit itself has no group."""
+    name = f"kmtest{os.getpid()}.service"
+    with contextlib.ExitStack() as stack:
+        others = []
+        for folder in ELSEWHERE:
+            worker = scene.worker()
+            stack.enter_context(placed_group(folder.format(name))).take(worker.pid)
+            others.append(worker)
+        nothing = scene.watch("--unit", name, state="NOT_FOUND")
+        assert listed(scene, name) == []
+        with placed_group(f"system.slice/{name}") as group:
+            inside = scene.worker()
+            group.take(inside.pid)
+            watch = scene.watch("--unit", name)
+            assert listed(scene, name) == [inside.pid]
+            others.pop().end(1)
+            inside.end(9)
+        # The unit's group is gone: that of another is no successor.
+        watch.wait_for(lambda line: line["kind"] == "registered" and line["state"] == "EXITED", "the end of the unit")
+        for other in others:
+            other.end(1)
+        nothing_told, events = scene.finish(nothing, watch)
+        assert nothing_told == []
+        assert short(events) == [("PROCESS_EXIT", inside.pid)]
+        assert answers(watch, f"unit {name}") == ["ARMED", "EXITED"]
+
+
+def listed(scene: Scene, unit: str) -> list[int]:
+    """Who is in the unit, as the node lists it."""
+
+    async def ask() -> list[int]:
+        async with connect(scene.stage.broker) as monitor:
+            return [process.pid for process in (await monitor.list_group(scene.stage.node, unit=unit)).processes]
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.knows("control groups")
+def test_two_groups_that_may_be_the_unit(scene: Scene) -> None:
+    """Neither is taken: both are named."""
+    stage, name = scene.stage, f"kmtest{os.getpid()}.service"
+    paths = f"/kmtest{os.getpid()}.slice/{name}", f"/system.slice/{name}"
+    with placed_group(paths[0].lstrip("/")), placed_group(paths[1].lstrip("/")):
+        said = f"unit {name} has two control groups, {paths[0]} and {paths[1]}"
+        done = stage.lab.run("kmon", "watch", "--broker", stage.broker, "--node", stage.node, "--unit", name, "--for", "10s")
+        assert done.code != 0
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+        with pytest.raises(UsageError, match=said):
+            listed(scene, name)
 
 
 @pytest.mark.knows("control groups")

@@ -71,7 +71,7 @@ async def test_a_pidfile(guard: ProcessGuard, service: tuple[str, str], lab: Lab
 async def test_groups(guard: ProcessGuard, service: tuple[str, str], lab: Lab) -> None:
     """Members that were there, that are forked, that are moved in and out, and in groups below; and a group that is made anew."""
     need(hierarchy_lack)
-    with control_group() as top:
+    with control_group(f"kmtest{os.getpid()}.slice") as top:
         unit = top.group(f"kmonitor-{os.getpid()}.service")
         first, second = lab.command("sleep", "60"), lab.command("sh", "-c", "read x; sleep 60 & read x; kill -9 $!; wait; exit 4")
         unit.take(first.pid)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,31 @@ def control_group(name: str = "") -> Iterator[Group]:
     finally:
         if folder.exists():
             group.remove()
+
+
+@contextlib.contextmanager
+def placed_group(path: str) -> Iterator[Group]:
+    """A group at this path below the root, where a service manager, say, would make it; gone at the end, as are those of the groups above
+    it that were not there. Skips where there is no v2 hierarchy."""
+    root = _root()
+    if root is None:
+        skip(Lack.CGROUP2)
+        return
+    folder = root / path
+    above = [each for each in folder.parents if root in each.parents]
+    made = [each for each in above if not each.exists()]
+    folder.mkdir(parents=True)
+    group = Group(folder, root)
+    try:
+        yield group
+    finally:
+        if folder.exists():
+            for pid in (folder / "cgroup.procs").read_text(encoding="ascii").split():  # the test has failed
+                os.kill(int(pid), signal.SIGKILL)
+            group.remove()
+        for each in made:
+            with contextlib.suppress(OSError):  # another test has a group in there
+                each.rmdir()
 
 
 def remove(group: Path) -> None:

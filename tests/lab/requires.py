@@ -32,6 +32,7 @@ class Lack(enum.Enum):
     SETPRIV = "needs setpriv: apt-get install util-linux"
     READABLE = "needs a checkout and an interpreter that every user may read"
     CGROUP2 = "needs root, and a mounted cgroup2 hierarchy"
+    SLOW_DISK = "needs root, FUSE and loop devices"
     MEMORY_CGROUP = "needs a control group hierarchy with the memory controller"
 
 

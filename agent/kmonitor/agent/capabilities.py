@@ -11,6 +11,7 @@ from kmonitor.agent.errors import MissingCapabilityError
 
 _BITS = {  # include/uapi/linux/capability.h
     "CAP_NET_ADMIN": 12,
+    "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
     "CAP_SYS_NICE": 23,
     "CAP_SYS_RESOURCE": 24,
@@ -22,7 +23,7 @@ _INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO, include/linux/proc_n
 
 
 def effective() -> frozenset[str]:
-    """Those of the six that this process has in its effective set, as /proc/self/status tells; none if it does not."""
+    """Those of the seven that this process has in its effective set, as /proc/self/status tells; none if it does not."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         found = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -17,12 +16,15 @@ from typing import Literal
 from kmonitor.agent import libbpf
 from kmonitor.agent.capabilities import effective, in_initial_user_namespace, missing
 from kmonitor.agent.cgroups import hierarchy_root
+from kmonitor.agent.errors import PinError
 from kmonitor.agent.kernel_btf import KernelBtf
+from kmonitor.agent.pins import is_bpffs, open_folder
 from kmonitor.agent.probe import HOOKS
+from kmonitor.agent.processes import HIDDEN_ADVICE
+from kmonitor.agent.procfs import how_hidden
 from kmonitor.wire.errors import KmonitorError
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
-_BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
 _MIN_KERNEL = (5, 12)  # atomics in BPF; ring buffer, task iterator and CAP_BPF are older
 _NETLINK_CONNECTOR = 11  # include/uapi/linux/netlink.h
 _BCC_FOLDERS = "python3*/*-packages/bcc"  # below /usr/lib: where distributions have it, for their own interpreter
@@ -49,6 +51,7 @@ def facts(pin_root: Path) -> list[Check]:
         *capabilities(),
         user_namespace(),
         pid_namespace(),
+        proc(),
         lockdown(),
         unprivileged(),
         bpffs(pin_root),
@@ -146,6 +149,17 @@ def pid_namespace() -> Check:
     return Check("warn", "pid namespace", name, "host pids are not seen here: kmonitor-agent --scope pidns, or docker run --pid=host")
 
 
+def proc() -> Check:
+    """What /proc hides. The kernel's own list of processes, which source core reads, is whole all the same."""
+    try:
+        how = how_hidden()
+    except OSError:
+        return Check("warn", "/proc", "not mounted", "mount -t proc proc /proc")
+    if how:
+        return Check("warn", "/proc", f"hides other users' processes ({how}): sources bcc and netlink need to see them", HIDDEN_ADVICE)
+    return Check("ok", "/proc", "shows every process")
+
+
 def lockdown() -> Check:
     """kernel_lockdown(7): in confidentiality mode BPF may not read kernel memory."""
     text = _read("/sys/kernel/security/lockdown")
@@ -169,7 +183,7 @@ def bpffs(pin_root: Path) -> Check:
     folder = pin_root
     while not _is_there(folder) and folder != folder.parent:
         folder = folder.parent
-    if not _is_bpffs(folder):
+    if not is_bpffs(folder):
         advice = "mount -t bpf bpf /sys/fs/bpf; or kmonitor-agent --no-pin, and a restart loses events"
         return Check("warn", "bpffs", f"{pin_root} is not in one", advice)
     if not os.access(folder, os.X_OK):
@@ -178,6 +192,11 @@ def bpffs(pin_root: Path) -> Check:
     if not os.access(folder, os.W_OK):
         advice = f"as root: install -d -o {os.geteuid()} {pin_root}; or kmonitor-agent --no-pin, and a restart loses events"
         return Check("warn", "bpffs", f"{folder} is not writable for this user", advice)
+    try:
+        os.close(open_folder(folder, make=False))
+    except PinError as error:
+        if folder == pin_root:
+            return Check("warn", "bpffs", str(error), "or kmonitor-agent --no-pin, and a restart loses events")
     return Check("ok", "bpffs", f"{folder} is writable")
 
 
@@ -229,13 +248,6 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except PermissionError:  # a folder above may not be entered
         return False
-
-
-def _is_bpffs(path: Path) -> bool:
-    """statfs(2): unlike the mount table it needs no /proc."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    buffer = (ctypes.c_long * 32)()  # struct statfs begins with f_type, a long, on 64-bit machines
-    return libc.statfs(os.fsencode(path), ctypes.byref(buffer)) == 0 and buffer[0] & 0xFFFFFFFF == _BPF_FS_MAGIC
 
 
 def _read(path: str) -> str | None:

@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,7 @@ from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.options import Parser, number, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
+from kmonitor.wire.saying import outlive_stderr, outlive_stdout
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_agent_name, check_labels
 
 if TYPE_CHECKING:
@@ -171,7 +173,8 @@ def agent(
     if check:
         from kmonitor.agent.doctor import report  # noqa: PLC0415  # an agent that runs has no use for it
 
-        return report(given, pin_root, json=json)
+        return _print_all(lambda: report(given, pin_root, json=json))
+    outlive_stdout()
     scope = given or "host"
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
@@ -180,6 +183,9 @@ def agent(
     if gather_s > _GATHER_MOST_S:
         raise UsageError(f"--gather {gather}: give 0s to {_GATHER_MOST_S:g}s")
     address = check_address(broker)
+    if unpin:
+        _unpin(pins)
+        return 0
     with contextlib.ExitStack() as stack:
         folders: list[PinFolder] = []
         if pins is not None:
@@ -187,9 +193,6 @@ def agent(
                 folder.open()
                 stack.callback(folder.close)
                 folders.append(folder)
-            if unpin:
-                _remove(folders)
-                return 0
         opened: Source | None = None
         if folders and (found := _predecessors(folders)):
             opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
@@ -233,6 +236,13 @@ def _import_service() -> None:
     import kmonitor.agent.service  # noqa: F401, PLC0415
 
 
+def _unpin(pins: PinFolder | None) -> None:
+    for folder in () if pins is None else (pins, *pins.others()):
+        if folder.open_to_remove():
+            folder.remove()
+            folder.close()
+
+
 def _remove(folders: list[PinFolder]) -> None:
     for folder in folders:
         if folder.path.exists():
@@ -258,8 +268,24 @@ def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: Pin
     return source
 
 
+def _print_all(work: Callable[[], int]) -> int:
+    """Return what `work` returns, which is done for what it prints. Raises KmonitorError if that cannot be written."""
+    try:
+        status = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has had enough
+        status = 0
+    except OSError as error:
+        outlive_stdout()
+        raise KmonitorError(f"cannot write to standard output: {error.strerror}") from None
+    outlive_stdout()  # the interpreter's last flush
+    return status
+
+
 def main() -> None:
     """Entry point: errors are one line and an exit status."""
+    outlive_stderr()
     try:
         raise SystemExit(agent(**parser().parse()))
     except KmonitorError as error:

@@ -12,6 +12,7 @@ from kmonitor.agent.frame import block_frame
 from kmonitor.agent.losses import Losses
 from kmonitor.agent.orders import PART_BYTES, answer_parts, check_position
 from kmonitor.agent.pace import FILL_BYTES, GATHER_S, Pace
+from kmonitor.agent.slices import in_slices
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boottime_to_unix_ns
@@ -39,9 +40,11 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 class Forwarder:
-    """One stream's sending side. Everything that is written goes through `_lock`: what the broker reads is in order.
+    """One stream's sending side. Owned by the event loop's thread, as are the ring and the maps. `run`, `tell_late` and `heartbeat` are
+    tasks of the stream's.
 
-    Owned by the event loop's thread, as are the ring and the maps. `run`, `tell_late` and `heartbeat` are tasks of the stream's.
+    What has a place in the order of events is made and written under `_lock`: what the broker reads is in order. A change of the source
+    holds it for as long as the change takes, up to seconds; heartbeats, and what has no such place, go out meanwhile.
     """
 
     def __init__(self, feed: Feed, write: Write, gather_s: float = GATHER_S) -> None:
@@ -49,8 +52,13 @@ class Forwarder:
         self._ring = feed.ring
         self._pace = Pace(gather_s)
         self._fill = min(FILL_BYTES, feed.ring.size // 8)
-        self._write = write
+        self._to_broker = write
+        self._writing = asyncio.Lock()
+        """A call takes one write at a time."""
         self._lock = asyncio.Lock()
+        self._beat_s: float | None = None
+        """Between two heartbeats, once that is known."""
+        self._beat_at = asyncio.get_running_loop().time()
         self._wake = asyncio.Event()
         self._offset = boottime_to_unix_ns()
         self._complete = _Moment(0.0, 0, 0, 0)
@@ -173,6 +181,7 @@ class Forwarder:
     async def heartbeat(self, seconds: float) -> None:
         """Renew the lease every so often, for ever. What it calls complete lies before any loss that was not told."""
         loop = asyncio.get_running_loop()
+        self._beat_s = seconds
         while True:
             async with self._lock:
                 # Before the looks: what is made or lost after it is not spoken of.
@@ -187,6 +196,19 @@ class Forwarder:
             self._offset = boottime_to_unix_ns()
             await asyncio.sleep(seconds)
 
+    async def _beat_until(self, changed: asyncio.Event) -> None:
+        """Renew the lease while a change is made. Nothing is sent meanwhile, so no more is complete than was."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout_at(None if self._beat_s is None else self._beat_at + self._beat_s):
+                    await changed.wait()
+            except TimeoutError:
+                self._losses.look(loop.time())
+                await self._beat()
+            else:
+                return
+
     def _note_complete(self, now: _Moment) -> None:
         self._aim = self._aim or now
         for moment in (now, self._aim):
@@ -195,6 +217,7 @@ class Forwarder:
                 return
 
     async def _beat(self, *, acknowledge: bool = False) -> None:
+        self._beat_at = asyncio.get_running_loop().time()
         beat = agent_pb2.Heartbeat(
             position=self._losses.complete_before(self._ring.position),
             time_unix_nano=self._complete.unix_ns,
@@ -203,22 +226,32 @@ class Forwarder:
         )
         await self._write(agent_pb2.AgentMessage(heartbeat=beat).SerializeToString())
 
-    async def answer(self, make: Callable[[], agent_pb2.AgentMessage]) -> None:
+    async def answer(self, make: Callable[[], Awaitable[agent_pb2.AgentMessage]]) -> None:
         """Do what changes the source, and write the answer before any record that comes of it."""
         async with self._lock:
-            await self._write_answer(make())
+            changed = asyncio.Event()
+            beating = asyncio.create_task(self._beat_until(changed))
+            try:
+                message = await make()
+            finally:
+                changed.set()
+                await beating
+            await self._write_answer(message)
 
     async def _write_answer(self, message: agent_pb2.AgentMessage) -> None:
         if not self.in_parts or message.ByteSize() <= PART_BYTES:
             await self._write(message.SerializeToString())
             return
-        for part in answer_parts(message.applied):
+        async for part in in_slices(answer_parts(message.applied)):
             await self._write(agent_pb2.AgentMessage(applied=part).SerializeToString())
 
     async def send(self, message: agent_pb2.AgentMessage) -> None:
         """Write a message that has no place in the order of events."""
-        async with self._lock:
-            await self._write(message.SerializeToString())
+        await self._write(message.SerializeToString())
+
+    async def _write(self, message: bytes) -> None:
+        async with self._writing:
+            await self._to_broker(message)
 
     def acknowledge(self, ack: agent_pb2.Ack) -> None:
         """The broker has got everything before one position, and has it in its log before another: only that may be forgotten.

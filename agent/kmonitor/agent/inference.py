@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable
 
 from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.slices import in_slices, in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2
+from kmonitor.wire.errors import KmonitorError
+
+log = logging.getLogger("kmonitor-agent")
 
 _RETRY_S = 0.1
 _AT_ONCE = 1000
@@ -19,7 +24,7 @@ _REFUSALS_MOST = 16
 
 
 class Inference:
-    """Of one stream, and forgotten with it: the broker asks again on the next. Called from one thread."""
+    """Of one stream, and forgotten with it: the broker asks again on the next. Owned by the event loop's thread."""
 
     def __init__(self, source: Source, interest: InterestTable, wake: Callable[[], None]) -> None:
         """`wake` is called behind records that were made."""
@@ -30,25 +35,35 @@ class Inference:
         """Pid and start time of processes whose end is still to be told."""
         self._again = asyncio.Event()
 
-    def ask(self, request: agent_pb2.InferExits) -> None:
-        """Tell the ends of these, now or as soon as there is room. Raises BpfError."""
-        self._asked.update((process.pid, process.start_time) for process in request.processes if process.pid and process.start_time)
-        self._tell()
+    async def ask(self, request: agent_pb2.InferExits) -> None:
+        """Tell the ends of these, as soon as they were looked up and there is room."""
+        async for process in in_slices(request.processes):
+            if process.pid and process.start_time:
+                self._asked.add((process.pid, process.start_time))
+        self._again.set()
 
     async def run(self) -> None:
-        """Try again what found no room, for ever."""
+        """Tell the ends that are asked for, for ever; what found no room is tried again."""
         while True:
             await self._again.wait()
-            await asyncio.sleep(_RETRY_S)
-            self._tell()
+            self._again.clear()
+            try:
+                await self._tell()
+            except (KmonitorError, OSError) as error:
+                log.warning("the end of %d processes cannot be told, trying again: %s", len(self._asked), error)
+            if self._asked:
+                await asyncio.sleep(_RETRY_S)
+                self._again.set()
 
-    def _tell(self) -> None:
+    async def _tell(self) -> None:
         """Each is looked up anew: a death is never told of a process that lives."""
-        self._source.catch_up()
         some = list(itertools.islice(self._asked, _AT_ONCE))
-        found = self._source.processes.look_up([pid for pid, _ in some])
+        found = await in_thread(lambda: self._source.processes.look_up([pid for pid, _ in some]))
+        self._source.catch_up()
         made, refusals = False, 0
-        for pid, start_boottime_ns in some:
+        async for pid, start_boottime_ns in in_slices(some):
+            if pid in found.hidden:
+                continue
             known = found.get(pid)
             if known is not None and known.start_boottime_ns != start_boottime_ns:
                 known = None  # the pid was given out again
@@ -63,7 +78,3 @@ class Inference:
             self._asked.discard((pid, start_boottime_ns))
         if made:
             self._wake()
-        if self._asked:
-            self._again.set()
-        else:
-            self._again.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import time
 
 from kmonitor.agent import libbpf
@@ -27,18 +28,26 @@ from kmonitor.agent.maps import (
     pid_key,
     pid_of,
 )
-from kmonitor.agent.processes import Found
+from kmonitor.agent.processes import HIDDEN_ADVICE, Found, Look
+from kmonitor.agent.slices import in_slices, in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, monitor_pb2
+from kmonitor.wire.errors import KmonitorError
+
+log = logging.getLogger("kmonitor-agent")
 
 _RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
 _EXITED = monitor_pb2.REGISTRATION_STATE_EXITED
 _NOT_FOUND = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
-_ARMED = monitor_pb2.REGISTRATION_STATE_ARMED
+_Wanted = agent_pb2.Interest.ProcessInterest
 
 
 class InterestTable:
-    """The map `watched`, and the masks in `control`; `groups` has the rest. All calls are synchronous, and made from one thread."""
+    """The map `watched`, and the masks in `control`; `groups` has the rest. Owned by the event loop's thread.
+
+    Nothing here holds the loop for long, however much is asked for: look-ups are made in threads, and entries written in slices. One
+    change is made at a time.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -49,28 +58,47 @@ class InterestTable:
         self._number = 0
         """Of the last change."""
 
-    def apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
-        """Make the kernel let through what `interest` says. The answer has a result for each that was to be looked up."""
-        self._source.catch_up()
+    async def apply(self, interest: agent_pb2.Interest) -> agent_pb2.InterestApplied:
+        """Make the kernel let through what `interest` says. The answer has a result for each that was to be looked up.
+
+        What cannot be done is an error in the answer: of the one target, or of all.
+        """
         answer = agent_pb2.InterestApplied(version=interest.version, position=self._source.ring.producer, number=self._next_number())
+        try:
+            await self._apply(interest, answer)
+        except (KmonitorError, OSError) as error:
+            log.warning("what the broker asks for cannot be applied: %s", error)
+            answer.error = str(error)
+        answer.end_position, answer.boottime_ns = self._source.ring.producer, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return answer
+
+    async def _apply(self, interest: agent_pb2.Interest, answer: agent_pb2.InterestApplied) -> None:
+        # All that takes long and can be done before: little may happen between the position that is told and the masks.
+        findings = await self.groups.look_up(interest.groups)
+        await self._source.prepare(interest.node_mask)
+        wants, masks = False, 0
+        async for process in in_slices(interest.processes):
+            wants |= bool(process.event_mask)
+            masks |= process.event_mask
+        self._source.catch_up()
+        answer.position = self._source.ring.producer
         if interest.reset:
-            self._forget_others(interest)
-        removed = [process for process in interest.processes if not process.event_mask]
-        wanted = [process for process in interest.processes if process.event_mask]
-        for process in wanted:
-            self._masks_seen |= process.event_mask
-        for group in interest.groups:
-            self.groups.apply(group, answer)
+            self.groups.reset(findings)
+        async for group in in_slices(interest.groups):
+            self.groups.apply(group, findings, answer)
         self._source.control["all_mask"] = interest.node_mask
         # Before the entries: one that is there already when its process ends must be seen.
-        self._set_any_mask(armed=bool(wanted) or self._any_watched())
-        for process in removed:
-            self._remove(process)
-        self._arm(wanted, answer, again=interest.reset)
-        answer.end_position, answer.boottime_ns = self._source.ring.producer, time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        if not wanted:
+        self._masks_seen |= masks
+        self._set_any_mask(armed=wants or self._any_watched())
+        if interest.reset:
+            self._masks_seen = masks | await self._forget_others(interest)
+            self._set_any_mask(armed=wants or self._any_watched())
+        async for process in in_slices(interest.processes):
+            if not process.event_mask:
+                self._remove(process)
+        await self._arm(interest, answer)
+        if not wants:
             self._set_any_mask(armed=self._any_watched())
-        return answer
 
     def _next_number(self) -> int:
         """Of this change: entries have it, and outlive this agent. So it is larger than all that earlier agents gave, too."""
@@ -95,43 +123,60 @@ class InterestTable:
         value = self._source.watched.lookup(pid_key(pid), WATCHED_SIZE)
         return None if value is None else Watched.unpack(value)
 
-    def _forget_others(self, interest: agent_pb2.Interest) -> None:
-        """Drop what an earlier broker, or an earlier stream, had asked for and this one does not.
+    async def _forget_others(self, interest: agent_pb2.Interest) -> int:
+        """Drop the processes that an earlier broker, or an earlier stream, had asked for and this one does not. Return the OR of the masks
+        of those that stay all the same.
 
         Entries that follow stay if anything is followed: children that were made since the broker last heard of this node
         are armed, and it cannot know them yet. An entry too many costs records that nobody gets, one too few an exit.
         """
-        kept = {process.pid for process in interest.processes if process.event_mask}
-        following = any(process.follow for process in interest.processes)
-        self._masks_seen = 0
-        for key in list(self._source.watched.keys(KEY_SIZE)):
+        kept: set[int] = set()
+        following = False
+        async for process in in_slices(interest.processes):
+            if process.event_mask:
+                kept.add(process.pid)
+            following |= process.follow
+        masks = 0
+        keys = await in_thread(lambda: list(self._source.watched.keys(KEY_SIZE)))
+        async for key in in_slices(keys):
             if pid_of(key) in kept:
                 continue
             entry = self._entry(pid_of(key))
             if entry is None:
                 continue
             if following and entry.flags & WATCHED_FOLLOW:
-                self._masks_seen |= entry.mask
+                masks |= entry.mask
                 continue
             self._source.watched.delete(key)
-        self.groups.reset(interest.groups)
+        return masks
 
-    def _remove(self, process: agent_pb2.Interest.ProcessInterest) -> None:
+    def _remove(self, process: _Wanted) -> None:
         entry = self._entry(process.pid)
         if entry is not None and process.start_time in (0, entry.start_boottime_ns):
             self._source.watched.delete(pid_key(process.pid))
 
-    def _arm(self, wanted: list[agent_pb2.Interest.ProcessInterest], answer: agent_pb2.InterestApplied, *, again: bool) -> None:
-        asked = [process for process in wanted if process.look_up]
-        before = self._processes.look_up([process.pid for process in asked])
-        armed: list[tuple[agent_pb2.Interest.ProcessInterest, Found, bool]] = []
-        for process in wanted:
+    async def _look_up(self, pids: list[int]) -> Look:
+        """In a thread: to look at all processes of a node takes tens of milliseconds."""
+        return await in_thread(lambda: self._processes.look_up(pids)) if pids else Look()
+
+    async def _arm(self, interest: agent_pb2.Interest, answer: agent_pb2.InterestApplied) -> None:
+        again = interest.reset
+        before = await self._look_up([process.pid async for process in in_slices(interest.processes) if _is_asked(process)])
+        armed: list[tuple[_Wanted, Found, bool]] = []
+        async for process in in_slices(interest.processes):
+            if not process.event_mask:
+                continue
             if not process.look_up:
-                self._change(process)
+                try:
+                    self._change(process)
+                except BpfError as error:  # nobody waits for an answer: the entry goes on with the mask that it has
+                    log.warning("what is watched of process %d cannot be changed: %s", process.pid, error)
                 continue
             found = before.get(process.pid)
             pinned = bool(process.start_time)
-            if found is None:
+            if process.pid in before.hidden:
+                _refuse(answer, process, f"process {process.pid} is there, but /proc hides it from the agent: {HIDDEN_ADVICE}")
+            elif found is None:
                 _answer(answer, process, _EXITED if pinned else _NOT_FOUND)
             elif again and not found.live and pinned and self.will_tell(process.pid, process.start_time):
                 # It has given up its last thread, and the probe has yet to be called: the end will be in the ring.
@@ -142,18 +187,18 @@ class InterestTable:
                 try:
                     armed.append((process, found, self._set(process, found)))
                 except BpfError as error:
-                    if error.errno != errno.E2BIG:
-                        raise
+                    full = error.errno == errno.E2BIG
                     text = "the node's table of watched processes is full: give the agent a larger --watched-max"
-                    _answer(answer, process, monitor_pb2.REGISTRATION_STATE_UNSPECIFIED, error=text)
-        after = self._processes.look_up([process.pid for process, _, _ in armed])
-        for process, found, was_there in armed:
+                    _refuse(answer, process, text if full else f"the process cannot be armed: {error}")
+        after = await self._look_up([found.pid for _, found, _ in armed])
+        async for process, found, was_there in in_slices(armed):
             now = after.get(process.pid)
             lives = now is not None and now.live and now.start_boottime_ns == found.start_boottime_ns
+            lives = lives or process.pid in after.hidden
             lives = lives or (again and was_there and self.will_tell(process.pid, process.start_time))
             _answer(answer, process, _RUNNING if lives or not self._missed(found, was_there) else _EXITED, found)
 
-    def _set(self, process: agent_pb2.Interest.ProcessInterest, found: Found) -> bool:
+    def _set(self, process: _Wanted, found: Found) -> bool:
         """Arm; True if it was armed before."""
         mask, flags, root, armed = process.event_mask, WATCHED_FOLLOW if process.follow else 0, NO_ROOT, self._number
         old = self._entry(found.pid)
@@ -191,7 +236,7 @@ class InterestTable:
             return False  # the probe used it up: the end is in the ring
         return self._source.watched.delete(pid_key(found.pid))
 
-    def _change(self, process: agent_pb2.Interest.ProcessInterest) -> None:
+    def _change(self, process: _Wanted) -> None:
         """Another mask for an entry that is there. None is made: without one the process has ended, and was told."""
         entry = self._entry(process.pid)
         if entry is None or process.start_time not in (0, entry.start_boottime_ns):
@@ -201,13 +246,21 @@ class InterestTable:
         self._source.watched.update(pid_key(process.pid), new.pack(), libbpf.BPF_EXIST)
 
 
+def _is_asked(process: _Wanted) -> bool:
+    """Whether it is to be armed, and an answer is wanted."""
+    return bool(process.event_mask) and process.look_up
+
+
 def _answer(
     answer: agent_pb2.InterestApplied,
-    process: agent_pb2.Interest.ProcessInterest,
+    process: _Wanted,
     state: monitor_pb2.RegistrationState.ValueType,
     found: Found | None = None,
-    error: str = "",
 ) -> None:
-    result = answer.processes.add(pid=process.pid, start_time=process.start_time, state=state, error=error)
+    result = answer.processes.add(pid=process.pid, start_time=process.start_time, state=state)
     if found is not None:
         result.process.CopyFrom(to_proto(found))
+
+
+def _refuse(answer: agent_pb2.InterestApplied, process: _Wanted, error: str) -> None:
+    answer.processes.add(pid=process.pid, start_time=process.start_time, error=error)

@@ -251,7 +251,9 @@ def open_pinned(path: Path) -> int:
     fd: int = library.bpf_obj_get(os.fsencode(path))
     if fd < 0:
         if ctypes.get_errno() == errnos.EACCES:  # file permissions: for lack of a capability it is EPERM
-            raise PinError(f"the pin {path} belongs to another user: run the agent as that one, or remove the pins with --unpin as root")
+            raise PinError(
+                f"the pin {path} belongs to another user: run the agent as that one, or remove the pins with --unpin as that one"
+            )
         raise _fail(f"cannot open the pin {path}")
     return fd
 

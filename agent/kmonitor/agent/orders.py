@@ -16,8 +16,8 @@ from kmonitor.wire.errors import BadSelectorError
 from kmonitor.wire.record import SLOT_SIZE
 from kmonitor.wire.selectors import PID_MAX, check_cgroup_path
 
-PART_BYTES = 1 << 20
-"""Of one message with a part of an answer, about."""
+PART_BYTES = 1 << 18
+"""Of one message with a part of an answer, about. The event loop is held for some 10 ms to make one."""
 INTEREST_MOST = 128 << 20
 """Bytes of an Interest in parts: some 4,000,000 processes, as many as the largest table has."""
 _FRAME = 4

@@ -14,11 +14,14 @@ from collections.abc import Awaitable, Callable
 
 import grpc.aio
 
-from kmonitor.agent.errors import BpfError, PidfileError, PidfileMissingError
+from kmonitor.agent.errors import PidfileError, PidfileMissingError
 from kmonitor.agent.listing import to_proto
+from kmonitor.agent.pins import filesystem_of
+from kmonitor.agent.processes import HIDDEN_ADVICE
+from kmonitor.agent.slices import in_thread
 from kmonitor.agent.source import Processes
 from kmonitor.v1 import agent_pb2, monitor_pb2
-from kmonitor.wire.errors import BadSelectorError
+from kmonitor.wire.errors import BadSelectorError, KmonitorError
 from kmonitor.wire.selectors import check_pid, check_pidfile
 
 LINE_MOST = 64
@@ -34,6 +37,9 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+_OF_THE_KERNEL = frozenset((0x9FA0, 0x62656572, 0x27E0EB, 0x63677270, 0x64626720, 0x74726163, 0x73636673))
+"""File systems: proc, sysfs, cgroup, cgroup2, debugfs, tracefs, securityfs. See include/uapi/linux/magic.h."""
 
 Send = Callable[[agent_pb2.AgentMessage], Awaitable[None]]
 
@@ -58,7 +64,10 @@ def read_pidfile(path: str) -> int:
         found = os.fstat(there)
         if not stat.S_ISREG(found.st_mode):
             raise PidfileError(f"is {_KINDS.get(stat.S_IFMT(found.st_mode), 'no regular file')}")
-        # So say the files of /proc and of tracefs, some of which (/proc/kmsg, trace_pipe) are used up by reading.
+        # What is in there is no daemon's, and to read it may do something.
+        if filesystem_of(there) in _OF_THE_KERNEL:
+            raise PidfileError("is a file of the kernel's own, such as those in /proc and /sys")
+        # So say the files of tracefs, some of which (trace_pipe) are used up by reading.
         if found.st_size == 0:
             raise PidfileError("is empty")
         text = _first_bytes(there)
@@ -119,15 +128,18 @@ class PidfileReader:
         try:
             async with self._turns:
                 pid = await self._read(call.path)
-            found = self._processes.look_up([pid]).get(pid)
+            look = await in_thread(lambda: self._processes.look_up([pid]))
+            found = look.get(pid)
         except PidfileMissingError:
             answer.state = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
         except PidfileError as error:
             answer.error = str(error)
-        except BpfError as error:
+        except (KmonitorError, OSError) as error:
             answer.error = f"names a process that cannot be looked up: {error}"
         else:
-            if found is not None and found.live:
+            if pid in look.hidden:
+                answer.error = f"names process {pid}, which is there, but /proc hides it from the agent: {HIDDEN_ADVICE}"
+            elif found is not None and found.live:
                 answer.state = monitor_pb2.REGISTRATION_STATE_RUNNING
                 answer.process.CopyFrom(to_proto(found))
             else:

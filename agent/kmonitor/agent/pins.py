@@ -11,14 +11,18 @@ what one of another version has left (predecessor.py).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from kmonitor.agent.errors import PinError
 from kmonitor.wire.record import RECORD_VERSION
 
 DEFAULT_ROOT = Path("/sys/fs/bpf/kmonitor")
+_BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class PinFolder:
@@ -34,22 +38,24 @@ class PinFolder:
         self._lock = -1
 
     def open(self) -> None:
-        """Make the folder if need be, and lock it. Raises PinError."""
-        root = self.path.parent
+        """Make the folder if need be, and lock it. Raises PinError; also if somebody else could have made what is there, or could change it
+        later."""
+        self._lock = open_folder(self.path, make=True)
+        self._take()
+
+    def open_to_remove(self) -> bool:
+        """Lock the folder, whose ever it is; False if there is none. Nothing but what is in this very folder can be removed by it.
+
+        Raises PinError.
+        """
         try:
-            root_was_there = root.exists()
-            root.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(mode=0o755, exist_ok=True)  # whatever the umask: whoever may write there could put his own secret in
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise PinError(f"cannot make {self.path}: {os.strerror(error.errno or 0)}: {_advice(root)}") from None
-        if not _is_bpffs(self.path):
-            self.close()
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-                if not root_was_there:
-                    root.rmdir()
-            raise PinError(f"{root} is not in a bpffs: {_advice(root)}")
+            self._lock = open_folder(self.path, make=False, trusted=False)
+        except NoFolderError:
+            return False
+        self._take()
+        return True
+
+    def _take(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -69,19 +75,19 @@ class PinFolder:
 
     def names(self) -> set[str]:
         """What is pinned."""
-        return {entry.name for entry in self.path.iterdir()}
+        return set(os.listdir(self._lock if self._lock >= 0 else self.path))  # noqa: PTH208 - of a descriptor, too
 
     def detach(self) -> None:
         """Unpin the links: the probe ends, and its ring stays."""
-        for entry in self.path.iterdir():
-            if entry.name.startswith("link_"):
-                entry.unlink()
+        for name in self.names():
+            if name.startswith("link_"):
+                os.unlink(name, dir_fd=self._lock)
 
     def clear(self) -> None:
         """Unpin everything: the probe is detached, and what was not read is gone."""
         self.detach()  # first: no event is to be made that has nowhere to go
-        for entry in self.path.iterdir():
-            entry.unlink()
+        for name in self.names():
+            os.unlink(name, dir_fd=self._lock)
 
     def remove(self) -> None:
         """Unpin everything, and take the folder away, if somebody else has not."""
@@ -99,17 +105,73 @@ class PinFolder:
             self._lock = -1
 
 
+class NoFolderError(PinError):
+    """There is no such folder."""
+
+
+def open_folder(path: Path, *, make: bool, trusted: bool = True) -> int:
+    """A descriptor of a folder that, if `trusted`, only root and this user can have made, and can change. What is missing is made, if
+    that is wanted, in a bpffs only, and for this user alone.
+
+    In a bpffs that everybody may write to, as many are, anybody can make this folder before us, and a link as well: nothing is followed,
+    and each folder on the way is looked at. The caller owns the descriptor. Raises NoFolderError, PinError.
+    """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+    at, here = os.open("/", _FOLDER), Path("/")
+    try:
+        for name in path.parts[1:]:
+            here /= name
+            try:
+                following = _enter(at, name, make=make and is_bpffs(at))
+            except NotADirectoryError:
+                raise PinError(f"{here} is a symbolic link, or no folder at all: give --pin-root the path of the folder itself") from None
+            os.close(at)
+            at = following
+            if trusted:
+                _check(here, os.fstat(at), last=here == path)
+        if make and not is_bpffs(at):
+            raise PinError(f"{path.parent} is not in a bpffs: {_advice(path.parent)}")
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise NoFolderError(f"{path.parent} is not in a bpffs: {_advice(path.parent)}") from None
+        raise PinError(f"cannot {'make' if make else 'open'} {path}: {error.strerror}: {_advice(path.parent)}") from None
+    finally:
+        os.close(at)
+
+
+def _enter(at: int, name: str, *, make: bool) -> int:
+    try:
+        return os.open(name, _FOLDER, dir_fd=at)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with contextlib.suppress(FileExistsError):  # made by another agent just now
+        os.mkdir(name, 0o700, dir_fd=at)
+    return os.open(name, _FOLDER, dir_fd=at)
+
+
+def _check(path: Path, found: os.stat_result, *, last: bool) -> None:
+    """Of the folder of pins, or, unless `last`, one above it. In one that is sticky nobody moves or removes what is another's."""
+    if found.st_uid not in (0, os.geteuid()):
+        raise PinError(f"{path} belongs to another user, uid {found.st_uid}: run the agent as that one, or give --pin-root another folder")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (last or not found.st_mode & stat.S_ISVTX):
+        raise PinError(f"others may write to {path}, mode {stat.S_IMODE(found.st_mode):04o}: see what is in there, then chmod go-w {path}")
+
+
+def is_bpffs(folder: Path | int) -> bool:
+    """Whether a folder, by its path or a descriptor, is in a bpffs."""
+    return filesystem_of(folder) == _BPF_FS_MAGIC
+
+
+def filesystem_of(there: Path | int) -> int:
+    """The kind of the file system that something is in, by its path or a descriptor: a number of include/uapi/linux/magic.h; 0 if that is
+    not known. statfs(2) is not in os; unlike the mount table it needs no /proc."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = (ctypes.c_long * 32)()  # struct statfs begins with f_type, a long, on 64-bit machines
+    result = libc.fstatfs(there, buffer) if isinstance(there, int) else libc.statfs(os.fsencode(there), buffer)
+    return buffer[0] & 0xFFFFFFFF if result == 0 else 0
+
+
 def _advice(root: Path) -> str:
     return f"run 'mount -t bpf bpf /sys/fs/bpf', give --pin-root a folder in a bpffs that you may write to ({root}), or use --no-pin"
-
-
-def _is_bpffs(path: Path) -> bool:
-    """statfs(2) is not in os: the mount table tells. The longest mount point above `path` is its file system's."""
-    best, kind = "", ""
-    target = str(path.resolve())
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        _, point, fstype, *_ = line.split(" ")
-        inside = point in ("/", target) or target.startswith(point + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, fstype
-    return kind == "bpf"

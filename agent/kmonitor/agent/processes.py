@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from kmonitor.agent import libbpf
 from kmonitor.agent.maps import PROCESS_DTYPE
+
+HIDDEN_ADVICE = "give it CAP_SYS_PTRACE, take source core, or mount -o remount,hidepid=0 /proc"
 
 _SCAN_FROM = 32
 """From so many look-ups on one scan of all processes (some 3 us each) is cheaper than an iterator (some 100 us) for each."""
@@ -30,6 +32,15 @@ class Found:
     """Threads that have not ended. At 0 the process has ended, or is just about to say so."""
 
 
+class Look(dict[int, Found]):
+    """What was found, by pid."""
+
+    def __init__(self, found: Mapping[int, Found] | None = None, hidden: Iterable[int] = ()) -> None:
+        super().__init__(found or {})
+        self.hidden = frozenset(hidden)
+        """Pids that somebody has, of whom nothing can be seen: nobody knows whether it is the one that is meant."""
+
+
 class ProcessTable:
     """Looks processes up in the kernel."""
 
@@ -41,17 +52,17 @@ class ProcessTable:
         """Every process in scope, zombies too."""
         return _decode(libbpf.read_iterator(self._tasks_fd))
 
-    def look_up(self, pids: list[int]) -> Mapping[int, Found]:
+    def look_up(self, pids: list[int]) -> Look:
         """Those of `pids` that are there."""
         if len(pids) >= _SCAN_FROM:
             wanted = set(pids)
-            return {found.pid: found for found in self.all() if found.pid in wanted}
-        result = {}
+            return Look({found.pid: found for found in self.all() if found.pid in wanted})
+        result = Look()
         for pid in pids:
-            # A kernel that cannot look at one task prints all of them.
-            for found in _decode(libbpf.read_iterator(self._tasks_fd, pid)):
-                if found.pid == pid:
-                    result[pid] = found
+            printed = _decode(libbpf.read_iterator(self._tasks_fd, pid))
+            if len(printed) > 1:  # this kernel cannot look at one task, and has printed them all
+                return Look({found.pid: found for found in printed if found.pid in pids})
+            result.update({found.pid: found for found in printed if found.pid == pid})
         return result
 
 

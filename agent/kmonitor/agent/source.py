@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
-from kmonitor.agent.processes import Found
+from kmonitor.agent.processes import Found, Look
 
 
 class Ring(Protocol):
@@ -97,7 +97,7 @@ class Processes(Protocol):
     def all(self) -> list[Found]:
         """Every process in scope, zombies too."""
 
-    def look_up(self, pids: list[int]) -> Mapping[int, Found]:
+    def look_up(self, pids: list[int]) -> Look:
         """Those of `pids` that are there."""
 
 
@@ -146,6 +146,10 @@ class Source(Feed, Protocol):
 
     @property
     def processes(self) -> Processes: ...
+
+    async def prepare(self, node_mask: int) -> None:
+        """Get to know what it takes to capture this for the whole node, which the masks are about to ask for. It may take long; the loop
+        goes on meanwhile. Raises CaptureError, MissingCapabilityError."""
 
     def catch_up(self) -> None:
         """Until all that has happened so far was matched against the tables as they are: what is armed next has no part in it."""

@@ -18,6 +18,9 @@ from kmonitor.broker.reconcile import Reconcile
 from kmonitor.broker.registrations import Arm, Ask
 from kmonitor.v1 import agent_pb2
 
+Result = agent_pb2.InterestApplied.ProcessResult
+GroupResult = agent_pb2.InterestApplied.GroupResult
+
 LEVELS_MOST = 2048
 """Of control groups: no path of 4096 bytes has more."""
 
@@ -70,6 +73,7 @@ class Answers:
         node.number = message.number
         node.applied = message.version, message.boottime_ns
         position = message.position
+        nothing = message.error or "the agent gave no answer for it"
         for ask in node.interest.answered(message.version):
             yield
             arm = ask.arm
@@ -83,9 +87,12 @@ class Answers:
             self._arms.tell_of_absence(node, arm, position)
             if isinstance(ask.target, Process):
                 told = processes.get((ask.target.pid, ask.target.start))
-                self._process_answer(node, message, ask, ask.target, told)
+                self._process_answer(node, message, ask, ask.target, told or Result(error=nothing))
             elif isinstance(ask.target, Group):
-                self._group_answer(node, message, ask, groups.get(ask.target))
+                self._group_answer(node, message, ask, groups.get(ask.target) or GroupResult(error=nothing))
+            elif message.error:
+                self._give_up(node, message, arm)
+                self._arms.failed(arm, ask, message.error, node)
             else:
                 new = self._arms.open(node, ask, position, None, None)
                 if ask.request is not None or new:
@@ -131,20 +138,13 @@ class Answers:
                 self._arms.refused(arm.registration, ask.request)
         self._arms.flush_soon(node)
 
-    def _process_answer(
-        self,
-        node: Node,
-        message: agent_pb2.InterestApplied,
-        ask: Ask,
-        target: Process,
-        result: agent_pb2.InterestApplied.ProcessResult | None,
-    ) -> None:
+    def _process_answer(self, node: Node, message: agent_pb2.InterestApplied, ask: Ask, target: Process, result: Result) -> None:
         """`result`: what the message says of the process."""
         arm = ask.arm
         position, end = message.position, max(message.position, message.end_position)
-        if result is None or result.error:
+        if result.error:
             unclaim(node, arm, target)
-            self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the process", node)
+            self._arms.failed(arm, ask, result.error, node)
         elif result.state == RUNNING:
             self._runs(node, position, ask, target, result)
         else:
@@ -170,7 +170,7 @@ class Answers:
                 # It ran when the broker last heard. Its exit may be among the records that are still to come: wait for them.
                 node.when_reached(end, partial(self._reconcile.gone, node, ask, end, message.boottime_ns, living))
 
-    def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: agent_pb2.InterestApplied.ProcessResult) -> None:
+    def _runs(self, node: Node, position: int, ask: Ask, target: Process, result: Result) -> None:
         arm = ask.arm
         start = result.process.start_time or target.start
         key = node.interest.settle_process(arm, target.pid, target.start, start)
@@ -187,13 +187,11 @@ class Answers:
             first = self._arms.holds_from(node, ask, position, key, None)
             self._arms.tell(arm, ask.request, RUNNING, node, position=first, process=result.process)
 
-    def _group_answer(
-        self, node: Node, message: agent_pb2.InterestApplied, ask: Ask, result: agent_pb2.InterestApplied.GroupResult | None
-    ) -> None:
+    def _group_answer(self, node: Node, message: agent_pb2.InterestApplied, ask: Ask, result: GroupResult) -> None:
         """What was recorded of a group that is gone, or could not be, may still be on its way: its spans stay for that."""
         arm, position = ask.arm, message.position
         before = [span for span in self._arms.spans(arm) if not span.lingers]
-        if result is not None and not result.error and result.cgroup_ids:
+        if not result.error and result.cgroup_ids:
             for span in before:
                 if span.cgroup_id != result.cgroup_ids[0]:  # the unit was started anew
                     self._router.linger(span, message.boottime_ns)
@@ -202,14 +200,20 @@ class Answers:
                 first = self._arms.holds_from(node, ask, position, None, result.cgroup_ids[0])
                 self._arms.tell(arm, ask.request, ARMED, node, position=first)
             return
-        if not arm.asks:  # else the agent may be about to say that it has armed the group: it must not be told to undo that
-            node.interest.drop(arm)
-            self._arms.flush_soon(node)
-            for span in before:
-                self._router.linger(span, message.boottime_ns)
-        if result is not None and not result.error:
+        self._give_up(node, message, arm)
+        if result.error:
+            self._arms.failed(arm, ask, result.error, node)
+        else:
             # Who has watched it hears that it is over; who asks now, that there is none.
             self._arms.tell(arm, ask.request, EXITED if before and ask.request is None else NOT_FOUND, node, position=position)
             self._arms.over(arm)
-        else:
-            self._arms.failed(arm, ask, result.error if result else "the agent gave no answer for the group", node)
+
+    def _give_up(self, node: Node, message: agent_pb2.InterestApplied, arm: Arm) -> None:
+        """A group, or the whole node, is not armed."""
+        if arm.asks:
+            return  # the agent may be about to say that it has armed it: it must not be told to undo that
+        node.interest.drop(arm)
+        self._arms.flush_soon(node)
+        for span in self._arms.spans(arm):
+            if not span.lingers:
+                self._router.linger(span, message.boottime_ns)

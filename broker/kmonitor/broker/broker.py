@@ -334,7 +334,7 @@ class Broker:
             version = node.hello.agent_version
             raise RefusedError(Code.FAILED_PRECONDITION, f"node {name}: its agent (version {version}) cannot list a group: upgrade it")
         if answer.error:
-            raise RefusedError(Code.FAILED_PRECONDITION if group is not None else Code.UNAVAILABLE, f"node {name}: {answer.error}")
+            raise RefusedError(Code.FAILED_PRECONDITION, f"node {name}: {answer.error}")
         return monitor_pb2.ListProcessesResponse(
             node=name,
             processes=answer.processes,

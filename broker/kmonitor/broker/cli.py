@@ -26,7 +26,7 @@ from kmonitor.wire.descriptors import raise_file_limit
 from kmonitor.wire.errors import KmonitorError, UsageError
 from kmonitor.wire.options import Parser, parse_duration
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
-from kmonitor.wire.saying import say
+from kmonitor.wire.saying import outlive_stderr, outlive_stdout, say
 
 PROGRAM = "kmonitor-broker"
 STOP_GRACE = 1.0  # seconds
@@ -211,6 +211,8 @@ def run(
 
 def main() -> None:
     """Entry point: errors are one line and an exit status."""
+    outlive_stderr()
+    outlive_stdout()
     try:
         run(**parser().parse())
     except KmonitorError as error:

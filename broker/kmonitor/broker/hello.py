@@ -119,6 +119,8 @@ def check_ring(node: Node, hello: agent_pb2.Hello, expected: int) -> None:
     That is so after a machine was restored from a snapshot: the same boot, the same ring, and it is at an earlier position.
     """
     ring, position = ring_bytes(hello), hello.position
+    if node.disproven and hello.HasField("end_position"):
+        raise went_back(node, node.disproven)
     if hello.HasField("end_position") and hello.end_position < expected:
         raise went_back(node, f"its records end at position {hello.end_position}, and those up to {expected} have come")
     if not position - ring <= expected <= position + ring:
@@ -129,6 +131,5 @@ def went_back(node: Node, why: str) -> RefusedError:
     """Return what an agent is told whose ring is not the one that the broker knows: it goes on in a new epoch."""
     return RefusedError(
         Code.DATA_LOSS,
-        f"node {node.name}: its ring is not the one that this broker knows ({why}): a new epoch has to begin; "
-        "an agent that does not begin one is to be started with --unpin, and then again",
+        f"node {node.name}: its ring is not the one that this broker knows: {why}; start an agent of an older version with --unpin first",
     )

@@ -236,6 +236,8 @@ class Node:
         """The furthest that its agent has named of its ring, in this epoch: an earlier broker may have delivered what lies before it."""
         self.last: LastRecord | None = None
         """The last record that came of this epoch: what lies there in the ring of an agent that comes back must be the same."""
+        self.disproven = ""
+        """Why the ring of this epoch is not the one that the log knows: its agent may not have heard, as its stream broke."""
         self.secrets: dict[int, bytes] = {}
         """Epoch -> hash of the secret that lies with that ring, the newest last; none for agents of older versions."""
         self.complete_ns = 0
@@ -310,6 +312,7 @@ class Node:
         self.expected = self.position = self.logged = position
         self.complete = position, self.complete[1]
         self.last = None
+        self.disproven = ""
         self.told_position = 0
         self.complete_ns, self.applied = 0, (0, 0)
         self._unlogged.clear()

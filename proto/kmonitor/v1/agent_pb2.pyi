@@ -539,7 +539,7 @@ class InterestApplied(_message.Message):
         """As asked."""
         state: _monitor_pb2.RegistrationState.ValueType
         error: _builtins.str
-        """Set if it could not be armed: the map is full."""
+        """Set if it could not be armed, such as when the map is full."""
         @_builtins.property
         def process(self) -> _events_pb2.Process: ...
         def __init__(
@@ -570,6 +570,7 @@ class InterestApplied(_message.Message):
         unit: _builtins.str
         state: _monitor_pb2.RegistrationState.ValueType
         error: _builtins.str
+        """Set if it could not be looked up or armed, such as when two groups are named as a unit's."""
         @_builtins.property
         def cgroup_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """Of the group, then of those above it."""
@@ -598,6 +599,7 @@ class InterestApplied(_message.Message):
     END_POSITION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     BOOTTIME_NS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     position: _builtins.int
@@ -610,6 +612,8 @@ class InterestApplied(_message.Message):
     """
     boottime_ns: _builtins.int
     """When that was, of the node's boot-time clock, nanoseconds: what is told as EXITED or NOT_FOUND here has ended before. 0 if that is not known."""
+    error: _builtins.str
+    """Set if it could not be done, as a whole or to its end: what has no result of its own was not done."""
     more: _builtins.bool
     """Another message follows at once with more results of the same version; they are one answer."""
     @_builtins.property
@@ -626,11 +630,12 @@ class InterestApplied(_message.Message):
         end_position: _builtins.int = ...,
         number: _builtins.int = ...,
         boottime_ns: _builtins.int = ...,
+        error: _builtins.str = ...,
         more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boottime_ns", b"boottime_ns", "end_position", b"end_position", "groups", b"groups", "more", b"more", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boottime_ns", b"boottime_ns", "end_position", b"end_position", "error", b"error", "groups", b"groups", "more", b"more", "number", b"number", "position", b"position", "processes", b"processes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

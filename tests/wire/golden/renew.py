@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from pathlib import Path
@@ -36,7 +37,7 @@ def play(source: Source, truth: Path, folder: str, *scene: str) -> tuple[int, by
     root = Root([truth, *scene], Path(folder))
     root.wait_ready()
     want = agent_pb2.Interest.ProcessInterest(pid=root.pid, event_mask=ALL, follow=True, look_up=True)
-    InterestTable(source).apply(agent_pb2.Interest(version=1, processes=[want]))
+    asyncio.run(InterestTable(source).apply(agent_pb2.Interest(version=1, processes=[want])))
     root.say("go")
     root.truth()
     root.stop()

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from kmonitor.agent.processes import comm_bytes
-from kmonitor.agent.procfs import TICK_NS, Stat, read_stat, thread_ids
+from kmonitor.agent.procfs import TICK_NS, Stat, is_gone, read_stat, thread_ids
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +51,7 @@ def _rank(status: int) -> int:
 
 
 def from_proc(tgid: int) -> Kin | None:
-    """As /proc has it; None if it is not there. Its set of live threads is empty if all have begun to end."""
+    """As /proc has it; None if it is not there, or hidden. Its set of live threads is empty if all have begun to end."""
     first = read_stat(f"/proc/{tgid}/stat")
     if first is None:
         return None
@@ -83,7 +83,9 @@ def live_threads(tgid: int, leader: Stat) -> tuple[set[int], dict[int, bytes]]:
 def lives(tgid: int, start_ns: int) -> bool:
     """Whether it is the same process as ever, and has a thread that has not begun to end."""
     stat = read_stat(f"/proc/{tgid}/stat")
-    if stat is None or stat.start_boottime_ns != start_ns:
+    if stat is None:
+        return not is_gone(tgid)  # hidden: nothing is inferred from that
+    if stat.start_boottime_ns != start_ns:
         return False
     return not stat.exiting or bool(live_threads(tgid, stat)[0])
 

@@ -74,6 +74,8 @@ class Netlink:
         self._taken_ns = 0
         self._idle_since_ns = 0
         self._lingering = False
+        self._preparing = False
+        """Something is about to be asked for."""
         self._asked: dict[tuple[int, int], int] = {}
         """Pid and start time of processes that are gone and whose message is waited for: since when."""
         self.received = 0
@@ -82,6 +84,17 @@ class Netlink:
         self.ring = MemoryRing(options.ring_bytes, self.control, self._take_in)
         self._events = ProcEvents(self.ring, self.control, self.watched)
         self._reconciliation = Reconciliation(self._events)
+
+    async def prepare(self, node_mask: int) -> None:
+        """Know every process before something is asked for the whole node. See source.Source."""
+        if not node_mask or self._events.wide:
+            return
+        self._preparing = True
+        try:
+            self._listen()
+            await self._events.widen()
+        finally:
+            self._preparing = False
 
     def begin_epoch(self) -> None:
         """Name the ring anew, with what is in it."""
@@ -131,7 +144,7 @@ class Netlink:
     @property
     def _idle(self) -> bool:
         """Nobody asks for anything."""
-        return not self.control.any_mask | self.control.all_mask
+        return not (self.control.any_mask | self.control.all_mask or self._preparing)
 
     def _on_masks(self) -> None:
         if self._idle:
@@ -140,19 +153,19 @@ class Netlink:
             self._idle_since_ns = _boottime()
             self._lingering = True
             return
+        self._listen()
+        if self._events.wide and not self.control.all_mask:
+            self._events.narrow()
+
+    def _listen(self) -> None:
+        """From here on what changes is in a message: before anything is looked up."""
         if self.connector is None:
-            # Before anything is looked up: what changes after the look is in a message.
             self.connector = Connector(self._buffer_bytes, self._batch)
             self._missing = 0
             self.ring.listen(self.connector.fileno())
         elif self._lingering:
             self.ring.listen(self.connector.fileno())  # at once, and not when it would have been closed
         self._lingering = False
-        wide = bool(self.control.all_mask)
-        if wide and not self._events.wide:
-            self._events.widen()
-        elif self._events.wide and not wide:
-            self._events.narrow()
 
     def _on_entry(self, pid: int, entry: Watched | None) -> None:
         self._events.watch(pid, entry)
@@ -160,6 +173,7 @@ class Netlink:
     def _stop(self) -> None:
         if self.connector is None:
             return
+        self._events.clear()
         self.ring.listen(None)
         self.ring.behind = False
         self.connector.close()

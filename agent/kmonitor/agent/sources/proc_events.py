@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 
 from kmonitor.agent.maps import LOST_FOLLOW, LOST_PROCESS, WATCHED_FOLLOW, Watched
 from kmonitor.agent.procfs import TICK_NS, read_stat
+from kmonitor.agent.slices import in_thread
 from kmonitor.agent.sources.lineage import Kin, all_pids, comm_of, from_proc, is_same, lives, running, start_of
 from kmonitor.agent.sources.memory_ring import MemoryRing
 from kmonitor.agent.sources.memory_tables import MemoryControl, WatchedTable
@@ -33,6 +36,9 @@ _PROCESS_EXIT = int(EventType.PROCESS_EXIT)
 _TOLD = FORK | EXEC | UID | GID | COMM | EXIT
 _NAME = struct.Struct("=4I")
 _ENDED_MOST = 4096
+_FEW = 32
+"""Processes that are looked at on the event loop."""
+_LOOKS_MOST = 10
 
 
 class ProcEvents:
@@ -48,16 +54,28 @@ class ProcEvents:
         self._ended: dict[int, None] = {}
         """Processes whose end was told, the oldest first: whatever is still said of them is no news."""
         self._widened_ns = 0
+        self._touched: set[int] | None = None
+        """While every process is looked at: those of which messages were taken since."""
         self._pids: npt.NDArray[np.uint32] | None = None
 
     # -- who is of interest
 
-    def widen(self) -> None:
-        """Something is asked for the whole node: know every process. Messages of what happens meanwhile must be kept already."""
+    async def widen(self) -> None:
+        """Something is to be asked for the whole node: know every process. Messages must come already, and may be taken meanwhile."""
+        self._touched = set()
+        try:
+            known = await in_thread(lambda: _read(all_pids()))
+            # What messages of a process that were taken meanwhile say may be younger than the look at it, or older: look again.
+            for _ in range(_LOOKS_MOST):
+                if len(self._touched) <= _FEW:
+                    break
+                touched, self._touched = self._touched, set()
+                known.update(await in_thread(partial(_read, touched)))
+            known.update(_read(self._touched))
+        finally:
+            self._touched = None
+        self.kins = {tgid: kin for tgid, kin in known.items() if kin is not None} | self.kins
         self.wide = True
-        for tgid in all_pids():
-            if tgid not in self.kins and (kin := from_proc(tgid)) is not None:
-                self.kins[tgid] = kin
         self._widened_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
     def narrow(self) -> None:
@@ -102,6 +120,8 @@ class ProcEvents:
         what = messages["what"]
         keep: npt.NDArray[np.bool_] = what & _TOLD != 0
         words = messages["words"]
+        if self._touched is not None:
+            self._touched.update(words[keep, 1].tolist(), words[what == FORK, 3].tolist())
         if not self.wide:
             keep &= self._near(what, words)
         rows = np.flatnonzero(keep)
@@ -319,6 +339,11 @@ class ProcEvents:
         flags = self._matches(kin, bit)
         if flags:
             self._ring.append(bit, flags, boottime_ns, kin.start_ns, kin.tgid, tid, kin.ppid, kin.uid, kin.gid, comm, status=status)
+
+
+def _read(tgids: Iterable[int]) -> dict[int, Kin | None]:
+    """Return those processes as /proc has them."""
+    return {tgid: from_proc(tgid) for tgid in tgids}
 
 
 def _within(values: npt.NDArray[np.uint32], ascending: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:

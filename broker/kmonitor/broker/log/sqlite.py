@@ -132,6 +132,11 @@ class SqliteLog:
     def committed(self) -> int:
         return self._committed
 
+    @property
+    def values_waiting(self) -> int:
+        """How many values, or that there is none any more, are still to be written."""
+        return sum(isinstance(order, Put) for order in self._waiting)
+
     def append(self, entry: Entry) -> int:
         offset = entry.offset = self._end
         self._end = offset + 1
@@ -520,7 +525,7 @@ class SqliteLog:
     def _say_unwritten(self) -> None:
         orders = list(self._waiting)
         entries = [order.entry for order in orders if isinstance(order, Add)]
-        values = sum(isinstance(order, Put) for order in orders)
+        values = self.values_waiting
         if entries or values:
             nodes = sorted({entry.node for entry in entries})
             what = f"{len(entries)} blocks and marks of {len(nodes)} nodes ({', '.join(nodes[:5])}), {values} values"

@@ -41,7 +41,9 @@ class Waiting:
         self._unwritten: dict[int, None] = {}
         """Offsets of all entries, ascending."""
         self._stored = set(stored)
-        self._compact_at = COMPACTED_FROM
+        self.compacts_from = COMPACTED_FROM
+        self._kept = 0
+        """How many orders the last look left."""
 
     def __len__(self) -> int:
         """How many orders the writer has not got yet."""
@@ -64,7 +66,7 @@ class Waiting:
             if _can_be_given_up(order.entry):
                 self._may_go.setdefault(_ring(order.entry), deque()).append(self._next)
         self._next += 1
-        if len(self._orders) >= self._compact_at:
+        if len(self._orders) >= max(self.compacts_from, 2 * self._kept):
             self._compact()
 
     def put_first(self, order: Order) -> None:
@@ -161,7 +163,7 @@ class Waiting:
                     del self._orders[number]
                 else:
                     latest[key] = number
-        self._compact_at = max(COMPACTED_FROM, 2 * len(self._orders))
+        self._kept = len(self._orders)
 
 
 def _ring(entry: Entry) -> _Ring:

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import sys
 from typing import TYPE_CHECKING
 
 from kmonitor.wire.errors import KmonitorError
 from kmonitor.wire.plain import plain_text
+from kmonitor.wire.saying import LossyOutput, open_closed, text_output
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-_AT_ONCE = 4096
-"""Bytes. A pipe that is ready to be written takes so many without a wait (PIPE_BUF)."""
 
 
 class OutputError(KmonitorError):
@@ -33,40 +30,32 @@ class ReaderGoneError(OutputError):
     exit_status = 0
 
 
-class _Output(io.FileIO):
-    """A descriptor to write to. `is_lossy`: what cannot be written at once is dropped."""
+class _Output(LossyOutput):
+    """A descriptor to write to. Unless it `is_lossy`, what cannot be written is an error."""
 
     def __init__(self, descriptor: int, *, is_lossy: bool) -> None:
-        super().__init__(descriptor, "wb", closefd=False)
+        super().__init__(descriptor)
         self.is_lossy = is_lossy
 
     def write(self, data: ReadableBuffer, /) -> int:
         """Of `data` how much was written, or dropped. Raises ReaderGoneError, OutputError."""
-        view = memoryview(data)
+        if self.is_lossy:
+            return super().write(data)
         try:
-            if self.is_lossy:
-                return (super().write(view[:_AT_ONCE]) if self._is_ready(0) else None) or len(view)
-            while (written := super().write(view)) is None:  # somebody made it non-blocking
-                self._is_ready(None)
+            while (written := io.FileIO.write(self, data)) is None:  # somebody made it non-blocking
+                self.is_ready(None)
+        except BrokenPipeError:
+            raise ReaderGoneError("the reader of standard output is gone") from None
         except OSError as error:
-            if self.is_lossy:
-                return len(view)
-            if isinstance(error, BrokenPipeError):
-                raise ReaderGoneError("the reader of standard output is gone") from None
             raise OutputError(f"cannot write to standard output: {error.strerror}") from None
         return written
-
-    def _is_ready(self, limit: float | None) -> bool:
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLOUT)
-        return bool(poll.poll(limit))
 
 
 def install() -> None:
     """Take over this process's standard streams, those too that it was started without."""
-    _open_closed()
-    sys.stdout = _text(1, is_lossy=False)
-    sys.stderr = _text(2, is_lossy=True)
+    open_closed()
+    sys.stdout = text_output(_Output(1, is_lossy=False), line_buffering=os.isatty(1))
+    sys.stderr = text_output(_Output(2, is_lossy=True))
 
 
 def outlive_stdout() -> None:
@@ -79,20 +68,3 @@ def outlive_stdout() -> None:
 def say(text: str) -> None:
     """Show people a line, on standard error: standard output is the events'. Others' text may be part of it."""
     print(f"kmon: {plain_text(text)}", file=sys.stderr, flush=True)
-
-
-def _text(descriptor: int, *, is_lossy: bool) -> io.TextIOWrapper:
-    before = sys.stdout if descriptor == 1 else sys.stderr
-    encoding = "utf-8" if before is None else before.encoding
-    binary = io.BufferedWriter(_Output(descriptor, is_lossy=is_lossy))
-    return io.TextIOWrapper(binary, encoding=encoding, errors="backslashreplace", line_buffering=is_lossy or os.isatty(descriptor))
-
-
-def _open_closed() -> None:
-    """Take descriptors that are free: else the next file or socket would get them, and with them what is meant for people. They are taken
-    in a direction in which every use fails as on a closed one."""
-    for descriptor, way in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, way), True)
