@@ -35,6 +35,7 @@ HEARTBEAT_MOST_S = 1.0
 """However long the lease is: so often monitors can be told how far all is complete."""
 _BACKOFF_MOST = 2.0
 _CONNECT_TIMEOUT = 5.0
+"""For a connection. A broker that there is one to may take longer to answer: see `_greet`."""
 _DRAIN_TIMEOUT = 1.0
 _NAME_TAKEN_TIMEOUT = 10.0
 """Longer than a lease: the one that holds the name may be this node's last stream, which the broker has not missed yet."""
@@ -160,11 +161,12 @@ class Uplink:
             call: _Call = channel.stream_stream(_CONNECT, request_serializer=None, response_deserializer=decode)()
             forwarder = Forwarder(self._feed, call.write, self._gather_s)
             try:
-                lease = await self._handshake(call, forwarder)
+                lease = await self._handshake(channel, call, forwarder)
             except grpc.aio.AioRpcError as error:
                 raise self._final(error) or error from None
             except TimeoutError:
-                self._complain(f"the broker at {self._address} does not answer: trying again")
+                if not self._stopping.is_set():
+                    self._complain(f"the broker at {self._address} does not answer: trying again")
                 return
             finally:
                 if self._stopping.is_set():
@@ -174,7 +176,7 @@ class Uplink:
             self._connected()
             await self._serve(call, forwarder, lease)
 
-    async def _handshake(self, call: _Call, forwarder: Forwarder) -> float:
+    async def _handshake(self, channel: grpc.aio.Channel, call: _Call, forwarder: Forwarder) -> float:
         """Say hello; the lease in seconds."""
         ring = self._feed.ring
         ring.rewind()
@@ -199,9 +201,7 @@ class Uplink:
             takes_parts=True,
         )
         self._add_to_hello(hello)
-        async with asyncio.timeout(_CONNECT_TIMEOUT):
-            await call.write(agent_pb2.AgentMessage(hello=hello).SerializeToString())
-            first = await call.read()
+        first = await self._greet(channel, call, hello)
         if first is grpc.aio.EOF or first is None or first.WhichOneof("kind") != "welcome":
             raise ProtocolError(f"what answers at {self._address} is no kmonitor broker of this version")
         welcome = first.welcome
@@ -215,6 +215,30 @@ class Uplink:
         ring.rewind(welcome.position)
         forwarder.in_parts = welcome.takes_parts
         return float(welcome.lease_ms) / 1000
+
+    async def _greet(self, channel: grpc.aio.Channel, call: _Call, hello: agent_pb2.Hello) -> Any:
+        """Say hello, and return what is answered. Raises TimeoutError if there is no connection in time, or the agent is to stop.
+
+        A broker that has just started has many agents to take, and is no sooner done with those who give up and begin again. Whether it
+        is still there the pings say, which end the stream if they are not answered.
+        """
+
+        async def exchange() -> Any:
+            await call.write(agent_pb2.AgentMessage(hello=hello).SerializeToString())
+            return await call.read()
+
+        tasks = [asyncio.ensure_future(exchange()), asyncio.ensure_future(self._stopping.wait())]
+        try:
+            await asyncio.wait(tasks, timeout=_CONNECT_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if not self._stopping.is_set() and channel.get_state() is grpc.ChannelConnectivity.READY:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise TimeoutError
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, call: _Call, forwarder: Forwarder, lease: float) -> None:
         # The forwarder's own first: it is the one that must not send while the ring is drained.

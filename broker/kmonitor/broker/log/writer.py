@@ -27,6 +27,9 @@ EVICT_ROWS = 8192
 EVICT_BYTES = 16 << 20
 """Retention takes at most so much at once, to keep transactions short; it is more than a batch can bring."""
 
+FRONT_MOST = 96 << 20
+"""Bytes of the log in front of the database, which are copied into it at 8 MiB: a large transaction may make it several times that."""
+
 _CHUNKS = (256, 32, 4, 1)
 _CHUNK_BYTES = 1 << 20
 
@@ -118,6 +121,8 @@ class Writer:
         self._batches: queue.SimpleQueue[Sequence[Order] | None] = queue.SimpleQueue()
         self._evicting = False
         """An eviction was proposed, and its Delete is not committed yet."""
+        self._grows = False
+        """It was said that the log in front does."""
         # A daemon: a disk that does not answer must not keep the broker from ending.
         self._thread = threading.Thread(target=self._run, name="kmonitor-log", daemon=True)
         self._thread.start()
@@ -160,11 +165,28 @@ class Writer:
             return Outcome(f"unforeseen {type(error).__name__}: {error}: please report it")
         if any(isinstance(order, Delete) for order in batch):
             self._evicting = False
+        self._look_in_front()
         try:
             return Outcome(eviction=None if self._evicting else self._overdue())
         except sqlite3.Error as error:
             logger.warning("the log %s: retention failed: %s", self._path, error)
             return Outcome()
+
+    def _look_in_front(self) -> None:
+        """Say once that the log in front of the database cannot be copied into it: somebody else reads the file, and does not end."""
+        try:
+            size = self._path.with_name(self._path.name + "-wal").stat().st_size
+        except OSError:
+            return
+        if size > FRONT_MOST and not self._grows:
+            self._grows = True
+            logger.warning(
+                "%s-wal has %d MB, and grows: another program reads %s, and has not ended its transaction; end it",
+                self._path, size >> 20, self._path,
+            )  # fmt: skip
+        elif size <= FRONT_MOST // 2 and self._grows:
+            self._grows = False
+            logger.warning("%s-wal is small again", self._path)
 
     def _roll_back(self) -> None:
         # SQLite has done it by itself after some errors.
