@@ -18,8 +18,9 @@ from bench.stack import NODE
 from kmonitor.agent import libbpf
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.maps import Control
+from kmonitor.agent.misses import SKIPPED
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.probe import HOOKS, INFER, ITERATOR, Config, ProbeOptions, load_object, open_control, open_object, run
+from kmonitor.agent.probe import INFER, ITERATOR, Config, ProbeOptions, load_object, open_control, open_object, run
 
 _ROOT = Path("/sys/fs/bpf")
 _FORGET_SECONDS = 10
@@ -28,8 +29,9 @@ _FORGET_SECONDS = 10
 class Attached:
     """Detached at first. `root` is where an agent of NODE finds the pins."""
 
-    def __init__(self, obj: libbpf.Object, pins: PinFolder, control: Control) -> None:
+    def __init__(self, obj: libbpf.Object, config: Config, pins: PinFolder, control: Control) -> None:
         self._object = obj
+        self._config = config
         self._pins = pins
         self._control = control
         self._links: list[int] = []
@@ -41,7 +43,7 @@ class Attached:
 
     def attach(self) -> None:
         """As the agent does: the same programs in the same order."""
-        for program in HOOKS:
+        for program in self._config.hooks():
             self._links.append(self._object.attach(program))
 
     def nobody_asks(self) -> None:
@@ -57,7 +59,7 @@ class Attached:
         """Descriptors of the programs that `attach` attaches."""
         opened: list[int] = []
         try:
-            opened += (self._object.program_fd(program) for program in HOOKS)
+            opened += (self._object.program_fd(program) for program in self._config.hooks())
             yield opened
         finally:
             for program in opened:
@@ -88,11 +90,10 @@ def attached() -> Iterator[Attached]:
         load_object(obj)
         undo.callback(_remove, pins)
         pins.open()
-        programs = {program: obj.program_fd(program) for program in (ITERATOR, INFER)}
-        run("core", obj, config, pins, obj.attach, programs).close()
+        run("core", obj, config, pins, obj.attach, {program: obj.program_fd(program) for program in (ITERATOR, INFER, *SKIPPED)}).close()
         pins.close()
         control = undo.enter_context(contextlib.closing(open_control(pins)))
-        probe = Attached(obj, pins, control)
+        probe = Attached(obj, config, pins, control)
         undo.callback(probe.detach)
         yield probe
 

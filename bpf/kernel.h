@@ -134,6 +134,7 @@ struct task_struct {
 	struct sigpending pending;
 	struct css_set *cgroups;
 	struct mm_struct *mm;
+	unsigned long long self_exec_id; /* another after each exec */
 } AS_IN_KERNEL;
 
 struct linux_binprm {

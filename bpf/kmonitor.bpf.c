@@ -63,6 +63,15 @@ struct claim_key {
 /* Kernels without group_dead: which process ends were told already. */
 LRU_HASH(claims, struct claim_key, __u8, 1024);
 
+struct turn_key {
+	__u64 start_boottime_ns; /* this and the next: of the thread */
+	__u32 tid;
+	__u32 what; /* see take_turn */
+};
+
+/* Kernels that preempt programs: what a copy before has done already. Sized by the loader. LRU: not all is taken away again. */
+LRU_HASH(turns, struct turn_key, __u8, 1);
+
 /* Of processes that have ended, by id in the initial namespace: for threads that end in the same moment, and come here later. */
 struct ended_process {
 	__u32 mask; /* what its own entry asked for */
@@ -112,22 +121,26 @@ struct subject {
 	__u32 follow;
 };
 
-/* The process or thread id as the scope's namespace has it; 0 if it is not in there. */
-static __always_inline __u32 scoped_id(struct task_struct *task)
+/* An id as the scope's namespace has it, of one in the initial namespace; 0 if it is not in there. */
+static __always_inline __u32 id_in_scope(__u32 id, struct pid *pid)
 {
-	struct pid *pid;
 	struct upid upid = {};
 	__u32 level = control.pidns_level;
 
 	if (!config.pidns_inum)
-		return FIELD(task, task_struct, pid);
-	pid = FIELD(task, task_struct, thread_pid);
+		return id;
 	if (!pid || level > PID_NS_LEVEL_MAX || READ(pid, pid, level) < level)
 		return 0;
 	bpf_probe_read_kernel(&upid, sizeof(upid), (struct upid *)ADDRESS(pid, pid, numbers) + level);
 	if (READ(ADDRESS(upid.ns, pid_namespace, ns), ns_common, inum) != config.pidns_inum)
 		return 0;
 	return upid.nr;
+}
+
+/* The process or thread id of a task that a tracepoint gave. */
+static __always_inline __u32 scoped_id(struct task_struct *task)
+{
+	return id_in_scope(FIELD(task, task_struct, pid), FIELD(task, task_struct, thread_pid));
 }
 
 /* The agent makes a thread to have this run in its own context: no file under /proc tells from inside how deep a namespace is. */
@@ -160,13 +173,14 @@ static __always_inline void learn_level(struct task_struct *agent)
 static __always_inline __u32 cgroup_mask(struct task_struct *task, __u64 *nearest)
 {
 	struct cgroup *cgroup = READ(READ(task, task_struct, cgroups), css_set, dfl_cgrp);
-	int own = READ(cgroup, cgroup, level);
+	__u64 own = READ(cgroup, cgroup, level);
 	__u32 mask = 0;
 
-	for (int level = 0; level < CGROUP_LEVEL_MAX && level <= own; level++) {
+	for (__u64 level = 0; level < CGROUP_LEVEL_MAX && level <= own; level++) {
 		__u64 id = ANCESTOR_ID(cgroup, level);
 		__u32 *entry = bpf_map_lookup_elem(MAP(watched_cgroups), &id);
 
+		FORGET_COUNT(level);
 		if (FIRST(entry)) {
 			mask |= *entry;
 			*nearest = id;
@@ -241,6 +255,40 @@ static __always_inline void describe(struct subject *subject)
 	subject->gid = REAL_GID(task);
 }
 
+#define TURN_BITS 2
+
+/*
+ * Whether this copy of a program is the one that does the work; false if one before has. `what` is KMONITOR_SKIPPED_*, and above TURN_BITS
+ * what makes it another turn of the same thread.
+ *
+ * The kernel skips a program that is at work on this CPU already. From 7.0 on tracepoints may be preempted, and then that happens: one
+ * thread forks, is preempted in the midst of kmonitor_fork, and the next one forks too. So there are copies: the kernel keeps the books of
+ * each by itself, and runs them one after the other, in the thread that they are about. What is lost is what it skips all of: what it has
+ * counted for the first, less what the others have found not done and made good (agent/kmonitor/agent/misses.py).
+ */
+static __always_inline bool take_turn(struct task_struct *task, __u32 what, const __u32 copy)
+{
+	struct turn_key key = {};
+	__u8 one = 1;
+
+	if (config.copies < 2)
+		return true;
+	key.start_boottime_ns = FIELD(task, task_struct, start_boottime);
+	key.tid = FIELD(task, task_struct, pid);
+	key.what = what;
+	if (copy > 1) {
+		if (bpf_map_lookup_elem(MAP(turns), &key)) {
+			if (copy == config.copies)
+				bpf_map_delete_elem(MAP(turns), &key);
+			return false;
+		}
+		__sync_fetch_and_add(&control.made_good[what & ((1 << TURN_BITS) - 1)], 1);
+	}
+	if (copy < config.copies)
+		bpf_map_update_elem(MAP(turns), &key, &one, BPF_ANY);
+	return true;
+}
+
 static __always_inline void count_lost(__u16 flags, __u32 bit)
 {
 	__u32 class = flags & KMONITOR_F_MATCH_PROCESS ? KMONITOR_LOST_PROCESS : KMONITOR_LOST_NODE;
@@ -313,7 +361,7 @@ static __always_inline void commit(struct kmonitor_record *record, __u64 waiting
 	bpf_ringbuf_submit(record, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
-PROBE(kmonitor_fork, sched_process_fork)
+PROBE_COPIES(kmonitor_fork, sched_process_fork)
 {
 	struct task_struct *parent = (struct task_struct *)ctx->args[0];
 	struct task_struct *child = (struct task_struct *)ctx->args[1];
@@ -326,7 +374,7 @@ PROBE(kmonitor_fork, sched_process_fork)
 
 	if (any & KMONITOR_ANY_LEARN)
 		learn_level(parent);
-	if (!(any & bit) || !look_up(&subject, parent, any))
+	if (!(any & bit) || !take_turn(child, KMONITOR_SKIPPED_FORK, copy) || !look_up(&subject, parent, any))
 		return 0;
 	told = wanted(&subject, bit);
 	if (told)
@@ -356,26 +404,28 @@ PROBE(kmonitor_fork, sched_process_fork)
 }
 
 /* The record's size must be a constant: it is one of three, by what there is to say. */
-static __always_inline void emit_exec(struct subject *subject, __u16 flags, struct exec_filename *filename, __u32 filename_len,
+static __always_inline void emit_exec(struct subject *subject, __u16 flags, struct exec_filename *filename, __u64 filename_len,
 				      unsigned long args, __u64 args_len, const __u32 room)
 {
 	struct kmonitor_record *record = begin(subject, flags, KMONITOR_PROCESS_EXEC, KMONITOR_RECORD_SIZE + room);
-	__u32 filename_room = room >= 2 * FILENAME_MAX_LEN ? FILENAME_MAX_LEN : room / 2;
-	__u32 left;
+	const __u64 filename_room = room >= 2 * FILENAME_MAX_LEN ? FILENAME_MAX_LEN : room / 2;
+	const __u64 left = room - filename_room; /* a constant: what the verifier can see is within the record */
 
 	if (!record)
 		return;
+	FORGET(filename_len);
 	if (filename_len > filename_room) {
 		filename_len = filename_room;
 		record->flags |= KMONITOR_F_ARGS_TRUNCATED;
 	}
 	if (bpf_probe_read_kernel(record->tail, filename_len, filename->bytes))
 		filename_len = 0;
-	left = room - filename_room; /* a constant: what the verifier can see is within the record */
+	FORGET(args_len);
 	if (args_len > left) {
 		args_len = left;
 		record->flags |= KMONITOR_F_ARGS_TRUNCATED;
 	}
+	FORGET(filename_len);
 	if (filename_len <= filename_room && bpf_probe_read_user(record->tail + filename_len, args_len, (void *)args)) {
 		/* Never seen, but a page of the new stack may be gone again under memory pressure. */
 		args_len = 0;
@@ -390,7 +440,7 @@ static __always_inline void emit_exec(struct subject *subject, __u16 flags, stru
 #define TAIL_MEDIUM (5 * KMONITOR_SLOT_SIZE)
 #define TAIL_LARGE (31 * KMONITOR_SLOT_SIZE)
 
-PROBE(kmonitor_exec, sched_process_exec) /* task, its id before, what is executed */
+PROBE_COPIES(kmonitor_exec, sched_process_exec) /* task, its id before, what is executed */
 {
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
 	struct linux_binprm *bprm = (struct linux_binprm *)ctx->args[2];
@@ -404,7 +454,11 @@ PROBE(kmonitor_exec, sched_process_exec) /* task, its id before, what is execute
 	__u32 zero = 0;
 	__u16 flags = 0;
 
-	if (!(any & KMONITOR_PROCESS_EXEC) || !look_up(&subject, task, any))
+	if (!(any & KMONITOR_PROCESS_EXEC))
+		return 0;
+	if (!take_turn(task, KMONITOR_SKIPPED_EXEC | (__u32)FIELD(task, task_struct, self_exec_id) << TURN_BITS, copy))
+		return 0;
+	if (!look_up(&subject, task, any))
 		return 0;
 	filename = bpf_map_lookup_elem(MAP(filenames), &zero);
 	if (!wanted(&subject, KMONITOR_PROCESS_EXEC) || !filename)
@@ -539,7 +593,7 @@ static __always_inline void emit_end(struct subject *subject, __u32 bit, __u32 s
 	commit(record, subject->waiting, bit == KMONITOR_PROCESS_EXIT && (subject->process_mask | subject->cgroup_mask));
 }
 
-PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is the last of its process */
+PROBE_COPIES(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is the last of its process */
 {
 	__u32 any = control.any_mask;
 	struct task_struct *task = (struct task_struct *)ctx->args[0];
@@ -559,6 +613,8 @@ PROBE(kmonitor_exit, sched_process_exit) /* task; and from 6.16 on whether it is
 	__u32 tgid;
 
 	if (!(any & (KMONITOR_ANY_WATCHED | KMONITOR_ENDS)))
+		return 0;
+	if (!take_turn(task, KMONITOR_SKIPPED_EXIT, copy))
 		return 0;
 	interests = look_up(&subject, task, any);
 	signal = FIELD(task, task_struct, signal);
@@ -714,17 +770,17 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 		sent.flags = KMONITOR_F_OOM_KILLED;
 	if (!look_up(&subject, task, any))
 		return 0;
-	sender = CURRENT_TASK();
+	sender = (struct task_struct *)bpf_get_current_task(); /* as a pointer that can be followed there is none before 5.11 */
 	queued = last_queued(task, to_process);
-	origin = origin_of(info, sig, task, FIELD(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), queued);
+	origin = origin_of(info, sig, task, READ(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), queued);
 	sent.start_boottime_ns = subject.start_boottime_ns;
 	if (origin != ORIGIN_UNKNOWN)
 		sent.flags |= KMONITOR_F_KILLED_BY;
 	if (origin == ORIGIN_SENDER) {
-		struct task_struct *leader = FIELD(sender, task_struct, group_leader);
+		struct task_struct *leader = READ(sender, task_struct, group_leader);
 
-		sent.killer.tgid = scoped_id(leader);
-		sent.killer.uid = READ(READ(sender, task_struct, cred), cred, uid).val; /* for the verifier's sake: see describe */
+		sent.killer.tgid = id_in_scope(READ(leader, task_struct, pid), READ(leader, task_struct, thread_pid));
+		sent.killer.uid = READ(READ(sender, task_struct, cred), cred, uid).val;
 		bpf_probe_read_kernel(sent.killer.comm, sizeof(sent.killer.comm), ADDRESS(leader, task_struct, comm));
 	}
 	key.tgid = FIELD(task, task_struct, tgid);
@@ -766,11 +822,11 @@ PROBE(kmonitor_deliver, signal_deliver) /* number, siginfo, action */
 	/* Each thread of a process that is dying takes SIGKILL, whatever it dies of. */
 	if (sig == SIGKILL || !bpf_map_lookup_elem(MAP(waiting), &key))
 		return 0;
-	task = CURRENT_TASK();
+	task = (struct task_struct *)bpf_get_current_task();
 	/* SIG_DFL: it kills, but for the init of a pid namespace. */
 	if (!READ(ADDRESS(action, k_sigaction, sa), sigaction, sa_handler) &&
 	    !(READ(READ(task, task_struct, signal), signal_struct, flags) & SIGNAL_UNKILLABLE)) {
-		start = START_BOOTTIME(FIELD(task, task_struct, group_leader));
+		start = IN_GRAIN(READ(READ(task, task_struct, group_leader), task_struct, start_boottime));
 		bpf_probe_read_kernel(&info, sizeof(info), &ctx->args[1]);
 		if (!find_sent(MAP(waiting), &key, start, &sent) || sent.code != READ((struct kernel_siginfo *)info, kernel_siginfo, si_code) ||
 		    sent.detail != READ_AT((__u64 *)ADDRESS((struct kernel_siginfo *)info, kernel_siginfo, _sifields))) {

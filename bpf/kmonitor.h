@@ -123,6 +123,11 @@ struct kmonitor_watched {
 #define KMONITOR_LOST_FOLLOW 7
 #define KMONITOR_LOST_TYPES 8
 
+#define KMONITOR_SKIPPED_FORK 0
+#define KMONITOR_SKIPPED_EXEC 1
+#define KMONITOR_SKIPPED_EXIT 2
+#define KMONITOR_SKIPPED_PROGRAMS 3
+
 /* Map "control": one value, memory-mapped by the agent. */
 struct kmonitor_control {
 	unsigned int any_mask; /* the OR of every mask: tested before all else */
@@ -136,7 +141,15 @@ struct kmonitor_control {
 	unsigned long long wake_above; /* the reader naps: wake it when more bytes than these wait to be released */
 	unsigned int calm; /* ... and not for what is urgent: there is too much of it */
 	unsigned int reserved;
+	/* By program, as KMONITOR_SKIPPED_* has them: runs that the kernel skipped, and that another copy made good. */
+	unsigned long long made_good[KMONITOR_SKIPPED_PROGRAMS];
+	/* The agent's own (misses.py), kept here for the next one: how many were skipped and not made good when it looked last... */
+	long long skipped[KMONITOR_SKIPPED_PROGRAMS];
+	/* ... and all that it has counted as lost for it. */
+	unsigned long long missed[KMONITOR_SKIPPED_PROGRAMS];
 };
+
+#define KMONITOR_COPIES 3
 
 /* Read-only, set between open and load. */
 struct kmonitor_config {
@@ -144,6 +157,7 @@ struct kmonitor_config {
 	unsigned int has_group_dead; /* sched_process_exit has the argument group_dead (6.16 and later) */
 	unsigned int victim_is_task; /* mark_victim gives a task and not a thread's id (6.8 and later) */
 	unsigned int fill_mark;      /* bytes waiting in the ring above which all is dropped but ends of watched processes */
+	unsigned int copies;         /* of the programs that make records, attached to the same tracepoint: 1 to KMONITOR_COPIES */
 };
 
 /*

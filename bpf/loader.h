@@ -14,9 +14,10 @@
  *   READ(pointer, type, member)     of any other
  *   ADDRESS(pointer, type, member)  where it is
  *   PROBE(name, tracepoint)         a program that is attached
+ *   PROBE_COPIES(name, tracepoint)  the same, up to KMONITOR_COPIES times, with `copy` from 1 on: see take_turn
  *   ROUTINE(name)                   one that user space runs, with the words of ctx->args
  *   ANCESTOR_ID(cgroup, level)      the id of the control group at this level above another, or of itself at its own
- *   START_BOOTTIME(task)            in the grain that the source's look-ups have: processes are told apart by it
+ *   START_BOOTTIME(task)            or IN_GRAIN(of nanoseconds): in the grain that the source's look-ups have: processes are told apart by it
  */
 #ifndef KMONITOR_LOADER_H
 #define KMONITOR_LOADER_H
@@ -60,8 +61,7 @@
 
 /* Processes are looked up in /proc, which tells start times in clock ticks. */
 #define TICK_NS 10000000ULL
-#define START_BOOTTIME(task) (FIELD(task, task_struct, start_boottime) / TICK_NS * TICK_NS)
-#define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task())
+#define IN_GRAIN(ns) ((ns) / TICK_NS * TICK_NS)
 
 #define PROBE(name, tracepoint) int name(struct bpf_raw_tracepoint_args *ctx)
 #define ROUTINE(name) int name(struct bpf_raw_tracepoint_args *ctx)
@@ -90,8 +90,7 @@
 	(bpf_core_field_exists(((struct cgroup *)0)->ancestors) ?                                  \
 		 READ(READ(READ_AT((struct cgroup **)ADDRESS(group, cgroup, ancestors) + (level)), cgroup, kn), kernfs_node, id) : \
 		 READ_AT((unsigned long long *)ADDRESS((struct cgroup___before_6_1 *)(group), cgroup, ancestor_ids) + (level)))
-#define START_BOOTTIME(task) FIELD(task, task_struct, start_boottime)
-#define CURRENT_TASK() ((struct task_struct *)bpf_get_current_task_btf())
+#define IN_GRAIN(ns) (ns)
 
 #define PROBE(name, tracepoint)                                                                    \
 	SEC("tp_btf/" #tracepoint)                                                                 \
@@ -124,6 +123,34 @@ volatile struct kmonitor_control control SEC(".data.control");
 const volatile struct kmonitor_config config SEC(".rodata.config");
 
 #endif
+
+#ifdef KMONITOR_NO_COPIES /* not wanted on this kernel: they take a compiler its time */
+#define MORE_COPIES(name, tracepoint)
+#else
+#define MORE_COPIES(name, tracepoint)                                                              \
+	PROBE(name##_2, tracepoint) { return name##_copy(ctx, 2); }                                \
+	PROBE(name##_3, tracepoint) { return name##_copy(ctx, 3); }
+#endif
+#define PROBE_COPIES(name, tracepoint)                                                             \
+	static __always_inline int name##_copy(struct bpf_raw_tracepoint_args *ctx, const __u32 copy); \
+	PROBE(name, tracepoint) { return name##_copy(ctx, 1); }                                    \
+	MORE_COPIES(name, tracepoint)                                                              \
+	static __always_inline int name##_copy(struct bpf_raw_tracepoint_args *ctx, const __u32 copy)
+
+/*
+ * Before a test that is to bound a number for the verifier. A test holds for the register that it was made on: verifiers before 6.8 do not
+ * know a 32-bit copy for the same, and clang leaves a test out if one on a copy says it all. So the number is one of 64 bits, of which clang
+ * knows nothing from here on: what is tested is what is used. FORGET_COUNT is for how often a loop goes round, which clang computes before
+ * it and then counts down to zero: verifiers before 6.12 do not see an end to that.
+ */
+#define FORGET(number) asm volatile("" : "+r"(number))
+#ifdef KMONITOR_BCC
+#define FORGET_COUNT(number) FORGET(number)
+#else
+#define FORGET_COUNT(number) /* with it clang loads an offset that not every kernel has before the loop; without, it tests what counts up */
+#endif
+
+#define START_BOOTTIME(task) IN_GRAIN(FIELD(task, task_struct, start_boottime))
 
 #define READ_AT(address)                                                                           \
 	({                                                                                         \

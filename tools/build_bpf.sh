@@ -30,7 +30,8 @@ multiarch=$(cc -print-multiarch 2>/dev/null || "$clang" -print-multiarch 2>/dev/
 
 made=$object.$$
 trap 'rm -f "$made"' EXIT
-# -g: BTF, without which there is no CO-RE. -mcpu=v3: atomics and 32-bit jumps; Linux 5.12 or newer has them all.
+# -g: BTF, without which there is no CO-RE. -mcpu=v3: 32-bit jumps. Of its atomics only an addition whose result nobody wants is used: the others are
+# newer than the oldest kernel that the probe is for, 5.10.
 # A probe takes the arguments its tracepoint has, needed or not. The prefix map keeps this machine's folders out of the object.
 "$clang" -g -O2 -Wall -Wextra -Wno-unused-parameter -target bpf -mcpu=v3 -ffile-prefix-map="$PWD"=. -I bpf ${multiarch:+-isystem "/usr/include/$multiarch"} \
     -c "$source" -o "$made" || die "$source does not compile"

@@ -61,9 +61,9 @@ def test_watched(btf: Btf) -> None:
 
 
 def test_config(btf: Btf) -> None:
-    packed = maps.pack_config(pidns_inum=1, has_group_dead=True, victim_is_task=True, fill_mark=2)
+    packed = maps.pack_config(pidns_inum=1, has_group_dead=True, victim_is_task=True, fill_mark=2, copies=3)
     assert btf.size("kmonitor_config") == len(packed)
-    assert list(btf.fields("kmonitor_config")) == ["pidns_inum", "has_group_dead", "victim_is_task", "fill_mark"]
+    assert list(btf.fields("kmonitor_config")) == ["pidns_inum", "has_group_dead", "victim_is_task", "fill_mark", "copies"]
 
 
 def test_what_is_fixed_for_ever(btf: Btf) -> None:

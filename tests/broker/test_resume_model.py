@@ -337,7 +337,11 @@ class ResumeMachine(RuleBasedStateMachine):
         flows=st.sampled_from([True, True, False]),
     )
     def open(self, wanted: list[monitor_pb2.Registration], names_stream: bool, flows: bool) -> None:
-        distinct = {(each.target.SerializeToString(), each.follow, tuple(each.nodes.names)): each for each in wanted}
+        # Only of a process it makes a difference whether it is followed.
+        distinct = {
+            (each.target.SerializeToString(), each.follow and each.target.HasField("process"), tuple(each.nodes.names)): each
+            for each in wanted
+        }
         deeds = {(kernel.name, deed.epoch, deed.position): deed for kernel in self.kernels for deed in kernel.deeds if deed.data}
         monitor = Monitor(next(self.numbers), [Wish(each) for each in distinct.values()], names_stream, deeds)
         for each in monitor.wishes:
@@ -577,8 +581,8 @@ MORE = int(os.environ.get("KMONITOR_TEST_MORE", "1"))
 """So many times as many examples: to look for what is rare."""
 
 
-@pytest.mark.parametrize("machine", [MemoryMachine, SmallMachine, SqliteMachine])
-def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "_LOOK_AGAIN_SECONDS", NEVER)
     monkeypatch.setattr(outbox, "MARK_WAIT", NEVER)
     monkeypatch.setattr(router, "LATE_NS", LATE)
@@ -588,6 +592,11 @@ def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.Mon
     monkeypatch.setattr(sqlite_module, "TAIL_BYTES", 6_000)
     for module in (outbox, broker_module):
         monkeypatch.setattr(module, "PAST", 6)
+
+
+@pytest.mark.parametrize("machine", [MemoryMachine, SmallMachine, SqliteMachine])
+@pytest.mark.usefixtures("_small")
+def test_same_as_the_model(machine: type[ResumeMachine]) -> None:
     chosen = settings(
         max_examples=25 * MORE,
         stateful_step_count=40,
@@ -597,3 +606,25 @@ def test_same_as_the_model(machine: type[ResumeMachine], monkeypatch: pytest.Mon
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=chosen)
+
+
+@pytest.mark.parametrize("machine", [MemoryMachine, SqliteMachine])
+@pytest.mark.usefixtures("_small")
+def test_a_thread_that_ends_late(machine: type[ResumeMachine]) -> None:
+    """The machine plays what it hardly ever draws: the broker's clock goes on, and the node's does not."""
+    state = machine()
+    state.begin()
+    state.open(wanted=[wish(0x7F, pid=3, node="a")], names_stream=True, flows=True)
+    state.end_slowly(which=0, who=2, ticks=2)
+    state.teardown()
+
+
+@pytest.mark.usefixtures("_small")
+def test_groups_within_one_another_and_a_broker_that_is_started_again() -> None:
+    """... and that agents send their rings first."""
+    state = SqliteMachine()
+    state.begin()
+    state.open(wanted=[wish(0x60, group="/a")], names_stream=True, flows=True)
+    state.open(wanted=[wish(0x60, group="/a/b")], names_stream=True, flows=True)
+    state.restart_under_load(found=False)
+    state.teardown()

@@ -141,7 +141,7 @@ class Listener:
                     start=at,
                     limit=limit,
                 )
-                counted = int(self.line(at)["counted"])
+                counted = int(self.line(at).get("counted", 0))
         except LabError as error:
             account = self.account.read()
             lost = {node: dict(account.lost(node)) for node in account.told}

@@ -19,13 +19,13 @@ from kmonitor.agent.cgroups import hierarchy_root
 from kmonitor.agent.errors import PinError
 from kmonitor.agent.kernel_btf import KernelBtf
 from kmonitor.agent.pins import is_bpffs, open_folder
-from kmonitor.agent.probe import HOOKS
+from kmonitor.agent.probe import COPIES_MOST, HOOKS, preempts
 from kmonitor.agent.processes import HIDDEN_ADVICE
 from kmonitor.agent.procfs import how_hidden
 from kmonitor.wire.errors import KmonitorError
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
-_MIN_KERNEL = (5, 12)  # atomics in BPF; ring buffer, task iterator and CAP_BPF are older
+_MIN_KERNEL = (5, 10)  # programs that user space runs (BPF_PROG_TEST_RUN); ring buffer, task iterator and CAP_BPF are older
 _NETLINK_CONNECTOR = 11  # include/uapi/linux/netlink.h
 _BCC_FOLDERS = "python3*/*-packages/bcc"  # below /usr/lib: where distributions have it, for their own interpreter
 
@@ -68,7 +68,7 @@ def kernel() -> Check:
     match = re.match(r"(\d+)\.(\d+)", release)
     if match is not None and (int(match[1]), int(match[2])) >= _MIN_KERNEL:
         return Check("ok", "kernel", release)
-    return Check("fail", "kernel", release, "the probe needs Linux 5.12 or later, compiled by bcc 5.10; source netlink any")
+    return Check("fail", "kernel", release, "the probe needs Linux 5.10 or later; source netlink any")
 
 
 def btf() -> Check:
@@ -94,7 +94,8 @@ def tracepoints() -> Check:
         return Check(
             "fail", "tracepoints", f"not in this kernel: {', '.join(absent)}", "take a kernel with CONFIG_TRACEPOINTS; or source netlink"
         )
-    return Check("ok", "tracepoints", ", ".join(names))
+    copies = f"; a program may be preempted here: {COPIES_MOST} copies of those that make records" if preempts() else ""
+    return Check("ok", "tracepoints", ", ".join(names) + copies)
 
 
 def library() -> Check:

@@ -22,7 +22,7 @@ from kmonitor.agent.errors import BpfError
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.pace import GATHER_S
 from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
-from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, is_current
+from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, can_adopt
 from kmonitor.agent.source import Source
 from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.errors import KmonitorError, UsageError
@@ -194,7 +194,7 @@ def agent(
                 stack.callback(folder.close)
                 folders.append(folder)
         opened: Source | None = None
-        if folders and (found := _predecessors(folders)):
+        if folders and (found := _predecessors(folders, choice)):
             opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
             stack.callback(opened.close)
             identity = Identity(name, scope, labels)
@@ -253,14 +253,14 @@ def _remove(folders: list[PinFolder]) -> None:
             folder.remove()
 
 
-def _predecessors(folders: list[PinFolder]) -> list[Predecessor]:
-    """What other versions have left. `folders` are open; the first is this version's."""
+def _predecessors(folders: list[PinFolder], choice: str) -> list[Predecessor]:
+    """What other versions and other sources have left. `folders` are open; the first is this version's."""
     own, *others = folders
-    if not others and (not own.names() or is_current(own)):
+    if not others and (not own.names() or can_adopt(own, choice)):
         return []
     from kmonitor.agent.predecessor import find  # noqa: PLC0415  # with grpc; and rarely there is one
 
-    return find(own, others)
+    return find(own, others, choice)
 
 
 def _open(choice: SourceName | Literal["auto"], options: ProbeOptions, pins: PinFolder | None) -> Source:

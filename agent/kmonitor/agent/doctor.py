@@ -15,7 +15,7 @@ from kmonitor.agent.sources import SOURCES, SourceName, start
 from kmonitor.wire.errors import KmonitorError
 
 NEEDS: dict[SourceName, str] = {
-    "core": "Linux 5.12 or later with BTF, libbpf 1.0 or later, CAP_BPF and CAP_PERFMON",
+    "core": "Linux 5.10 or later with BTF, libbpf 1.0 or later, CAP_BPF and CAP_PERFMON",
     "bcc": "Linux 5.10 or later with BTF or its headers, python3-bpfcc, libbpf 1.0 or later, CAP_BPF and CAP_PERFMON",
     "netlink": "CONFIG_PROC_EVENTS, CAP_NET_ADMIN (from 6.6 on for a larger buffer only), the initial pid, user and net namespaces",
 }

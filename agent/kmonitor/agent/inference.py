@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from kmonitor.agent.interest import InterestTable
+from kmonitor.agent.procfs import is_other_grain
 from kmonitor.agent.slices import in_slices, in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2
@@ -66,6 +67,9 @@ class Inference:
                 continue
             known = found.get(pid)
             if known is not None and known.start_boottime_ns != start_boottime_ns:
+                if known.live and is_other_grain(known.start_boottime_ns, start_boottime_ns):
+                    self._asked.discard((pid, start_boottime_ns))
+                    continue
                 known = None  # the pid was given out again
             # A zombie that the source has an entry for was not told yet, but is about to be.
             if known is None or (not known.live and not self._interest.will_tell(pid, start_boottime_ns)):

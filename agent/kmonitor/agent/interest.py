@@ -29,6 +29,7 @@ from kmonitor.agent.maps import (
     pid_of,
 )
 from kmonitor.agent.processes import HIDDEN_ADVICE, Found, Look
+from kmonitor.agent.procfs import is_other_grain
 from kmonitor.agent.slices import in_slices, in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, monitor_pb2
@@ -181,6 +182,10 @@ class InterestTable:
             elif again and not found.live and pinned and self.will_tell(process.pid, process.start_time):
                 # It has given up its last thread, and the probe has yet to be called: the end will be in the ring.
                 _answer(answer, process, _RUNNING, found)
+            elif found.live and pinned and is_other_grain(found.start_boottime_ns, process.start_time):
+                # It lives. But its events would be those of another start time, which is another process to all who know it.
+                text = f"source {self._source.name} tells start times in another grain than the source before it: register the process anew"
+                _refuse(answer, process, text)
             elif not found.live or (pinned and found.start_boottime_ns != process.start_time):
                 _answer(answer, process, _EXITED, found if found.start_boottime_ns == process.start_time or not pinned else None)
             else:

@@ -29,7 +29,7 @@ class KernelBtf:
         """Raises CaptureError if the kernel has none."""
         self._handle: Any = library.btf__load_vmlinux_btf()
         if not self._handle:
-            raise CaptureError(f"the kernel has no BTF ({_KERNEL_BTF}): it must be built with CONFIG_DEBUG_INFO_BTF (5.12 or later)")
+            raise CaptureError(f"the kernel has no BTF ({_KERNEL_BTF}): it must be built with CONFIG_DEBUG_INFO_BTF (5.10 or later)")
 
     def __enter__(self) -> KernelBtf:
         return self

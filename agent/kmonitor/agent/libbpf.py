@@ -78,6 +78,12 @@ class _TestRunOptions(ctypes.Structure):
     )
 
 
+class _ProgramInfo(ctypes.Structure):
+    """The beginning of struct bpf_prog_info, as far as what is wanted of it (kernel 5.12 and later)."""
+
+    _fields_ = (("others", c_char * 208), ("recursion_misses", c_uint64))
+
+
 _PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 
 # name: (result, arguments), as in bpf/libbpf.h, bpf/bpf.h and bpf/btf.h.
@@ -106,6 +112,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map_get_next_key": (c_int, (c_int, c_void_p, c_void_p)),
     "bpf_link_create": (c_int, (c_int, c_int, c_int, POINTER(_LinkCreateOptions))),
     "bpf_iter_create": (c_int, (c_int,)),
+    "bpf_obj_get_info_by_fd": (c_int, (c_int, c_void_p, POINTER(c_uint32))),
     "bpf_prog_test_run_opts": (c_int, (c_int, POINTER(_TestRunOptions))),
     "btf__load_vmlinux_btf": (c_void_p, ()),
     "btf__free": (None, (c_void_p,)),
@@ -352,6 +359,18 @@ def run_program(program_fd: int, context: bytes) -> int:
     return int(options.retval)
 
 
+def recursion_misses(program_fd: int) -> int:
+    """How often the kernel has skipped a program because it was at work on the same CPU; 0 of a kernel that does not count it.
+
+    Raises BpfError.
+    """
+    info = _ProgramInfo()
+    size = c_uint32(ctypes.sizeof(info))
+    if library.bpf_obj_get_info_by_fd(program_fd, ctypes.byref(info), ctypes.byref(size)):
+        raise _fail("cannot ask after a program of the probe")
+    return int(info.recursion_misses)
+
+
 def read_iterator(program_fd: int, tid: int = 0) -> bytes:
     """All that an iterator over tasks prints; over one task if `tid` is given and the kernel can (6.1 and later)."""
     info = _IterTask(tid, 0, 0)
@@ -401,6 +420,7 @@ __all__ = [
     "open_pinned",
     "pin",
     "read_iterator",
+    "recursion_misses",
     "run_program",
     "version",
 ]

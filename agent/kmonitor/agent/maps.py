@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kmonitor.agent.misses import MADE_BY, SKIPPED, Misses
 from kmonitor.wire.masks import TYPE_NAMES
 
 ANY_WATCHED = 0x100
@@ -38,10 +39,28 @@ CONTROL_DTYPE: np.dtype[Any] = np.dtype(
             "wake_above",
             "calm",
             "reserved",
+            "made_good",
+            "skipped",
+            "missed",
         ],
-        "formats": ["<u4", "<u4", "<u4", "<u4", "<u8", "<u4", "<u4", ("<u8", (2, 8)), "<u8", "<u4", "<u4"],
-        "offsets": [0, 4, 8, 12, 16, 24, 28, 32, 160, 168, 172],
-        "itemsize": 176,
+        "formats": [
+            "<u4",
+            "<u4",
+            "<u4",
+            "<u4",
+            "<u8",
+            "<u4",
+            "<u4",
+            ("<u8", (2, 8)),
+            "<u8",
+            "<u4",
+            "<u4",
+            ("<u8", (3,)),
+            ("<i8", (3,)),
+            ("<u8", (3,)),
+        ],
+        "offsets": [0, 4, 8, 12, 16, 24, 28, 32, 160, 168, 172, 176, 200, 224],
+        "itemsize": 248,
     }
 )
 PROCESS_DTYPE: np.dtype[Any] = np.dtype(
@@ -53,7 +72,7 @@ PROCESS_DTYPE: np.dtype[Any] = np.dtype(
     }
 )
 _WATCHED = struct.Struct("<QIIQIIII")
-_CONFIG = struct.Struct("<IIII")
+_CONFIG = struct.Struct("<IIIII")
 _GONE = struct.Struct("<QQIIII16s")
 _KEY = struct.Struct("<I")
 _CGROUP_KEY = struct.Struct("<Q")
@@ -97,9 +116,9 @@ class Watched:
         return cls(start_boottime_ns, mask, flags, Root(root_start, root_pid, root_armed), armed)
 
 
-def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int) -> bytes:
+def pack_config(*, pidns_inum: int, has_group_dead: bool, victim_is_task: bool, fill_mark: int, copies: int) -> bytes:
     """struct kmonitor_config."""
-    return _CONFIG.pack(pidns_inum, has_group_dead, victim_is_task, fill_mark)
+    return _CONFIG.pack(pidns_inum, has_group_dead, victim_is_task, fill_mark, copies)
 
 
 def pack_gone(start_boottime_ns: int, cgroup_id: int, pid: int, ppid: int, uid: int, gid: int, comm: bytes) -> bytes:
@@ -135,13 +154,16 @@ def pack_mask(mask: int) -> bytes:
 class Control:
     """The map `control`, memory-mapped: what the agent and the probe say to each other without a system call."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, misses: Misses | None = None) -> None:
+        """`misses` are the caller's."""
+        self._misses = misses
         self._memory = mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self._value = np.frombuffer(self._memory, dtype=CONTROL_DTYPE, count=1)
         self._sleeping = self._value["sleeping"]
         self._wake_above = self._value["wake_above"]
         self._calm = self._value["calm"]
         self._lost = self._value["lost"][0]
+        self._skipped = [self._value[name][0] for name in ("made_good", "skipped", "missed")]
 
     def __getitem__(self, name: str) -> int:
         return int(self._value[name][0])
@@ -161,13 +183,22 @@ class Control:
     def lost(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Records that were not made since the ring was: by type (and "could not follow"), node-wide ones and watched ones."""
         node, process = self._lost.tolist()
+        if self._misses is not None:
+            for indices, missed in zip(_MISSED, self._misses.count(*self._skipped), strict=True):
+                for index in indices:
+                    process[index] += missed
         return tuple(node), tuple(process)
 
     def close(self) -> None:
         """Unmap."""
-        del self._value, self._sleeping, self._wake_above, self._calm, self._lost
+        del self._value, self._sleeping, self._wake_above, self._calm, self._lost, self._skipped
         self._memory.close()
 
 
 TYPE_BITS: tuple[int, ...] = tuple(TYPE_NAMES)
 """Event bit by index of `lost`; index LOST_FOLLOW has none."""
+_MISSED = [
+    [TYPE_BITS.index(kind) for kind in made] + [LOST_FOLLOW] * (program == "kmonitor_fork")
+    for program, made in zip(SKIPPED, MADE_BY, strict=True)
+]
+"""Indices of `lost`, by program of SKIPPED. A child that was not seen is not followed either."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent of another version has left pinned: its ring is brought to the broker, and then its probe makes room for this version's.
+"""What an agent of another version, or of another source, has left pinned: its ring is brought to the broker, and then its probe makes
+room for this one's.
 
 Only what bpf/kmonitor.h calls fixed for ever is used here.
 """
@@ -7,6 +8,7 @@ Only what bpf/kmonitor.h calls fixed for ever is used here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -16,7 +18,7 @@ from kmonitor.agent.errors import ProtocolError
 from kmonitor.agent.forwarder import Forwarder
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.pins import PinFolder
-from kmonitor.agent.probe import ITERATOR, is_current, open_control, open_ring
+from kmonitor.agent.probe import can_adopt, is_current, open_control, open_misses, open_ring, source_of
 from kmonitor.agent.secret import pinned_secret
 from kmonitor.agent.uplink import Uplink
 from kmonitor.v1 import agent_pb2
@@ -30,19 +32,21 @@ _SETTLE_S = 0.05
 class Predecessor:
     """A pinned ring, and the probe that may still fill it. A Feed."""
 
-    def __init__(self, pins: PinFolder) -> None:
-        """`pins` is open, and stays the caller's. Raises PinError, BpfError."""
+    def __init__(self, pins: PinFolder, whose: str = "another version's") -> None:
+        """`pins` is open, and stays the caller's. `whose`: for what is said of it. Raises PinError, BpfError."""
         self.pins = pins
+        self.whose = whose
         self._closed = False
-        self.name = "core" if f"prog_{ITERATOR}" in pins.names() else "bcc"
+        self.name = source_of(pins.names())
         self.record_version = pins.version
-        self.control = open_control(pins)
-        try:
+        with contextlib.ExitStack() as stack:
+            misses = open_misses(pins)
+            stack.callback(misses.close)
+            self.control = open_control(pins, misses)
+            stack.callback(self.control.close)
             self.secret = pinned_secret(pins)
             self.ring = open_ring(pins, self.control)
-        except BaseException:
-            self.control.close()
-            raise
+            self._opened = stack.pop_all()
 
     @property
     def epoch(self) -> int:
@@ -73,22 +77,26 @@ class Predecessor:
         if not self._closed:
             self._closed = True
             self.ring.close()
-            self.control.close()
+            self._opened.close()
 
 
-def find(own: PinFolder, others: list[PinFolder]) -> list[Predecessor]:
+def find(own: PinFolder, others: list[PinFolder], choice: str) -> list[Predecessor]:
     """Those of a node, the oldest first. All folders are open; `own` is this version's. What is left of a probe without anything
-    to deliver is removed.
+    to deliver is removed. `choice`: see probe.can_adopt.
 
     Raises PinError, BpfError.
     """
     found = []
     for folder in (own, *others):
         names = folder.names()
-        if folder is own and (not names or is_current(folder)):
-            continue
+        whose = "another version's"
+        if folder is own:
+            if not names or can_adopt(own, choice):
+                continue
+            if is_current(own):
+                whose = f"one of source {source_of(names)}"
         if names >= {"map_events", "map_control"}:
-            old = Predecessor(folder)
+            old = Predecessor(folder, whose)
             if old.captures or old.waiting:
                 found.append(old)
                 continue
@@ -123,7 +131,7 @@ class Draining(Uplink):
             await super().run()
         except ProtocolError as error:
             raise ProtocolError(
-                f"{error}; so the {self._old.waiting} bytes that another version's probe has recorded, in {self._old.pins.path}, cannot be"
+                f"{error}; so the {self._old.waiting} bytes that the pinned probe has recorded, in {self._old.pins.path}, cannot be"
                 " delivered: connect to a broker that takes them, or give them up with --unpin"
             ) from None
 
@@ -132,7 +140,8 @@ class Draining(Uplink):
 
     def _connected(self) -> None:
         log.info(
-            "the pinned probe is another version's: the broker at %s gets the %d bytes that wait in its ring, then it is replaced",
+            "the pinned probe is %s: the broker at %s gets the %d bytes that wait in its ring, then it is replaced",
+            self._old.whose,
             self._address,
             self._old.waiting,
         )

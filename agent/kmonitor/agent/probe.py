@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
+import re
 import threading
 import time
 import zlib
@@ -17,6 +19,7 @@ from kmonitor.agent import libbpf
 from kmonitor.agent.capabilities import missing, refusal
 from kmonitor.agent.errors import BpfError, CaptureError
 from kmonitor.agent.maps import ANY_LEARN, Control, pack_config, pack_gone
+from kmonitor.agent.misses import SKIPPED, Misses
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.processes import Found, ProcessTable, comm_bytes
 from kmonitor.agent.procfs import ProcTable
@@ -36,6 +39,12 @@ HOOKS = {
 }
 """Program and tracepoint, in the order of attaching: an end that is seen without its beginning does less harm than a process that is
 followed and never forgotten."""
+COPIES_MOST = 3
+"""KMONITOR_COPIES."""
+_PREEMPTS_SINCE = 7, 0
+"""From this Linux on tracepoints, and so programs, may be preempted. Elsewhere only what interrupts finds one at work, and no process
+forks or ends in an interrupt."""
+_TURNS = 8192
 ITERATOR = "kmonitor_tasks"
 INFER = "kmonitor_infer"
 """Attached nowhere: run to tell the end of a process that was found gone."""
@@ -57,6 +66,8 @@ class ProbeOptions:
     watched_max: int = DEFAULT_WATCHED_MAX
     force_claim: bool = False
     """Do as on a kernel that does not tell which thread's end is the process's; for tests."""
+    force_copies: bool = False
+    """Do as on a kernel that preempts programs; for tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,7 @@ class Config:
     has_group_dead: bool
     victim_is_task: bool
     fill_mark: int
+    copies: int
 
     @classmethod
     def of(cls, options: ProbeOptions, *, has_group_dead: bool, victim_is_task: bool) -> Config:
@@ -80,6 +92,7 @@ class Config:
             has_group_dead and not options.force_claim,
             victim_is_task,
             options.ring_bytes // of * most,
+            COPIES_MOST if options.force_copies or preempts() else 1,
         )
 
     def pack(self) -> bytes:
@@ -89,7 +102,26 @@ class Config:
             has_group_dead=self.has_group_dead,
             victim_is_task=self.victim_is_task,
             fill_mark=self.fill_mark,
+            copies=self.copies,
         )
+
+    def hooks(self) -> dict[str, str]:
+        """Program and tracepoint, as HOOKS has them, and copies behind the first of each."""
+        return {
+            copy: tracepoint
+            for program, tracepoint in HOOKS.items()
+            for copy in ([copy_of(program, number) for number in range(1, self.copies + 1)] if program in SKIPPED else [program])
+        }
+
+
+def copy_of(program: str, number: int) -> str:
+    """As PROBE_COPIES names it."""
+    return program if number == 1 else f"{program}_{number}"
+
+
+def preempts() -> bool:
+    """Whether this kernel may preempt a program that is attached to a tracepoint."""
+    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2]) >= _PREEMPTS_SINCE
 
 
 class Probe:
@@ -98,8 +130,8 @@ class Probe:
     def __init__(
         self, name: str, maps: dict[str, libbpf.Map], programs: dict[str, int], links: dict[str, int], *, adopted: bool, secret: bytes = b""
     ) -> None:
-        """Owns all that it is given. `programs`: INFER, and ITERATOR; without the latter processes are looked up in /proc. `links` by
-        program; none are needed of a probe that is pinned."""
+        """Owns all that it is given. `programs`: INFER, those of SKIPPED, and ITERATOR, without which processes are looked up
+        in /proc. `links` by program; none are needed of a probe that is pinned."""
         self.name = name
         self.record_version = RECORD_VERSION
         self._maps = maps
@@ -112,7 +144,8 @@ class Probe:
         self.watched = maps["watched"]
         self.watched_cgroups = maps["watched_cgroups"]
         self.processes = ProcessTable(programs[ITERATOR]) if ITERATOR in programs else ProcTable()
-        self.control = Control(maps["control"].fd)
+        self._misses = Misses({name: os.dup(fd) for name, fd in programs.items() if name in SKIPPED})
+        self.control = Control(maps["control"].fd, self._misses)
         self.ring = Ring(maps["events"].fd, _map_info(maps["events"].fd, "max_entries"), self.control)
 
     @property
@@ -146,13 +179,14 @@ class Probe:
             libbpf.pin(each.fd, pins.path / f"map_{name}")
         for name, fd in self._programs.items():
             libbpf.pin(fd, pins.path / f"prog_{name}")
-        for name, fd in self._links.items():  # the last: with them it is whole
+        for name, fd in reversed(self._links.items()):  # the last, and of these the first copies: with them it is whole
             libbpf.pin(fd, pins.path / f"link_{name}")
 
     def close(self) -> None:
         """Give back what this process holds."""
         self.ring.close()
         self.control.close()
+        self._misses.close()
         for each in self._maps.values():
             each.close()
         for fd in (*self._links.values(), *self._programs.values()):
@@ -168,6 +202,11 @@ def open_object(options: ProbeOptions, config: Config, *, own_btf: Path | None =
     try:
         obj.set_max_entries("events", options.ring_bytes)
         obj.set_max_entries("watched", options.watched_max)
+        if config.copies > 1:
+            obj.set_max_entries("turns", _TURNS)
+        for program in SKIPPED:
+            for number in range(config.copies + 1, COPIES_MOST + 1):
+                obj.skip_program(copy_of(program, number))
         obj.set_initial(".rodata.config", config.pack())
     except BaseException:
         obj.close()
@@ -195,7 +234,7 @@ def run(
 ) -> Probe:
     """Make a probe of a loaded object: attach its programs, and pin all if `pins` is given (it must be open).
 
-    `attach` gives the descriptor of a program's link. `programs`: those that are not attached, which this takes over, if it fails too.
+    `attach` gives the descriptor of a program's link. `programs`: see Probe; this takes them over, if it fails too.
     Raises MissingCapabilityError, PinError, BpfError.
     """
     maps = {mine: obj.map(real) for mine, real in MAPS.items()}
@@ -204,7 +243,7 @@ def run(
     try:
         control["epoch"] = time.time_ns()
         control["object_crc"] = zlib.crc32(image())
-        for program in HOOKS:
+        for program in config.hooks():
             links[program] = attach(program)
         if config.pidns_inum:
             _learn_level(control, config.pidns_inum)
@@ -229,20 +268,35 @@ def run(
 def is_current(pins: PinFolder) -> bool:
     """Whether the probe that is pinned is whole, and made from this version's object. Raises PinError, BpfError."""
     # Links come last: with all of them there, nothing is missing but the iterator, which source bcc has not.
-    whole = {f"map_{name}" for name in MAPS} | {f"prog_{INFER}"} | {f"link_{program}" for program in HOOKS}
+    whole = {f"map_{name}" for name in MAPS} | {f"prog_{name}" for name in (INFER, *SKIPPED)} | {f"link_{program}" for program in HOOKS}
     if pins.version != RECORD_VERSION or not pins.names() >= whole:
         return False
     with contextlib.closing(open_control(pins)) as control:
         return control["object_crc"] == zlib.crc32(image())
 
 
-def open_control(pins: PinFolder) -> Control:
+def can_adopt(pins: PinFolder, choice: str) -> bool:
+    """Whether an agent with this source can go on with the probe that is pinned; "auto" with any. Raises PinError, BpfError."""
+    return choice in ("auto", source_of(pins.names())) and is_current(pins)
+
+
+def source_of(names: set[str]) -> str:
+    """Which source has made the probe that is pinned, by the names of its pins."""
+    return "core" if f"prog_{ITERATOR}" in names else "bcc"
+
+
+def open_control(pins: PinFolder, misses: Misses | None = None) -> Control:
     """That of any version's probe. Raises PinError, BpfError."""
     fd = libbpf.open_pinned(pins.path / "map_control")
     try:
-        return Control(fd)
+        return Control(fd, misses)
     finally:
         os.close(fd)
+
+
+def open_misses(pins: PinFolder) -> Misses:
+    """Those of any version's probe, as far as it has pinned what is counted. Raises PinError, BpfError."""
+    return Misses({name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in SKIPPED if f"prog_{name}" in pins.names()})
 
 
 def open_ring(pins: PinFolder, control: Control) -> Ring:
@@ -264,13 +318,13 @@ def adopt(options: ProbeOptions, pins: PinFolder) -> Probe | None:
         return None
     if not is_current(pins):
         raise CaptureError(f"what is pinned in {pins.path} is another version's: remove it with --unpin")
-    programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER) if f"prog_{name}" in found}
+    programs = {name: libbpf.open_pinned(pins.path / f"prog_{name}") for name in (ITERATOR, INFER, *SKIPPED) if f"prog_{name}" in found}
     maps = {name: libbpf.Map(libbpf.open_pinned(pins.path / f"map_{name}"), name) for name in MAPS}
     secret = pinned_secret(pins)
     if not secret:  # the pins of an older version
         secret = make_secret()
         pin_secret(pins, secret)
-    probe = Probe("core" if ITERATOR in programs else "bcc", maps, programs, {}, adopted=True, secret=secret)
+    probe = Probe(source_of(found), maps, programs, {}, adopted=True, secret=secret)
     if options.scope == "pidns" and probe.control["pidns_inum"] != _own_namespace():
         probe.close()
         raise CaptureError(

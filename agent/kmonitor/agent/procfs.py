@@ -17,6 +17,14 @@ from kmonitor.agent.processes import HIDDEN_ADVICE, Found, Look
 from kmonitor.wire.selectors import COMM_MOST
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def is_other_grain(one: int, other: int) -> bool:
+    """Whether two different start times of a pid are of one process: sources differ in their grain, and the one that captures now need not
+    be the one that the process was told from. A pid is not given out twice in a tick."""
+    return one != other and one // TICK_NS == other // TICK_NS and 0 in (one % TICK_NS, other % TICK_NS)
+
+
 _PF_EXITING = 0x4  # include/linux/sched.h; set before the kernel tells anybody of the end of a thread
 
 

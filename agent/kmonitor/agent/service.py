@@ -52,7 +52,7 @@ def succeed(found: list[Predecessor], folders: list[PinFolder], address: str, id
                 return signalled or "term"
             old.close()
             discard(old.pins, folders[0])
-            log.info("the probe of the other version is replaced: all that it had recorded was delivered")
+            log.info("the probe that was pinned is replaced: all that it had recorded was delivered")
             if signalled is not None:
                 return signalled
     finally:

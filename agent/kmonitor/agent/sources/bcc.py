@@ -26,10 +26,10 @@ from kmonitor.agent.capabilities import refusal
 from kmonitor.agent.errors import BpfError, CaptureError
 from kmonitor.agent.kernel_btf import KernelBtf, has_kernel_btf
 from kmonitor.agent.libbpf import Object
+from kmonitor.agent.misses import SKIPPED
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import (
     CAPABILITIES,
-    HOOKS,
     INFER,
     ITERATOR,
     Config,
@@ -46,7 +46,8 @@ from kmonitor.agent.sources import bcc_headers
 INTERPRETERS = (sys.executable, "/usr/bin/python3")
 """Which are asked for bcc. A distribution's package belongs to the distribution's interpreter, which need not be the one that runs this."""
 _LOADER = Path(__file__).with_name("bcc_loader.py")
-_LIMIT_S = 60.0
+STALL_S = 30.0
+"""Without any CPU time used, after which its compiler is given up."""
 _VICTIM_IS_TASK_SINCE = 6, 8
 _MAPS = {
     "events": "events",
@@ -58,6 +59,7 @@ _MAPS = {
     "claims": "claims",
     "ended": "ended",
     "filenames": "filenames",
+    "turns": "turns",
     "control": ".data.control",
 }
 """All that the programs use: as the source names it, and as the object file does."""
@@ -75,12 +77,13 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
     config = Config.of(options, has_group_dead=has_group_dead, victim_is_task=victim_is_task)
     obj = open_object(options, config, own_btf=object_path())
     try:
-        for program in (*HOOKS, ITERATOR, INFER):
+        for program in (*config.hooks(), ITERATOR, INFER):
             obj.skip_program(program)
         load_object(obj)
         made = _compile(sources, obj, config, offsets)
         try:
-            return run("bcc", obj, config, pins, lambda program: os.dup(made[program]), {INFER: os.dup(made[INFER])})
+            programs = {program: os.dup(made[f"prog_{program}"]) for program in (INFER, *SKIPPED)}
+            return run("bcc", obj, config, pins, lambda program: os.dup(made[program]), programs)
         finally:
             for fd in made.values():
                 os.close(fd)
@@ -90,7 +93,7 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
 
 def version() -> str:
     """Of the bcc that is installed. Raises CaptureError if there is none."""
-    return str(_ask({"hooks": [], "routines": [], "headers": None})["version"])
+    return str(_ask({"hooks": [], "programs": [], "headers": None})["version"])
 
 
 def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
@@ -114,8 +117,8 @@ def _fit(sources: Path) -> tuple[bool, bool, dict[str, int] | None]:
 
 
 def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int] | None) -> dict[str, int]:
-    """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, and of the
-    program that is not attached; the caller owns them."""
+    """Have the programs compiled for these maps, loaded and attached: a descriptor of the link of each, and, as prog_NAME, of those
+    programs that are run, or asked for what was skipped; the caller owns them."""
     with contextlib.ExitStack() as stack:
         maps = {name: stack.enter_context(contextlib.closing(obj.map(real))).fd for name, real in _MAPS.items()}
         # With offsets at hand the kernel's headers are not wanted, even if there are some: they define what kernel.h does.
@@ -123,23 +126,27 @@ def _compile(sources: Path, obj: Object, config: Config, offsets: dict[str, int]
         flags = ["-DKMONITOR_BCC", "-Wno-everything", f"-I{sources}"]
         flags += [f"-DKMONITOR_FD_{name}={fd}" for name, fd in maps.items()]
         flags.append(f"-DKMONITOR_CONFIG={{{','.join(str(int(value)) for value in astuple(config))}}}")
+        if config.copies == 1:
+            flags.append("-DKMONITOR_NO_COPIES")
         if offsets is None:
             flags.append("-DKMONITOR_KERNEL_HEADERS")
         else:
             flags += [f"-DKMONITOR_OFFSET_{name}={offset}" for name, offset in offsets.items()]
+        programs = [INFER, *SKIPPED]
+        names = [*config.hooks(), *(f"prog_{program}" for program in programs)]
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         order = {
             "source": sources.joinpath("kmonitor.bpf.c").read_text(encoding="utf-8"),
             "flags": flags,
             "headers": headers,
-            "hooks": list(HOOKS.items()),
-            "routines": [INFER],
+            "hooks": list(config.hooks().items()),
+            "programs": programs,
             "socket": theirs.fileno(),
         }
         _ask(order, (*maps.values(), theirs.fileno()))
         theirs.close()
-        _, made, _, _ = socket.recv_fds(ours, 16, len(HOOKS) + 1)
-        return dict(zip((*HOOKS, INFER), made, strict=True))
+        _, made, _, _ = socket.recv_fds(ours, 16, len(names))
+        return dict(zip(names, made, strict=True))
 
 
 def _ask(order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -161,19 +168,52 @@ def _ask(order: dict[str, Any], descriptors: tuple[int, ...] = ()) -> dict[str, 
 
 def _run_loader(interpreter: str, order: dict[str, Any], descriptors: tuple[int, ...]) -> tuple[dict[str, Any], str]:
     """(its answer, what the compiler and the verifier said)."""
+    environment = dict(os.environ)
+    if "BCC_KERNEL_SOURCE" in environment:
+        environment["BCC_KERNEL_SOURCE"] = os.path.abspath(environment["BCC_KERNEL_SOURCE"])  # noqa: PTH100 - links are followed there
     try:
-        # -I: neither variables of this environment nor modules in the working directory have a part in it.
-        done = subprocess.run(
-            [interpreter, "-I", _LOADER], input=json.dumps(order), capture_output=True, text=True, errors="replace",
-            pass_fds=descriptors, timeout=_LIMIT_S, check=False,
+        # -I: neither variables of this environment nor modules in the working directory have a part in it. Nor need this user be allowed
+        # to read that folder, which the compiler would.
+        child = subprocess.Popen(
+            [interpreter, "-I", _LOADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", pass_fds=descriptors, cwd="/", env=environment,
         )  # fmt: skip
-        return json.loads(done.stdout), done.stderr
     except OSError as error:
         return {"error": f"cannot run {interpreter}: {error.strerror}", "missing": True}, ""
-    except subprocess.TimeoutExpired:
-        raise CaptureError(f"bcc took longer than {_LIMIT_S:.0f} s to compile the probe") from None
+    with child:
+        try:
+            out, err = _await(child, json.dumps(order))
+        except BaseException:
+            child.kill()
+            raise
+    try:
+        return json.loads(out), err
     except ValueError:
-        raise BpfError(f"bcc's loader ended with status {done.returncode}", 0, done.stderr) from None
+        raise BpfError(f"bcc's loader ended with status {child.returncode}", 0, err) from None
+
+
+def _await(child: subprocess.Popen[str], order: str) -> tuple[str, str]:
+    """What it prints on stdout and stderr. Raises CaptureError if it does nothing any more: a slow machine is given the time it takes."""
+    worked = -1
+    given: str | None = order
+    while True:
+        try:
+            return child.communicate(given, STALL_S)
+        except subprocess.TimeoutExpired:
+            given = None
+            before, worked = worked, _ticks(child.pid)
+            if worked <= before:
+                raise CaptureError(f"bcc has not done anything for {STALL_S:g} s while it compiled the probe") from None
+
+
+def _ticks(pid: int) -> int:
+    """Of CPU time, its own and that of what it runs and has run, so far."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    return sum(int(field) for field in fields[11:15]) + sum(_ticks(int(child)) for child in children)
 
 
 def _has_kernel_headers() -> bool:

@@ -8,8 +8,8 @@ Nothing of kmonitor is imported here. Standard input is a JSON object:
     flags     for the compiler
     headers   a folder to use as the kernel's headers, or null for those that bcc finds
     hooks     [[program, tracepoint], ...]: attached in this order
-    routines  [program, ...]: loaded, and attached nowhere
-    socket    descriptor of a Unix socket, to which the descriptors of the links, and then of the routines, are sent, in the same order
+    programs  [program, ...]: loaded, and attached only if they are among the hooks
+    socket    descriptor of a Unix socket, to which the descriptors of the links, and then of these programs, are sent, in the same order
 
 Standard output is a JSON object: {"version": ...}; or {"error": one line, "errno": number or 0}; or {"error": one line, "missing": true} if
 this interpreter has no bcc. Standard error is what the compiler or the verifier said.
@@ -41,7 +41,7 @@ def load(order: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - bcc raises nothing more special
         return {"error": f"bcc {version} does not compile the probe: {_line(error)}", "errno": 0}
     made = []
-    for program, tracepoint in [*order["hooks"], *((program, None) for program in order["routines"])]:
+    for program, tracepoint in [*order["hooks"], *((program, None) for program in order["programs"])]:
         ctypes.set_errno(0)
         try:
             loaded = probe.load_func(program.encode(), bcc.BPF.RAW_TRACEPOINT)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from kmonitor.agent.kernel_btf import KernelBtf
+from kmonitor.agent.misses import SKIPPED
 from kmonitor.agent.pins import PinFolder
 from kmonitor.agent.probe import INFER, ITERATOR, Config, Probe, ProbeOptions, load_object, open_object, run
 from kmonitor.wire.errors import KmonitorError
@@ -26,6 +27,6 @@ def load(options: ProbeOptions, pins: PinFolder | None) -> Probe:
             obj.close()
             obj = open_object(options, config)
             load_object(obj)
-        return run("core", obj, config, pins, obj.attach, {program: obj.program_fd(program) for program in (ITERATOR, INFER)})
+        return run("core", obj, config, pins, obj.attach, {program: obj.program_fd(program) for program in (ITERATOR, INFER, *SKIPPED)})
     finally:
         obj.close()  # maps, programs and links live on by their own descriptors

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In a guest: forks by several workers at once, under a watch of everything. What is missing must be told as a gap.
+
+A kernel skips a BPF program that is at work on the CPU already: it was preempted there, or interrupted. Only the kernel's own count tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ADDRESS = "127.0.0.1:7400"
+NODE = "miss"
+LIMIT_S = 240.0
+"""For one step: a guest is slow."""
+
+
+def main() -> int:
+    """0 if nothing is missing that no gap covers."""
+    parser = argparse.ArgumentParser(description="Forks by several workers at once, and what was told of them.")
+    parser.add_argument("sources", nargs="*", default=["core"])
+    parser.add_argument("--workers", type=int, default=6)
+    parser.add_argument("--forks", type=int, default=400)
+    given = parser.parse_args()
+    broker = subprocess.Popen(["kmonitor-broker", "--listen", ADDRESS, "--log", "memory"], stderr=subprocess.DEVNULL)
+    try:
+        return max([under(source, given.workers, given.forks) for source in given.sources])
+    finally:
+        broker.terminate()
+        broker.wait()
+
+
+def under(source: str, workers: int, forks: int) -> int:
+    """With an agent of this source."""
+    told, said = Path(f"/tmp/told-{source}"), Path(f"/tmp/said-{source}")
+    agent_command = ["kmonitor-agent", "--broker", ADDRESS, "--node", NODE]
+    with said.open("wb") as stream:
+        agent = subprocess.Popen([*agent_command, "--source", source], stdout=stream, stderr=stream)
+    watch = None
+    try:
+        await_that(lambda: "is connected" in said.read_text(), f"source {source}: the agent does not connect", agent)
+        with told.open("wb") as stream:
+            watch = subprocess.Popen(
+                ["kmon", "watch", "--broker", ADDRESS, "--node", NODE, "--events", "all", "--json"], stdout=stream, stderr=stream
+            )
+        await_that(lambda: '"registered"' in told.read_text(), "kmon watch does not register", watch)
+        began = time.monotonic()
+        roots = [subprocess.Popen([sys.executable, "-S", "-c", LOAD, str(forks)]) for _ in range(workers)]
+        for root in roots:
+            root.wait()
+        took = time.monotonic() - began
+        with subprocess.Popen(["sh", "-c", "exit 77"]) as fence:
+            pass
+        await_that(lambda: any(is_exit(line, fence.pid) for line in lines(told)), "the last exit does not come", watch)
+        skipped = misses()
+    finally:
+        for process in (watch, agent):
+            if process is not None:
+                process.terminate()
+                process.wait()
+        subprocess.run([*agent_command, "--unpin"], check=False)
+    return account(source, {root.pid for root in roots}, workers * forks, told, skipped, took)
+
+
+def account(source: str, roots: set[int], total: int, told: Path, skipped: dict[str, int], took: float) -> int:
+    """Print what was told beside what was; 0 if the gaps cover the rest."""
+    seen: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
+    gaps = inferred = 0
+    for line in lines(told):
+        if line["kind"] == "gap":
+            gaps += 1
+            for each in line["lost"]:
+                lost[each["type"].removeprefix("EVENT_TYPE_")] += int(each["count"])
+        elif line["kind"] == "event":
+            seen["forks"] += line["type"] == "PROCESS_FORK" and line["pid"] in roots
+            seen["exits"] += line["type"] == "PROCESS_EXIT" and line["ppid"] in roots and line["pid"] not in roots
+            inferred += bool(line.get("inferred"))
+    covered = seen["forks"] + lost["PROCESS_FORK"] >= total and seen["exits"] + lost["PROCESS_EXIT"] >= total
+    print(
+        f"{platform.release()}: {source}: forks {seen['forks']} and exits {seen['exits']} of {total} in {took:.0f} s,"
+        f" gaps {gaps} {dict(lost)}, inferred {inferred}; skipped by the kernel {skipped};"
+        f" preemption {preemption()}: {'covered' if covered else 'MISSING'}",
+        flush=True,
+    )
+    return 0 if covered else 1
+
+
+def lines(told: Path) -> list[dict[str, Any]]:
+    """All that are whole."""
+    return [json.loads(line) for line in told.read_text().splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
+
+
+def is_exit(line: dict[str, Any], pid: int) -> bool:
+    """Whether it is the exit of this process."""
+    return bool(line["kind"] == "event" and line["type"] == "PROCESS_EXIT" and line["pid"] == pid)
+
+
+def await_that(done: Callable[[], bool], otherwise: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait while the process lives."""
+    ends = time.monotonic() + LIMIT_S
+    while not done():
+        if process.poll() is not None or time.monotonic() > ends:
+            raise SystemExit(f"{otherwise} (status {process.poll()})")
+        time.sleep(0.2)
+
+
+def misses() -> dict[str, int]:
+    """By program: how often the kernel skipped it."""
+    shown = subprocess.run(["bpftool", "prog", "show"], capture_output=True, text=True, check=False).stdout
+    found: Counter[str] = Counter()
+    for name, count in re.findall(r"name (kmonitor_\w+) .*recursion_misses (\d+)", shown):
+        found[name] += int(count)
+    return dict(found)
+
+
+def preemption() -> str:
+    """The kernel's model, if it tells."""
+    try:
+        return Path("/sys/kernel/debug/sched/preempt").read_text().strip()
+    except OSError:
+        return "not told"
+
+
+LOAD = """
+import os, sys
+for _ in range(int(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    raise SystemExit(main())
