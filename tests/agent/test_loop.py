@@ -117,7 +117,7 @@ class Requests:
         children = [int(pid) for pid in _read(f"/proc/{parent}/task/{parent}/children").split()]
         assert len(children) == PROCESSES
         units = [Group(unit=f"kmtest-{number}.service", event_mask=EXIT) for number in range(UNITS)]
-        nowhere = [Want(pid=5_000_000 + number, event_mask=EXIT, look_up=True) for number in range(NOWHERE)]
+        nowhere = [Want(pid=4_000_000 + number, event_mask=EXIT, look_up=True) for number in range(NOWHERE)]
         self.children = children
         self.steps: list[tuple[str, agent_pb2.BrokerMessage]] = []
         self._add("units", interest=agent_pb2.Interest(version=1, reset=True, groups=units))
@@ -127,7 +127,7 @@ class Requests:
         wanted = [Want(pid=pid, event_mask=EXIT, look_up=True, follow=True) for pid in children]
         self._add("arm", interest=agent_pb2.Interest(version=3, processes=wanted))
         self._add("nowhere", interest=agent_pb2.Interest(version=4, processes=nowhere))
-        gone = [Gone(pid=5_000_000 + number, start_time=1) for number in range(GONE)]
+        gone = [Gone(pid=4_000_000 + number, start_time=1) for number in range(GONE)]
         self._add("infer", infer_exits=agent_pb2.InferExits(processes=gone))
         self._add("reset", interest=agent_pb2.Interest(version=5, reset=True, processes=wanted[:1]))
 
