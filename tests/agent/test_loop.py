@@ -75,7 +75,7 @@ def many_units() -> Iterator[str]:
     need(hierarchy_lack)
     with placed_group(f"kmtest{os.getpid()}.slice") as group:
         for number in range(GROUPS):
-            (group.folder / f"kmtest-{number}.service").mkdir()
+            (group.folder / f"kmtest{os.getpid()}-{number}.service").mkdir()
         yield group.path
 
 
@@ -116,7 +116,7 @@ class Requests:
     def __init__(self, parent: int, group: str) -> None:
         children = [int(pid) for pid in _read(f"/proc/{parent}/task/{parent}/children").split()]
         assert len(children) == PROCESSES
-        units = [Group(unit=f"kmtest-{number}.service", event_mask=EXIT) for number in range(UNITS)]
+        units = [Group(unit=f"kmtest{os.getpid()}-{number}.service", event_mask=EXIT) for number in range(UNITS)]
         nowhere = [Want(pid=4_000_000 + number, event_mask=EXIT, look_up=True) for number in range(NOWHERE)]
         self.children = children
         self.steps: list[tuple[str, agent_pb2.BrokerMessage]] = []
