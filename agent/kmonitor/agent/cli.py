@@ -208,6 +208,10 @@ def agent(
                 opened.pin(folders[0])
         if opened is None:
             # The kernel verifies the probe on one CPU, and imports take another: neither holds Python's lock for long.
+            # What asyncio starts threads with is imported here: when the first is wanted there may be no descriptor left, and while the
+            # interpreter ends that thread could not.
+            import concurrent.futures.thread  # noqa: F401, PLC0415
+
             threading.Thread(target=_import_service, name="import").start()
             opened = _open(choice, options, pins)
             stack.callback(opened.close)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # asyncio imports it with the first thread: there may be no descriptor left by then  # noqa: F401
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeVar
