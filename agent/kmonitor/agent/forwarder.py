@@ -144,7 +144,7 @@ class Forwarder:
     async def _send_block(self) -> int:
         """Write one block; how many bytes it had, 0 if there was none. The caller holds the lock."""
         now = asyncio.get_running_loop().time()
-        self._losses.look(now)
+        self._losses.look(now, quick=True)
         position = self._ring.position
         size = 0
         data = self._ring.read(BLOCK_BYTES)
@@ -212,7 +212,7 @@ class Forwarder:
     def _note_complete(self, now: _Moment) -> None:
         self._aim = self._aim or now
         for moment in (now, self._aim):
-            if self._ring.position >= moment.end and not self._ring.behind and self._losses.clear_at(moment.loop_s, moment.unix_ns):
+            if self._ring.position >= moment.end and not self._ring.behind and self._losses.clear_at(moment.loop_s):
                 self._complete, self._aim = moment, None
                 return
 
@@ -282,5 +282,6 @@ class Forwarder:
         async with self._lock:
             while await self._send_block():
                 pass
+            self._losses.look(asyncio.get_running_loop().time())
             await self._tell_losses(asyncio.get_running_loop().time(), force=True)
         await self.until_released(self._ring.position)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kmonitor.agent.maps import LOST_FOLLOW, LOST_PROCESS, TYPE_BITS
 from kmonitor.agent.source import Feed
@@ -32,6 +33,14 @@ class _Loss:
     """The last look at which it had not happened."""
 
 
+class _Look(NamedTuple):
+    """At what the source has lost so far: what it lost before is known."""
+
+    position: int
+    time_ns: int
+    at_s: float
+
+
 class Losses:
     """What one stream has seen of them, and has told. Times without a unit are of the event loop's clock, in seconds.
 
@@ -45,9 +54,7 @@ class Losses:
         self._seen: LostCounts = self._control.lost()
         self._waiting: deque[_Loss] = deque()
         self._told_at = float("-inf")
-        self._looked_at = float("-inf")
-        self._checked_position = self._ring.consumer
-        self._checked_ns = time.time_ns()
+        self._last = self._last_thorough = _Look(self._ring.consumer, time.time_ns(), float("-inf"))
 
     def totals(self) -> agent_pb2.Lost:
         """All of this epoch so far: for the hello, which makes them known to the broker."""
@@ -56,32 +63,35 @@ class Losses:
         # What the broker does not know of them was lost while there was no stream: since it last acknowledged.
         return _message(_Loss(self._ring.consumer, 0, self._ring.producer, time.time_ns(), self._seen, 0.0, 0.0))
 
-    def look(self, now: float) -> None:
-        """What is lost between two looks lies between the producer's position before the first and after the second."""
-        before = self._ring.producer
-        counts = self._control.lost()
+    def look(self, now: float, *, quick: bool = False) -> None:
+        """See what was lost: between two looks it lies between the producer's position before the first and after the second.
+
+        A `quick` one does not see all (see Control.lost): what only others see may have been lost since the last that was not quick.
+        """
+        look = _Look(self._ring.producer, time.time_ns(), now)
+        counts = self._control.lost(quick=quick)
         if counts != self._seen:
             self._seen = counts
-            time_ns = time.time_ns()
+            since = self._last if quick else self._last_thorough
             waiting = self._waiting
             if not waiting or (now - waiting[-1].since_s >= INTERVAL_S and len(waiting) < _MOST):
-                waiting.append(_Loss(self._checked_position, self._checked_ns, 0, 0, counts, now, self._looked_at))
+                waiting.append(_Loss(since.position, since.time_ns, 0, 0, counts, now, since.at_s))
             last = waiting[-1]
-            last.to_position, last.to_time_ns, last.counts = self._ring.producer, time_ns, counts
-            self._checked_ns = time_ns
-        self._checked_position = before
-        self._looked_at = now
+            last.from_position, last.from_time_ns = min(last.from_position, since.position), min(last.from_time_ns, since.time_ns)
+            last.to_position, last.to_time_ns, last.counts = self._ring.producer, time.time_ns(), counts
+            last.after_s = min(last.after_s, since.at_s)
+            look = look._replace(time_ns=last.to_time_ns)  # what is lost next is no part of this
+        self._last = look
+        if not quick:
+            self._last_thorough = look
 
-    def clear_at(self, now: float, time_ns: int) -> bool:
-        """Return whether everything lost before a moment was told. It lies before the last look: `now`, and `time_ns` in Unix time."""
-        if self._waiting:
-            return self._waiting[0].after_s >= now
-        self._checked_ns = max(self._checked_ns, time_ns)
-        return True
+    def clear_at(self, now: float) -> bool:
+        """Return whether everything lost before a moment was told, which lies before the last look that was not quick."""
+        return not self._waiting or min(loss.after_s for loss in self._waiting) >= now
 
     def complete_before(self, position: int) -> int:
         """The least of `position` and that of the first loss that was not told."""
-        return min(position, self._waiting[0].from_position) if self._waiting else position
+        return min([position, *(loss.from_position for loss in self._waiting)])
 
     def due(self) -> float | None:
         """When a loss that can be told may be; None if there is none. It can be when all around it was sent."""
@@ -94,10 +104,11 @@ class Losses:
         due = self.due()
         if due is None or (now < due and not force):
             return None
-        first = loss = self._waiting.popleft()
+        taken = [self._waiting.popleft()]
         while self._waiting and self._ring.position >= self._waiting[0].to_position:
-            loss = self._waiting.popleft()
-        loss.from_position, loss.from_time_ns = first.from_position, first.from_time_ns
+            taken.append(self._waiting.popleft())
+        loss = taken[-1]
+        loss.from_position, loss.from_time_ns = min(each.from_position for each in taken), min(each.from_time_ns for each in taken)
         self._told_at = now
         return _message(loss)
 

@@ -71,8 +71,9 @@ class Control(Protocol):
 
     def __setitem__(self, name: str, number: int) -> None: ...
 
-    def lost(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Records that were not made since the ring was: by type (and LOST_FOLLOW), node-wide ones and watched ones."""
+    def lost(self, *, quick: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return how many records were not made since the ring was: by type (and LOST_FOLLOW), node-wide ones and watched ones. With
+        `quick`, leave out what it takes long to find out, and was not found yet."""
 
 
 class Table(Protocol):

@@ -79,11 +79,12 @@ class MemoryControl:
             raise KeyError(name)
         self._on_change()
 
-    def lost(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def lost(self, *, quick: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Records that were not made since the ring was: by type (and LOST_FOLLOW), node-wide ones and watched ones.
 
         Of the node-wide ones, the last stands for messages of the kernel that never came: whose and of what type is not known.
         """
+        del quick
         return tuple(self._lost[LOST_NODE]), tuple(self._lost[LOST_PROCESS])
 
     def count(self, which: int, index: int, losses: int) -> None:
