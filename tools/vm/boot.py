@@ -47,7 +47,7 @@ def main() -> int:
     if lacking:
         print(f"missing: apt-get install {' '.join(sorted(lacking))}", file=sys.stderr)
         return 2
-    script = f"guest_{given.script}.py"
+    script = f"guest_{given.script}"
     statuses = {}
     for version in given.kernels:
         folder = fetch(version)
@@ -98,6 +98,8 @@ def fetch(version: str) -> Path:
     """The folder with the newest kernel of a version: image, modules, and an initrd for them; made if it is not there."""
     folder = BUILD / "kernels" / version
     if (folder / "initrd").exists():
+        if (folder / "initrd").stat().st_mtime < (HERE / "init").stat().st_mtime:
+            make(folder)
         return folder
     print(f"== {version}: downloading", flush=True)
     if not list((BUILD / "apt" / "lists").glob("*_Packages")):
