@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -103,18 +104,13 @@ def fetch(version: str) -> Path:
         return folder
     print(f"== {version}: downloading", flush=True)
     apt("apt-get", "update", "-q")  # each time: an archive drops what lists that are older name
-    name = re.compile(rf"linux-(?:image|binary|modules)-({re.escape(version)}(?:\.\d+)*(?:-\d+)?(?:\+deb\d+)?)-amd64")
-    found: dict[str, set[str]] = {}
-    for line in apt("apt-cache", "pkgnames", "linux-").split():
-        if match := name.fullmatch(line):
-            found.setdefault(match[1], set()).add(line)
-    if not found:
+    packages = packages_of(version, apt("apt-cache", "pkgnames", "linux-").split())
+    if not packages:
         raise SystemExit(f"no kernel {version} in {', '.join(SUITES)}")
-    newest = max(found, key=lambda text: [int(number) for number in re.findall(r"\d+", text)])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as name_of_work:
         work = Path(name_of_work)
-        for package in sorted(found[newest]):
+        for package in packages:
             apt("apt-get", "download", "-q", package, cwd=work)
         for archive in work.glob("*.deb"):
             subprocess.run(["dpkg", "-x", archive, work / "kernel"], check=True)
@@ -122,6 +118,17 @@ def fetch(version: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         (work / "kernel").rename(folder)
     return folder
+
+
+def packages_of(version: str, names: Iterable[str]) -> list[str]:
+    """Of all packages those of the newest kernel of a version."""
+    name = re.compile(rf"linux-(?:image|binary|modules)-({re.escape(version)}(?:\.\d+)*(?:-\d+)?(?:\+deb\d+)?)-amd64")
+    found: dict[str, list[str]] = {}
+    for each in names:
+        if match := name.fullmatch(each):
+            found.setdefault(match[1], []).append(each)
+    newest = max(found, key=lambda text: [int(number) for number in re.findall(r"\d+", text)], default="")
+    return sorted(found.get(newest, []))
 
 
 def make(folder: Path) -> None:
