@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from tools.vm.stack import Told, watched
@@ -21,6 +21,8 @@ from tools.vm.stack import Told, watched
 KERNEL = 0
 NOBODY = None
 ITSELF = -1
+RELEASE = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+BY_RULE = KERNEL if RELEASE >= (5, 16) else NOBODY
 
 
 def main() -> int:
@@ -39,13 +41,13 @@ def under(source: str) -> int:
             Death("killed", signal.SIGKILL, WAITS, by=signal.SIGKILL),
             Death("waits for its signal, blocked", signal.SIGTERM, BLOCKED, by=signal.SIGTERM),
             Death("survives SIGTERM, and is then killed", signal.SIGKILL, WAITS, survives=signal.SIGTERM, by=signal.SIGKILL),
-            Death("kills itself", signal.SIGABRT, ABORTS, names=(ITSELF,)),
-            Death("a fault of its own", signal.SIGSEGV, FAULTS, names=(KERNEL,)),
-            Death("survives SIGSEGV, then a fault", signal.SIGSEGV, FAULTS, survives=signal.SIGSEGV, names=(KERNEL,)),
-            Death("an alarm", signal.SIGALRM, ALARM, names=(KERNEL,)),
-            Death("survives SIGALRM, then an alarm", signal.SIGALRM, ALARM, survives=signal.SIGALRM, names=(KERNEL,)),
+            Death("kills itself", signal.SIGABRT, ABORTS, names=ITSELF),
+            Death("a fault of its own", signal.SIGSEGV, FAULTS, names=KERNEL),
+            Death("survives SIGSEGV, then a fault", signal.SIGSEGV, FAULTS, survives=signal.SIGSEGV, names=KERNEL),
+            Death("an alarm", signal.SIGALRM, ALARM, names=KERNEL),
+            Death("survives SIGALRM, then an alarm", signal.SIGALRM, ALARM, survives=signal.SIGALRM, names=KERNEL),
             *(
-                Death(f"survives {name}, then seccomp kills the {whom}", signal.SIGSYS, SECCOMP, rule, number, names=(KERNEL, NOBODY))
+                Death(f"survives {name}, then seccomp kills the {whom}", signal.SIGSYS, SECCOMP, rule, number, names=BY_RULE)
                 for name, number in (("nothing", None), ("SIGTERM", signal.SIGTERM), ("SIGSYS", signal.SIGSYS))
                 for whom, rule in (("process", 0x80000000), ("thread", 0))
             ),
@@ -66,7 +68,7 @@ class Death:
         survives: signal.Signals | None = None,
         *,
         by: signal.Signals | None = None,
-        names: Sequence[int | None] = (),
+        names: int | None = NOBODY,
     ) -> None:
         self.what = what
         self.number = number
@@ -86,18 +88,17 @@ class Death:
                 killer = strike(victim.pid, by)
         self.pid = victim.pid
         self.status = -victim.returncode
-        self.names = [victim.pid if name == ITSELF else name for name in names] or [killer]
+        self.names = killer or (victim.pid if names == ITSELF else names)
 
     def verdict(self, source: str, told: Told) -> int:
         """Print what was told of it; 0 if it is right."""
         exit_line: dict[str, Any] = told.exits().get(self.pid, {})
         by = exit_line.get("killed_by")
         named = by["pid"] if by else NOBODY
-        is_right = self.status == self.number == exit_line.get("exit_signal") and named in self.names
-        expected = " or ".join(self.say(each) for each in self.names)
+        is_right = self.status == self.number == exit_line.get("exit_signal") and named == self.names
         print(
             f"{platform.release()}: {source}: {self.what}: died of {self.status}, told {exit_line.get('exit_signal')}"
-            f" by {self.say(named)}; expected {int(self.number)} by {expected}: {'right' if is_right else 'WRONG'}",
+            f" by {self.say(named)}; expected {int(self.number)} by {self.say(self.names)}: {'right' if is_right else 'WRONG'}",
             flush=True,
         )
         return 0 if is_right else 1
