@@ -42,6 +42,9 @@ def under(source: str) -> int:
             Death("waits for its signal, blocked", signal.SIGTERM, BLOCKED, by=signal.SIGTERM),
             Death("survives SIGTERM, and is then killed", signal.SIGKILL, WAITS, survives=signal.SIGTERM, by=signal.SIGKILL),
             Death("kills itself", signal.SIGABRT, ABORTS, names=ITSELF),
+            Death("kills its own thread", signal.SIGABRT, "os.abort()", names=ITSELF),
+            Death("writes where nobody reads", signal.SIGPIPE, PIPE, names=KERNEL),
+            Death("writes more than it may", signal.SIGXFSZ, BIG, names=KERNEL),
             Death("a fault of its own", signal.SIGSEGV, FAULTS, names=KERNEL),
             Death("survives SIGSEGV, then a fault", signal.SIGSEGV, FAULTS, survives=signal.SIGSEGV, names=KERNEL),
             Death("an alarm", signal.SIGALRM, ALARM, names=KERNEL),
@@ -134,6 +137,8 @@ if survives:
 WAITS = "say(); signal.pause()"
 BLOCKED = "signal.pthread_sigmask(signal.SIG_BLOCK, [15]); say(); os.read(0, 1); signal.pthread_sigmask(signal.SIG_UNBLOCK, [15])"
 ABORTS = "os.kill(os.getpid(), signal.SIGABRT)"
+PIPE = "signal.signal(13, signal.SIG_DFL); ends = os.pipe(); os.close(ends[0]); os.write(ends[1], b' ')"
+BIG = "signal.signal(25, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); os.write(os.open('/tmp', 0o20200002), b' ')"
 FAULTS = "ctypes.string_at(0)"
 ALARM = "signal.setitimer(signal.ITIMER_REAL, 0.1); signal.pause()"
 SECCOMP = """

@@ -7,6 +7,7 @@ A kernel skips a BPF program that is at work on the CPU already: it was preempte
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -42,13 +43,16 @@ def under(source: str, workers: int, forks: int) -> int:
 
 
 def account(source: str, roots: set[int], total: int, told: Told, skipped: dict[str, int], took: float) -> int:
-    """Print what was told beside what was; 0 if the gaps cover the rest."""
+    """Print what was told beside what was; 0 if the gaps cover the rest. One without numbers is shown, and covers nothing here."""
     seen: Counter[str] = Counter()
     lost: Counter[str] = Counter()
-    gaps = inferred = 0
+    gaps: Counter[str] = Counter()
+    inferred = 0
     for line in told.lines():
+        if line["kind"] != "event":
+            print("  ", json.dumps(line))
         if line["kind"] == "gap":
-            gaps += 1
+            gaps[line["reason"]] += 1
             for each in line["lost"]:
                 lost[each["type"].removeprefix("EVENT_TYPE_")] += int(each["count"])
         elif line["kind"] == "event":
@@ -58,7 +62,7 @@ def account(source: str, roots: set[int], total: int, told: Told, skipped: dict[
     covered = seen["forks"] + lost["PROCESS_FORK"] >= total and seen["exits"] + lost["PROCESS_EXIT"] >= total
     print(
         f"{platform.release()}: {source}: forks {seen['forks']} and exits {seen['exits']} of {total} in {took:.0f} s,"
-        f" gaps {gaps} {dict(lost)}, inferred {inferred}; skipped by the kernel {skipped};"
+        f" gaps {dict(gaps)} {dict(lost)}, inferred {inferred}; skipped by the kernel {skipped};"
         f" preemption {preemption()}: {'covered' if covered else 'MISSING'}",
         flush=True,
     )
