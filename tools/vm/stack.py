@@ -47,7 +47,9 @@ def watched(source: str) -> Iterator[Told]:
     agent_command = ["kmonitor-agent", "--broker", ADDRESS, "--node", NODE]
     started: list[subprocess.Popen[bytes]] = []
     try:
-        started.append(subprocess.Popen(["kmonitor-broker", "--listen", ADDRESS, "--log", "memory"], stderr=subprocess.DEVNULL))
+        # A guest that is starved for a while must not lose its place: that would be a gap of another reason than what is looked for.
+        command = ["kmonitor-broker", "--listen", ADDRESS, "--log", "memory", "--linger", "10m"]
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
         with said.open("wb") as stream:
             agent = subprocess.Popen([*agent_command, "--source", source], stdout=stream, stderr=stream)
         started.append(agent)
