@@ -33,8 +33,10 @@ pytestmark = pytest.mark.capture
 
 ALL = 0x7F
 EXIT = int(EventType.PROCESS_EXIT)
-MOST_S = 0.06
-"""Of one turn. Measured: 11 ms at most, and 32 ms at load 15; 0.05 to 1.4 s, by what is asked for, when each was done in one turn."""
+MOST_S = {"units": 0.25}
+OTHERS_MOST_S = 0.06
+"""Of one turn, by what is asked for. Measured: 11 ms at most; at load 15 to 18, which makes CPU time longer too, 32 ms, and 99 ms for
+units. When each was done in one turn it took 0.05 to 1.4 s, the latter for units."""
 GROUPS = 10_000
 UNITS = 200
 PROCESSES = 2_000
@@ -146,7 +148,7 @@ def test_no_turn_is_long(source: Source, parent: int, many_units: str) -> None:
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(turns)) as runner:
         runner.run(do_all(source, Requests(parent, many_units), turns))
     del turns.of["before"]
-    assert {what: taken for what, taken in turns.of.items() if taken > MOST_S} == {}, turns.of
+    assert {what: taken for what, taken in turns.of.items() if taken > MOST_S.get(what, OTHERS_MOST_S)} == {}, turns.of
 
 
 async def do_all(source: Source, requests: Requests, turns: Turns) -> None:

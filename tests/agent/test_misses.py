@@ -102,7 +102,8 @@ def opened(*, without: frozenset[str] = frozenset(), counting: dict[str, int] | 
 
 
 WORK = f"""
-import os, threading
+import os, sys, threading
+sys.stdin.read()
 for _ in range({CHILDREN}):
     if os.fork() == 0:
         thread = threading.Thread(target=lambda: None)
@@ -121,9 +122,11 @@ for _ in range({CHILDREN}):
 def test_each_event_comes_once_whichever_copies_run(without: frozenset[str]) -> None:
     need(capture_lack)
     with opened(without=without) as probe:
-        apply(InterestTable(probe), agent_pb2.Interest(version=1, node_mask=0x7F))
-        with subprocess.Popen([sys.executable, "-S", "-c", WORK]) as parent:
-            assert parent.wait(50) == 0
+        with subprocess.Popen([sys.executable, "-S", "-c", WORK], stdin=subprocess.PIPE) as parent:
+            tree = agent_pb2.Interest.ProcessInterest(pid=parent.pid, event_mask=0x7F, look_up=True, follow=True, root=True)
+            apply(InterestTable(probe), agent_pb2.Interest(version=1, processes=[tree]))  # not the node: others must not fill the ring
+            parent.communicate(timeout=50)
+        assert parent.returncode == 0
         data = probe.ring.read(1 << 20)
         slots = slots_of(data or b"")
         rows = slots[check_records(slots)]

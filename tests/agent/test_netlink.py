@@ -339,7 +339,7 @@ def _end_told(line: Line) -> tuple[int, int | None, bool]:
 
 def _wait_gaps(watch: Watch, agent: Agent) -> None:
     """Until the gaps' numbers are what the kernel says. Others on this machine may make messages too: then there are several."""
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 40
     while time.monotonic() < limit:
         gaps = watch.of_kind("gap")
         if gaps and sum(count["count"] for gap in gaps for count in gap["lost"]) == _drops(agent):

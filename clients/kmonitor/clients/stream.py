@@ -105,6 +105,7 @@ class Stream:
         self._next_id = 1
         self._call: grpc.aio.StreamStreamCall[monitor_pb2.WatchRequest, monitor_pb2.Notification] | None = None
         self._connection = 0
+        self._was_heard = False  # the broker has said anything at all, on any connection
         self._brought_on = 0  # the last connection on which it was begun to bring again what stands
         self._sent_nothing = True  # on this connection
         self._resuming = 0  # how many register requests, from the first one on, bring again what is to go on behind the cursor
@@ -241,7 +242,10 @@ class Stream:
         """Return when the broker's transport answers again. Waits between attempts, longer each time, never in step with others."""
         clock = asyncio.get_running_loop().time
         since = clock()
-        self._put(Disconnected(self.channel.address, reason))
+        # gRPC does not hand on why a stream was refused if a request is written in that moment: the next one says it.
+        is_news = self._was_heard or self._connection > 1
+        if is_news:
+            self._put(Disconnected(self.channel.address, reason))
         attempts = 0
         while True:
             delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempts)
@@ -249,7 +253,8 @@ class Stream:
             attempts = min(attempts + 1, 30)
             if await self.channel.ready(READY_TIMEOUT_S):
                 break
-        self._put(Reconnected(self.channel.address, attempts, clock() - since))
+        if is_news:
+            self._put(Reconnected(self.channel.address, attempts, clock() - since))
 
     def _drop_call(self) -> None:
         if self._call is not None:
@@ -278,6 +283,7 @@ class Stream:
                     raise errors.unreadable(self.channel.address)
                 if not isinstance(message, monitor_pb2.Notification):
                     return  # grpc.aio.EOF
+                self._was_heard = True
                 if not self._closing:
                     self._dispatch(message)
                 elif self._closing in (message.registered.request_id, message.deregistered.request_id):
