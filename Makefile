@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/kmonitor.stamp
 INSTALLED_BENCH := $(VENV)/kmonitor-bench.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-bench build demo test lab-test soak ha-table vm-load vm-miss bench bench-quick lint format generate check-generated wheel clean FORCE
+.PHONY: help setup setup-test setup-bench build demo test lab-test soak ha-table vm-load vm-miss vm-killers bench bench-quick lint format generate check-generated wheel clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -51,8 +51,11 @@ ha-table: setup-test ## from a death to the new process, with Pacemaker alone an
 vm-load: setup ## every program of the probe on the stock kernels of Debian, in virtual machines (root); KERNELS="5.10 7.3"
 	$(PYTHON) -m tools.vm.boot load $(KERNELS)
 
-vm-miss: setup ## a load of forks on each of them, and what was told of it beside what was (root); KERNELS="7.3"
-	$(PYTHON) -m tools.vm.boot miss $(KERNELS)
+vm-miss: setup ## a load of forks on each of them, and what was told of it beside what was (root); KERNELS="7.3" SOURCES="core bcc"
+	$(PYTHON) -m tools.vm.boot miss $(KERNELS) $(if $(SOURCES),--arguments "$(SOURCES)")
+
+vm-killers: setup ## deaths by signals on each of them, and who was named for it (root); KERNELS="5.10" SOURCES="core bcc"
+	$(PYTHON) -m tools.vm.boot killers $(KERNELS) $(if $(SOURCES),--arguments "$(SOURCES)")
 
 bench: setup-bench ## all measurements, beside peers: build/bench/results.md (10 minutes, root); ARGS="--only latency"
 	$(BIN)/python -m bench $(ARGS)

@@ -702,15 +702,19 @@ enum origin {
  * Who sends a signal. A process may write what it likes into a siginfo (rt_sigqueueinfo(2), pidfd_send_signal(2)), but for one thing:
  * a code that is not negative the kernel takes from it only if the signal is for itself.
  */
-static __always_inline enum origin origin_of(unsigned long info, int sig, struct task_struct *task, bool to_itself, struct sigqueue *queued)
+static __always_inline enum origin origin_of(unsigned long info, int sig, struct task_struct *task, bool to_itself, bool to_process,
+					      struct sigqueue *queued)
 {
 	int code;
 
 	if (info == SEND_SIG_PRIV)
 		return ORIGIN_KERNEL;
-	/* In the name of who runs: of a parent that ends (PR_SET_PDEATHSIG). To itself it is the kernel's own doing: SIGPIPE, SIGXFSZ. */
+	/*
+	 * In the name of who runs: of a parent that ends (PR_SET_PDEATHSIG), and of kill(2) on newer kernels (met on 7.3). To the very thread
+	 * that runs it is the kernel's own doing: SIGPIPE, SIGXFSZ; tgkill(2) has a siginfo.
+	 */
 	if (info == SEND_SIG_NOINFO)
-		return to_itself ? ORIGIN_KERNEL : ORIGIN_SENDER;
+		return to_itself && !to_process ? ORIGIN_KERNEL : ORIGIN_SENDER;
 	/* What a debugger puts in the way of a thread that blocks it is sent once more, by that thread (ptrace_signal). */
 	if (to_itself && FIELD(task, task_struct, ptrace))
 		return ORIGIN_UNKNOWN;
@@ -772,7 +776,7 @@ PROBE(kmonitor_signal, signal_generate) /* number, siginfo, target, whether to t
 		return 0;
 	sender = (struct task_struct *)bpf_get_current_task(); /* as a pointer that can be followed there is none before 5.11 */
 	queued = last_queued(task, to_process);
-	origin = origin_of(info, sig, task, READ(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), queued);
+	origin = origin_of(info, sig, task, READ(sender, task_struct, tgid) == FIELD(task, task_struct, tgid), to_process, queued);
 	sent.start_boottime_ns = subject.start_boottime_ns;
 	if (origin != ORIGIN_UNKNOWN)
 		sent.flags |= KMONITOR_F_KILLED_BY;

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -46,15 +47,14 @@ def test_one_that_does_nothing_is_not(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.capture
-def test_bcc_in_a_folder_that_its_user_may_not_enter(lab: Lab, tmp_path: Path) -> None:
+def test_bcc_in_a_folder_that_its_user_may_not_enter(lab: Lab) -> None:
+    """One that the compiler sees and cannot look into: those above are open to all, as they are not in `tmp_path`."""
     need(capture_lack)
     need_another_user()
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o700)
     agent = lab.agent_command("", "")[0]
-    done = lab.run(
-        "sh", "-c", 'cd "$0" && export PWD && exec "$@"', closed, *as_nobody("bpf", "perfmon"), agent, "--check", "--json", limit=60
-    )
+    command = [*as_nobody("bpf", "perfmon"), agent, "--check", "--json"]
+    with tempfile.TemporaryDirectory(prefix="kmonitor-test-") as closed:
+        done = lab.run("sh", "-c", 'cd "$0" && export PWD && exec "$@"', closed, *command, limit=60)
     lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert lines["source bcc"]["works"], lines["source bcc"]
 

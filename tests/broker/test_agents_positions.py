@@ -18,8 +18,9 @@ from kmonitor.broker.agents import Agents
 from kmonitor.broker.broker import Broker
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.log.memory import MemoryLog
-from kmonitor.broker.nodes import PART_BYTES, Node
+from kmonitor.broker.nodes import Node
 from kmonitor.v1 import agent_pb2, monitor_pb2
+from kmonitor.wire.parts import PART_BYTES
 from kmonitor.wire.record import RECORD_SIZE, RECORD_VERSION, SLOT_SIZE
 from tests.broker.records import EXIT, build, rec
 from tests.broker.test_server import World, registration, world

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +48,7 @@ def main() -> int:
     if lacking:
         print(f"missing: apt-get install {' '.join(sorted(lacking))}", file=sys.stderr)
         return 2
-    script = f"guest_{given.script}.py"
+    script = f"guest_{given.script}"
     statuses = {}
     for version in given.kernels:
         folder = fetch(version)
@@ -64,7 +65,7 @@ def verdict(status: int | None) -> str:
     return "ok" if status == 0 else "did not come to an end" if status is None else f"failed ({status})"
 
 
-def apt(*arguments: str) -> str:
+def apt(*arguments: str, cwd: Path | None = None) -> str:
     """Run one of apt's commands on lists of our own: what it prints."""
     folder = BUILD / "apt"
     for name in ("lists/partial", "cache/archives/partial"):
@@ -90,7 +91,7 @@ def apt(*arguments: str) -> str:
     }
     command, *others = arguments
     flags = [flag for name, value in options.items() for flag in ("-o", f"{name}={value}")]
-    done = subprocess.run([command, *flags, *others], cwd=folder / "cache", stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([command, *flags, *others], cwd=cwd, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
 
 
@@ -98,35 +99,44 @@ def fetch(version: str) -> Path:
     """The folder with the newest kernel of a version: image, modules, and an initrd for them; made if it is not there."""
     folder = BUILD / "kernels" / version
     if (folder / "initrd").exists():
+        if (folder / "initrd").stat().st_mtime < (HERE / "init").stat().st_mtime:
+            make(folder)
         return folder
     print(f"== {version}: downloading", flush=True)
-    if not list((BUILD / "apt" / "lists").glob("*_Packages")):
-        apt("apt-get", "update", "-q")
-    name = re.compile(rf"linux-(?:image|binary|modules)-({re.escape(version)}[.\d]*(?:-\d+)?(?:\+deb\d+)?)-amd64")
-    found: dict[str, set[str]] = {}
-    for line in apt("apt-cache", "pkgnames", "linux-").split():
-        if match := name.fullmatch(line):
-            found.setdefault(match[1], set()).add(line)
-    if not found:
+    apt("apt-get", "update", "-q")  # each time: an archive drops what lists that are older name
+    packages = packages_of(version, apt("apt-cache", "pkgnames", "linux-").split())
+    if not packages:
         raise SystemExit(f"no kernel {version} in {', '.join(SUITES)}")
-    newest = max(found, key=lambda text: [int(number) for number in re.findall(r"\d+", text)])
-    shutil.rmtree(folder, ignore_errors=True)
-    (BUILD / "kernels").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as work:
-        for package in sorted(found[newest]):
-            apt("apt-get", "download", "-q", package)
-        for archive in (BUILD / "apt" / "cache").glob("linux-*.deb"):
-            subprocess.run(["dpkg", "-x", archive, work], check=True)
-            archive.unlink()
-        make(Path(work))
-        shutil.copytree(work, folder, symlinks=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as name_of_work:
+        work = Path(name_of_work)
+        for package in packages:
+            apt("apt-get", "download", "-q", package, cwd=work)
+        for archive in work.glob("*.deb"):
+            subprocess.run(["dpkg", "-x", archive, work / "kernel"], check=True)
+        make(work / "kernel")
+        shutil.rmtree(folder, ignore_errors=True)
+        (work / "kernel").rename(folder)
     return folder
+
+
+def packages_of(version: str, names: Iterable[str]) -> list[str]:
+    """Of all packages those of the newest kernel of a version."""
+    name = re.compile(rf"linux-(?:image|binary|modules)-({re.escape(version)}(?:\.\d+)*(?:-\d+)?(?:\+deb\d+)?)-amd64")
+    found: dict[str, list[str]] = {}
+    for each in names:
+        if match := name.fullmatch(each):
+            found.setdefault(match[1], []).append(each)
+    newest = max(found, key=lambda text: [int(number) for number in re.findall(r"\d+", text)], default="")
+    return sorted(found.get(newest, []))
 
 
 def make(folder: Path) -> None:
     """The kernel's image and an initrd, from unpacked packages."""
     image = next(path for pattern in ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz") for path in sorted(folder.glob(pattern)))
     there = {_name(path): path for path in folder.rglob("*.ko*")}
+    if not there:
+        raise SystemExit(f"the archive has {image.name} without its modules: name another version, such as 6.1.0 or 7.3.4")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for each in ("bin", "dev", "proc", "sys", "modules", "host", "memory", "root"):

@@ -15,14 +15,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-ADDRESS = "127.0.0.1:7400"
-NODE = "miss"
-LIMIT_S = 240.0
-"""For one step: a guest is slow."""
+from tools.vm.stack import Told, watched
 
 
 def main() -> int:
@@ -32,54 +27,32 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--forks", type=int, default=400)
     given = parser.parse_args()
-    broker = subprocess.Popen(["kmonitor-broker", "--listen", ADDRESS, "--log", "memory"], stderr=subprocess.DEVNULL)
-    try:
-        return max([under(source, given.workers, given.forks) for source in given.sources])
-    finally:
-        broker.terminate()
-        broker.wait()
+    return max([under(source, given.workers, given.forks) for source in given.sources])
 
 
 def under(source: str, workers: int, forks: int) -> int:
     """With an agent of this source."""
-    told, said = Path(f"/tmp/told-{source}"), Path(f"/tmp/said-{source}")
-    agent_command = ["kmonitor-agent", "--broker", ADDRESS, "--node", NODE]
-    with said.open("wb") as stream:
-        agent = subprocess.Popen([*agent_command, "--source", source], stdout=stream, stderr=stream)
-    watch = None
-    try:
-        await_that(lambda: "is connected" in said.read_text(), f"source {source}: the agent does not connect", agent)
-        with told.open("wb") as stream:
-            watch = subprocess.Popen(
-                ["kmon", "watch", "--broker", ADDRESS, "--node", NODE, "--events", "all", "--json"], stdout=stream, stderr=stream
-            )
-        await_that(lambda: '"registered"' in told.read_text(), "kmon watch does not register", watch)
+    with watched(source) as told:
         began = time.monotonic()
         roots = [subprocess.Popen([sys.executable, "-S", "-c", LOAD, str(forks)]) for _ in range(workers)]
         for root in roots:
             root.wait()
         took = time.monotonic() - began
-        with subprocess.Popen(["sh", "-c", "exit 77"]) as fence:
-            pass
-        await_that(lambda: any(is_exit(line, fence.pid) for line in lines(told)), "the last exit does not come", watch)
-        skipped = misses()
-    finally:
-        for process in (watch, agent):
-            if process is not None:
-                process.terminate()
-                process.wait()
-        subprocess.run([*agent_command, "--unpin"], check=False)
-    return account(source, {root.pid for root in roots}, workers * forks, told, skipped, took)
+        told.await_all()
+        return account(source, {root.pid for root in roots}, workers * forks, told, misses(), took)
 
 
-def account(source: str, roots: set[int], total: int, told: Path, skipped: dict[str, int], took: float) -> int:
-    """Print what was told beside what was; 0 if the gaps cover the rest."""
+def account(source: str, roots: set[int], total: int, told: Told, skipped: dict[str, int], took: float) -> int:
+    """Print what was told beside what was; 0 if the gaps cover the rest. One without numbers is shown, and covers nothing here."""
     seen: Counter[str] = Counter()
     lost: Counter[str] = Counter()
-    gaps = inferred = 0
-    for line in lines(told):
+    gaps: Counter[str] = Counter()
+    inferred = 0
+    for line in told.lines():
+        if line["kind"] != "event":
+            print("  ", json.dumps(line))
         if line["kind"] == "gap":
-            gaps += 1
+            gaps[line["reason"]] += 1
             for each in line["lost"]:
                 lost[each["type"].removeprefix("EVENT_TYPE_")] += int(each["count"])
         elif line["kind"] == "event":
@@ -89,30 +62,11 @@ def account(source: str, roots: set[int], total: int, told: Path, skipped: dict[
     covered = seen["forks"] + lost["PROCESS_FORK"] >= total and seen["exits"] + lost["PROCESS_EXIT"] >= total
     print(
         f"{platform.release()}: {source}: forks {seen['forks']} and exits {seen['exits']} of {total} in {took:.0f} s,"
-        f" gaps {gaps} {dict(lost)}, inferred {inferred}; skipped by the kernel {skipped};"
+        f" gaps {dict(gaps)} {dict(lost)}, inferred {inferred}; skipped by the kernel {skipped};"
         f" preemption {preemption()}: {'covered' if covered else 'MISSING'}",
         flush=True,
     )
     return 0 if covered else 1
-
-
-def lines(told: Path) -> list[dict[str, Any]]:
-    """All that are whole."""
-    return [json.loads(line) for line in told.read_text().splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
-
-
-def is_exit(line: dict[str, Any], pid: int) -> bool:
-    """Whether it is the exit of this process."""
-    return bool(line["kind"] == "event" and line["type"] == "PROCESS_EXIT" and line["pid"] == pid)
-
-
-def await_that(done: Callable[[], bool], otherwise: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait while the process lives."""
-    ends = time.monotonic() + LIMIT_S
-    while not done():
-        if process.poll() is not None or time.monotonic() > ends:
-            raise SystemExit(f"{otherwise} (status {process.poll()})")
-        time.sleep(0.2)
 
 
 def misses() -> dict[str, int]:

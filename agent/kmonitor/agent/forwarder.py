@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from kmonitor.agent.frame import block_frame
 from kmonitor.agent.losses import Losses
-from kmonitor.agent.orders import PART_BYTES, answer_parts, check_position
+from kmonitor.agent.orders import check_position
 from kmonitor.agent.pace import FILL_BYTES, GATHER_S, Pace
 from kmonitor.agent.slices import in_slices
 from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boottime_to_unix_ns
+from kmonitor.wire.parts import PART_BYTES, parts_of
 from kmonitor.wire.record import SLOT_SIZE
 
 BLOCK_BYTES = 256 * 1024
@@ -242,7 +243,7 @@ class Forwarder:
         if not self.in_parts or message.ByteSize() <= PART_BYTES:
             await self._write(message.SerializeToString())
             return
-        async for part in in_slices(answer_parts(message.applied)):
+        async for part in in_slices(parts_of(message.applied, "processes", "groups")):
             await self._write(agent_pb2.AgentMessage(applied=part).SerializeToString())
 
     async def send(self, message: agent_pb2.AgentMessage) -> None:

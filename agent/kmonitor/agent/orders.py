@@ -6,8 +6,6 @@ A broker that is faulty, or is none, must not have this agent look outside the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from google.protobuf.message import DecodeError
 
 from kmonitor.agent.errors import BrokerMessageError
@@ -16,16 +14,9 @@ from kmonitor.wire.errors import BadSelectorError
 from kmonitor.wire.record import SLOT_SIZE
 from kmonitor.wire.selectors import PID_MAX, check_cgroup_path
 
-PART_BYTES = 1 << 18
-"""Of one message with a part of an answer, about. The event loop is held for some 10 ms to make one."""
 INTEREST_MOST = 128 << 20
 """Bytes of an Interest in parts: some 4,000,000 processes, as many as the largest table has."""
-_FRAME = 4
-"""Bytes around an item of a message, at most: its tag and its length."""
 _NAME_MOST = 512
-
-_PROCESS = agent_pb2.InterestApplied.ProcessResult
-_GROUP = agent_pb2.InterestApplied.GroupResult
 
 
 class Orders:
@@ -80,36 +71,6 @@ def check_position(what: str, position: int, most: int) -> None:
     """Raise BrokerMessageError unless a position is one of the ring's, up to `most`."""
     if position % SLOT_SIZE or position > most:
         raise BrokerMessageError(f"{what} at position {position} of a ring that has come to {most}")
-
-
-def answer_parts(answer: agent_pb2.InterestApplied) -> Iterator[agent_pb2.InterestApplied]:
-    """Yield the same in messages of about PART_BYTES, each but the last marked as followed by more."""
-
-    def begin() -> agent_pb2.InterestApplied:
-        part = agent_pb2.InterestApplied()
-        part.CopyFrom(head)
-        part.more = True
-        return part
-
-    head = agent_pb2.InterestApplied()
-    for field, value in answer.ListFields():
-        if field.name not in {"processes", "groups"}:
-            setattr(head, field.name, value)
-    part, size = begin(), 0
-    for process in answer.processes:
-        part.processes.append(process)
-        size += process.ByteSize() + _FRAME
-        if size >= PART_BYTES:
-            yield part
-            part, size = begin(), 0
-    for group in answer.groups:
-        part.groups.append(group)
-        size += group.ByteSize() + _FRAME
-        if size >= PART_BYTES:
-            yield part
-            part, size = begin(), 0
-    part.more = False
-    yield part
 
 
 def _check_interest(interest: agent_pb2.Interest) -> None:

@@ -19,6 +19,7 @@ from kmonitor.broker.pidfiles import Pidfiles
 from kmonitor.broker.registrations import Ask
 from kmonitor.broker.router import Heard
 from kmonitor.v1 import agent_pb2, monitor_pb2
+from kmonitor.wire.parts import parts_of
 from kmonitor.wire.record import SLOT_SIZE
 
 RING_BYTES = 8 << 20
@@ -28,10 +29,6 @@ ACK_BYTES = 256 << 10
 the block."""
 ACK_S = 0.25
 """The rest waits no longer than this, seconds."""
-PART_BYTES = 1 << 20
-"""Of one message with a part of an Interest, about."""
-_FRAME = 4
-"""Bytes around an item of a message, at most: its tag and its length."""
 ANSWER_MOST = 64 << 20
 """Bytes of an answer in parts: some 900,000 processes."""
 
@@ -57,29 +54,6 @@ class LastRecord:
         if position > self.position or position + len(data) < self.end:
             return None
         return zlib.crc32(data[self.position - position : self.end - position]) == self.crc
-
-
-def parts_of(interest: agent_pb2.Interest) -> Iterator[agent_pb2.Interest]:
-    """Yield the same in messages of about PART_BYTES, each but the last marked as followed by more."""
-
-    def begin() -> agent_pb2.Interest:
-        return agent_pb2.Interest(version=interest.version, reset=interest.reset, node_mask=interest.node_mask, more=True)
-
-    part, size = begin(), 0
-    for process in interest.processes:
-        part.processes.append(process)
-        size += process.ByteSize() + _FRAME
-        if size >= PART_BYTES:
-            yield part
-            part, size = begin(), 0
-    for group in interest.groups:
-        part.groups.append(group)
-        size += group.ByteSize() + _FRAME
-        if size >= PART_BYTES:
-            yield part
-            part, size = begin(), 0
-    part.more = False
-    yield part
 
 
 class Link:
@@ -128,7 +102,7 @@ class Link:
 
     def send_interest(self, interest: agent_pb2.Interest) -> None:
         """Send it in parts that are small, if the agent takes them: it may name very many processes, and groups by long paths."""
-        for part in parts_of(interest) if self.takes_parts else (interest,):
+        for part in parts_of(interest, "processes", "groups") if self.takes_parts else (interest,):
             self.send(agent_pb2.BrokerMessage(interest=part))
 
     def whole(self, part: agent_pb2.InterestApplied) -> agent_pb2.InterestApplied | None:
