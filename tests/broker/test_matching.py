@@ -109,3 +109,15 @@ def test_same_as_the_model(items: list[Rec], held: list[dict[str, Any]]) -> None
     open_ones = [span for span in held if span["length"] is None]
     expected = [row for row, item in enumerate(items) if any(wanted(item, where[row], span) for span in open_ones)]
     assert matcher.select(block, tree).tolist() == expected
+
+
+@given(records, filters)
+def test_those_who_want_the_same_of_a_node_share_it(items: list[Rec], wanted_of_it: Filter) -> None:
+    """Rows wait with each monitor that does not read: hundreds of them must not have arrays of their own."""
+    block = Block("a", 1, 4096, build(items), 0)
+    found = []
+    for first in (0, 128):
+        matcher = Matcher()
+        matcher.add(Span(None, 0, "a", 1, 0x7F, first, filter=wanted_of_it))
+        found.append(matcher.select(block, CgroupTree()))
+    assert found[0] is found[1] or not len(found[0])

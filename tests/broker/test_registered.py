@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kmonitor.broker.keys import parse_key
+from kmonitor.broker.keys import Key, parse_key
 from kmonitor.broker.multimap import Multimap
 from kmonitor.broker.registered import Registered
 from kmonitor.broker.registrations import Registration, make_registration
@@ -69,3 +69,25 @@ def test_a_registration_says_again_what_was_asked_for() -> None:
         made = make_registration(None, 1, parse_key(message), message)
         assert made.target == (target or monitor_pb2.Target())
         assert parse_key(made.message()) == made.key
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 3), st.lists(st.sampled_from(["a", "b", "c", "*"]), max_size=3))))
+def test_registered_about_a_node(steps: list[tuple[bool, int, list[str]]]) -> None:
+    """Exactly those that select it, of those without labels."""
+    found = Registered()
+    naive: dict[Key, Registration] = {}
+    for number, (adds, pid, names) in enumerate(steps):
+        message = monitor_pb2.Registration(target=monitor_pb2.Target(process=monitor_pb2.ProcessTarget(pid=pid)), event_mask=0x40)
+        message.nodes.names.extend(names)
+        made = make_registration(None, number, parse_key(message), message)
+        if adds:
+            found.add(naive.setdefault(made.key, made))
+        elif made.key in naive:
+            found.remove(naive.pop(made.key))
+        for node in ("a", "b", "d"):
+            wanted = {each.id for each in naive.values() if each.key.terms.selects(node, {})}
+            told = [each.id for each in found.about(node)]
+            assert set(told) == wanted
+            assert len(told) == len(wanted)
+    found.clear()
+    assert not list(found.about("a"))

@@ -31,6 +31,7 @@ from kmonitor.broker.registrations import Request, make_registration
 from kmonitor.broker.resume import Lingering
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
+from kmonitor.broker.trim import Trimmer
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.errors import UsageError
 from kmonitor.wire.selectors import (
@@ -94,6 +95,7 @@ class Broker:
         self.lingering = Lingering(arms, log, self.sessions, self._forget)
         self.agents = Agents(self, lease)
         self._linger = linger
+        self._trimmer = Trimmer()
         self._keeper = LogKeeper(log) if log.durable else None
         self._progress_interval = progress_interval
         self._faulty: set[str] = set()
@@ -136,6 +138,7 @@ class Broker:
             self._forget(session)
         else:
             self.lingering.keep(session)
+        self._trimmer.soon()
 
     def linger(self, session: Session, milliseconds: int) -> None:
         """The client says for how long its session is to outlive the stream. Raises RefusedError."""
@@ -406,6 +409,7 @@ class Broker:
             self._ticker.cancel()
         self.agents.stop(self.failure)
         self.lingering.stop()
+        self._trimmer.stop()
         for session in self.sessions:
             session.fail(self.failure)
 

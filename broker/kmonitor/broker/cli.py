@@ -19,6 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from kmonitor.broker.broker import DEFAULT_LEASE, DEFAULT_LINGER, DEFAULT_PROGRESS_INTERVAL, LINGER_MOST, PROGRESS_MOST, Broker
 from kmonitor.broker.file_limit import watch_file_limit
+from kmonitor.broker.idle import IdleLoop
 from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
@@ -206,7 +207,8 @@ def run(
         raise UsageError(f"--progress-interval {progress_interval}: give 10ms to {PROGRESS_MOST:g}s")
     if lingering > LINGER_MOST:
         raise UsageError(f"--linger {linger}: give 0s to {LINGER_MOST // 60}m")
-    asyncio.run(serve(listen, options, lease=seconds, progress_interval=interval, linger=lingering))
+    with asyncio.Runner(loop_factory=IdleLoop) as runner:
+        runner.run(serve(listen, options, lease=seconds, progress_interval=interval, linger=lingering))
 
 
 def main() -> None:

@@ -277,7 +277,7 @@ def _pack_registration(registration: Registration) -> bytes:
             "over": session.registrations.get(registration.key) is not registration,
             "found": {node: _pack_process(process) for node, process in registration.found.items()},
             "arms": {
-                arm.node: [arm.state.name, arm.process and [*arm.process, ""], _pack_process(arm.named), arm.absent, arm.unheard]
+                arm.node: [arm.state, arm.process and [*arm.process, ""], _pack_process(arm.named), arm.absent, arm.unheard]
                 for arm in registration.arms
             },
         }

@@ -78,6 +78,16 @@ class Span:
             keep &= self.filter.keep(block)[rows]
         return rows[keep]
 
+    def of_node(self, block: Block, rows: Indices) -> Indices:
+        """`narrow` of all rows that the node-wide mask asked for. Sessions that want the same share one array: hundreds of them may
+        keep it for long."""
+        key = self.epoch, self.mask, self.filter, max(self.first, block.position), self.end
+        found: Indices | None = block.memo(key)
+        if found is None:
+            found = self.narrow(block, rows)
+            block.remember(key, found)
+        return found
+
 
 Group = tuple[int, int]
 """(epoch, id of a control group): ids begin anew with a boot."""
@@ -124,6 +134,14 @@ class _Table:
             self.cgroups.discard(span.cgroup_id, span)
         else:
             self.everything.pop(span, None)
+
+    def is_open(self) -> bool:
+        """Whether any of them is. Mostly the first is, and each session is asked this of each node once a second."""
+        for spans in (self.processes.values(), self.cgroups.values(), self.everything):
+            for span in spans:
+                if span.end is None:
+                    return True
+        return False
 
     def __iter__(self) -> Iterator[Span]:
         yield from self.processes.values()
@@ -257,7 +275,8 @@ class Matcher:
 
     def watches(self, node: str) -> bool:
         """Whether there are open spans on a node."""
-        return any(span.end is None for span in self._tables.get(node, ()))
+        table = self._tables.get(node)
+        return table is not None and table.is_open()
 
     def nodes(self) -> list[str]:
         """The nodes with open spans."""
@@ -271,7 +290,7 @@ class Matcher:
         found: list[Indices] = []
         if table.everything:
             rows = rows_of_node(block)
-            found += [span.narrow(block, rows) for span in table.everything]
+            found += [span.of_node(block, rows) for span in table.everything]
         if table.cgroups:
             for cgroup_id, rows in rows_of_cgroups(block).items():
                 for matched in cgroups.self_and_above(block.epoch, cgroup_id):

@@ -8,7 +8,7 @@ import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from kmonitor.broker.block import Block
@@ -369,7 +369,10 @@ class Nodes:
 
     def selected(self, terms: Terms) -> list[Node]:
         """The known nodes that a registration or a request with these terms is about."""
-        return [node for node in self._nodes.values() if terms.selects(node.name, node.labels)]
+        nodes: Iterable[Node] = self._nodes.values()
+        if terms.exact:
+            nodes = [node for name in terms.exact_names if (node := self._nodes.get(name)) is not None]
+        return [node for node in nodes if terms.selects(node.name, node.labels)]
 
     def names(self, limit: int = 20) -> str:
         """For people: the known nodes."""

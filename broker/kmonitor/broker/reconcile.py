@@ -74,7 +74,7 @@ class Reconcile:
         node.inferring.clear()
         living = self._living(node, sessions, epoch)
         for session in sessions:
-            for registration in list(session.registrations.values()):
+            for registration in session.registrations.about(node.name):
                 if registration.arm_on(node.name) is None and not registration.key.terms.selects(node.name, node.labels):
                     continue
                 arm = registration.arm_on(node.name)

@@ -13,15 +13,15 @@ from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.masks import EventType
 
 
-class ArmState(enum.Enum):
+class ArmState(enum.StrEnum):
     """Where a registration stands on one node."""
 
-    AWAY = enum.auto()
+    AWAY = "AWAY"
     """The node is not connected; to be armed when it returns."""
-    ASKED = enum.auto()
+    ASKED = "ASKED"
     """The agent has not answered yet."""
-    ARMED = enum.auto()
-    OVER = enum.auto()
+    ARMED = "ARMED"
+    OVER = "OVER"
     """The process has ended, or there is no such target."""
 
 

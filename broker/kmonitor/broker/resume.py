@@ -60,6 +60,13 @@ class Lingering:
             self.drop(next(iter(self._timers)))
         self._timers[session] = asyncio.get_running_loop().call_later(session.linger, self.drop, session)
 
+    def _prolong(self, session: Session) -> None:
+        """Somebody has come for it: it does not go before he has said all that he wants."""
+        timer = self._timers.get(session)
+        if timer is not None:
+            timer.cancel()
+            self._timers[session] = asyncio.get_running_loop().call_later(session.linger, self.drop, session)
+
     def drop(self, session: Session) -> None:
         """Nobody came, or somebody else has it now."""
         timer = self._timers.pop(session, None)
@@ -96,6 +103,7 @@ class Lingering:
         session.resuming = max(requests, 1)
         for other in [each for each in self._sessions if each.stream_id == cursor.stream_id and each is not session]:
             session.forerunners.append(other)
+            self._prolong(other)
             # It is the same monitor, and we may not have noticed yet that its stream broke.
             session.stream_id = session.outbox.stream_id = other.stream_id
             if session.keeper is not None:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -21,6 +22,7 @@ from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.nodes import Link
 from kmonitor.broker.seldom import Seldom
 from kmonitor.broker.sessions import Session
+from kmonitor.broker.slices import Slices
 from kmonitor.broker.turns import Turns
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
@@ -46,9 +48,6 @@ AGENT_SERVICE = "kmonitor.v1.AgentService"
 MAX_REQUEST = 8 << 20
 """Bytes of one message to the broker: blocks are up to 4 MiB."""
 
-_AT_A_TIME_S = 0.01
-"""Registrations of one request are taken for so long, seconds; then come others."""
-
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second broker that gets half of the streams
     ("grpc.max_receive_message_length", MAX_REQUEST),
@@ -73,6 +72,7 @@ class Server:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._turns = Turns()
+        self._slices = Slices()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self._monitor_handlers(), self._agent_handlers()))
@@ -146,7 +146,7 @@ class Server:
             async for request in requests:
                 if request.HasField("cursor"):
                     await self._broker.locate(request.cursor)
-                if not self._broker.watch(session, request):
+                if not await self._slices.do(partial(self._broker.watch, session, request)):
                     raise _ClosedError
                 await session.ready_for_request()
             # A client that has said all it wants to say still listens.
@@ -162,19 +162,19 @@ class Server:
             if request.HasField("cursor"):
                 await self._broker.locate(request.cursor)
                 self._broker.resume(session, request.cursor, len(request.registrations))
-            loop = asyncio.get_running_loop()
-            until = loop.time() + _AT_A_TIME_S
-            for index, registration in enumerate(request.registrations):
+
+            def register(index: int, registration: monitor_pb2.Registration) -> None:
                 self._broker.register(session, index, registration)
                 self._broker.resumed(session)
-                if loop.time() > until:
-                    await asyncio.sleep(0)  # many registrations must not keep agents and other monitors waiting
-                    until = loop.time() + _AT_A_TIME_S
+
+            for index, registration in enumerate(request.registrations):
+                await self._slices.do(partial(register, index, registration))
 
         await self._serve(context, take_requests)
 
     async def _serve(self, context: Context, take_requests: Callable[[Session], Awaitable[None]]) -> None:
         """One monitor's stream, from its first request to its end."""
+        self._slices.stream_came()
         try:
             session = self._broker.open_session()
         except RefusedError as refusal:
@@ -223,11 +223,13 @@ class Server:
         sending: asyncio.Future[None] | None = None
         taking: asyncio.Future[None] | None = None
         reason = "its agent's stream broke"
+        self._slices.stream_came()
         try:
             first = await anext(messages, None)
             if first is None or first.WhichOneof("kind") != "hello":
                 raise RefusedError(Code.INVALID_ARGUMENT, "the first message is no hello")  # noqa: TRY301 -- as all refusals below
             link = self._broker.agents.connect(first.hello, _host(context.peer()))
+            self._slices.stream_came()
             sending = asyncio.ensure_future(_send_to_agent(link, context))
             taking = asyncio.ensure_future(self._take_from_agent(link, messages))
             await _first_end(sending, taking)

@@ -304,7 +304,7 @@ class Session:
     def concerned(self, node: Node) -> list[int]:
         """Ids of the registrations that hold on a node, or will once it is armed."""
         found = []
-        for registration in self.registrations.values():
+        for registration in self.registrations.about(node.name):
             arm = registration.arm_on(node.name)
             if registration.key.terms.selects(node.name, node.labels) if arm is None else arm.state is not ArmState.OVER:
                 found.append(registration.id)
