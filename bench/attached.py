@@ -39,7 +39,8 @@ class Attached:
 
     def adopted(self) -> None:
         """The agent has started: from here on nothing is attached but by `attach`."""
-        self._pins.detach()
+        for link in self._pins.path.glob("link_*"):  # by its path: the folder's lock is the agent's
+            link.unlink()
 
     def attach(self) -> None:
         """As the agent does: the same programs in the same order."""
@@ -100,6 +101,8 @@ def attached() -> Iterator[Attached]:
 
 def _remove(pins: PinFolder) -> None:
     if pins.path.exists():
-        pins.remove()
+        for pinned in pins.path.iterdir():
+            pinned.unlink()
+        pins.path.rmdir()
     with contextlib.suppress(FileNotFoundError):
         pins.path.parent.rmdir()
