@@ -19,6 +19,8 @@ from kmonitor.agent.slices import in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, monitor_pb2
 
+LEVELS_MOST = 32
+"""Of a group that is watched, the root's included: CGROUP_LEVEL_MAX of the probe, which looks no deeper."""
 RESTART_SECONDS = 2.0
 """So long a name may be without a group and still be one that is started again: systemd removes a unit's group in between."""
 
@@ -119,6 +121,10 @@ class GroupTable:
         found = findings[name]
         if found.error:
             result.error = found.error
+        elif len(found.ids) > LEVELS_MOST:
+            self._forget(name)
+            result.error = f"the control group is {len(found.ids) - 1} levels below the root, and at most {LEVELS_MOST - 1} can be watched"
+            return
         if found.folder is None:
             self._forget(name)
             result.state = monitor_pb2.REGISTRATION_STATE_NOT_FOUND
