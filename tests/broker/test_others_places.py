@@ -9,7 +9,7 @@ from kmonitor.broker.broker import Broker
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.record import F_MATCH_NODE, F_MATCH_PROCESS, SLOT_SIZE
-from tests.broker.direct import RUNNING, DirectAgent, DirectMonitor, of_process
+from tests.broker.direct import ARMED, RUNNING, DirectAgent, DirectMonitor, of_process
 from tests.broker.records import EXIT, FORK, Rec, rec
 
 LOG = monitor_pb2.GAP_REASON_LOG
@@ -65,4 +65,23 @@ async def test_a_pid_that_was_somebody_elses() -> None:
     mine = DirectMonitor(broker, [of_process(EXIT, 100)], monitor_pb2.Cursor(stream_id=12345))
     await agent.serve()
     assert (mine.events, mine.states) == ([], [RUNNING])
+    broker.stop()
+
+
+async def test_what_the_cursor_is_past_is_not_promised() -> None:
+    """They have registered before; who comes back is told from where on events come to it, and not from where on they came to them."""
+    broker = Broker(MemoryLog(), lease=1000)
+    agent = DirectAgent(broker)
+    agent.connect()
+    DirectMonitor(broker, [everything(EXIT)])
+    await agent.serve()
+    agent.record(of_node(EXIT, 1), of_node(EXIT, 2))
+    await agent.serve()
+    cursor = monitor_pb2.Cursor()
+    cursor.positions.add(node="a", epoch=7, position=0)
+    mine = DirectMonitor(broker, [everything(EXIT)], cursor)
+    await agent.serve()
+    assert mine.events == [(EXIT, 2)]
+    [answer] = [item.registered for item in mine.told if item.WhichOneof("kind") == "registered"]
+    assert (answer.state, answer.position) == (ARMED, SLOT_SIZE)
     broker.stop()

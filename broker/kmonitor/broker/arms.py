@@ -20,6 +20,7 @@ from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
 from kmonitor.wire.masks import EventType
+from kmonitor.wire.record import SLOT_SIZE
 
 RUNNING = monitor_pb2.REGISTRATION_STATE_RUNNING
 EXITED = monitor_pb2.REGISTRATION_STATE_EXITED
@@ -114,7 +115,8 @@ class Arms:
 
     def holds_from(self, node: Node, ask: Ask, position: int, process: tuple[int, int] | None, cgroup_id: int | None) -> int:
         """From which position on the asked bits are delivered, once `open` was called: `position`, or an earlier one if an earlier
-        request or stream had asked for them. What an answer says, a client takes for its cursor; and it may overtake records."""
+        request or stream had asked for them; but none that the client's cursor is past, as it may go on with the place of somebody else.
+        What an answer says, a client takes for its cursor; and it may overtake records."""
         held = [
             span
             for span in self.spans(ask.arm)
@@ -123,7 +125,9 @@ class Arms:
         if all(span.first == position for span in held):
             return position
         bits = [1 << at for at in range(7) if ask.mask & ask.arm.registration.mask & 1 << at]
-        return max((min((span.first for span in held if span.mask & bit), default=position) for bit in bits), default=position)
+        first = max((min((span.first for span in held if span.mask & bit), default=position) for bit in bits), default=position)
+        epoch, taken = session_of(ask.arm).matcher.taken.get(node.name, (0, 0))
+        return max(first, (taken // SLOT_SIZE + 1) * SLOT_SIZE) if epoch == node.epoch else first
 
     def end(self, span: Span, position: int) -> None:
         """No event at or behind `position` is of this span, nor in blocks that are still to come."""
