@@ -115,11 +115,14 @@ class Reader:
         return found, None
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop was closed before the log was
-            while (asked := self._asked.get()) is not None:
-                call, then = asked
-                self._loop.call_soon_threadsafe(then, call())
-                del asked, call, then  # while nobody asks, they would keep what was read
+        while (asked := self._asked.get()) is not None:
+            call, then = asked
+            found = call()
+            try:
+                self._loop.call_soon_threadsafe(then, found)
+            except RuntimeError:  # the event loop was closed before the log was
+                break
+            del asked, call, then, found  # while nobody asks, they would keep what was read
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
         with contextlib.suppress(RuntimeError):
