@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from bench.figure import Plan, Result
+from bench.mounts import mounted
 from bench.report import line, write
 
 GROUPS = ("overhead", "latency", "throughput", "growth", "memory", "arming", "start")
@@ -44,7 +45,7 @@ def main() -> None:
     for name in groups:
         print(f"{name} ...", flush=True)
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="kmonitor-bench-") as scratch:
+        with mounted("bpf", "/sys/fs/bpf"), tempfile.TemporaryDirectory(prefix="kmonitor-bench-") as scratch:
             result: Result = importlib.import_module(f"bench.{name}").measure(Plan(asked.quick, build.resolve(), Path(scratch)))
         seconds[name] = time.monotonic() - began
         results[name] = result

@@ -22,7 +22,8 @@ from bench.cputime import cpu_ns, settle
 from bench.figure import Figure, Plan, Result, Series, summary
 from bench.kernel_time import kernel_time
 from bench.loops import EVENTS, LOOPS, Loop, Loops, loops
-from bench.peers import PEERS, PeerError, check, peer, tracefs
+from bench.mounts import mounted
+from bench.peers import PEERS, PeerError, check, peer
 from bench.stack import stack
 
 _GROUP = "overhead"
@@ -178,7 +179,7 @@ def measure(plan: Plan) -> Result:
         probe.adopted()
         monitor = running.enter_context(cheap_monitor(address))
         other = running.enter_context(_other())
-        running.enter_context(tracefs())
+        running.enter_context(mounted("tracefs", "/sys/kernel/tracing"))  # where bpftrace finds tracepoints
         pids = {"agent": agent, "broker": broker, "cheap monitor": monitor.pid}
         bench = _Bench(timed, extent)
         for number in range(extent.rounds):

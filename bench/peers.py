@@ -17,7 +17,6 @@ from bench.loops import Loops
 from kmonitor.agent.sources import bcc_headers
 
 PEERS = ("forkstat", "bpftrace", "bcc")
-_TRACEFS = Path("/sys/kernel/tracing")
 _BCC_PYTHON = "/usr/bin/python3"
 _BPFTRACE = """
 tracepoint:sched:sched_process_fork { printf("fork %d %d %s\\n", args->parent_pid, args->child_pid, comm); }
@@ -84,16 +83,3 @@ def _captures(process: subprocess.Popen[bytes], loops: Loops) -> bool:
         return cpu_ns(process.pid) - before > _POKE_NS
     except OSError:
         return False  # it has ended: the caller sees why
-
-
-@contextlib.contextmanager
-def tracefs() -> Iterator[None]:
-    """What bpftrace finds tracepoints in: mounted for the time if it is not there."""
-    if (_TRACEFS / "events").exists():
-        yield
-        return
-    subprocess.run(["mount", "-t", "tracefs", "tracefs", str(_TRACEFS)], check=False)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(_TRACEFS)], check=False)
