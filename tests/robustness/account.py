@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a monitor was told, over all its lives, held against what was done: delivered + in gaps = generated, and nothing twice."""
+"""What a monitor was told, over all its lives, held against what was done: delivered + in gaps = generated, and nothing twice.
+
+A gap need not have numbers (reason LOG or AGENT, guarantees.md). Of a monitor that was told one the numbers cannot add up; `uncovered`
+holds it against another one, which was told all, event by event.
+"""
 
 from __future__ import annotations
 
@@ -130,19 +134,38 @@ class Account:
         """What gaps of a node count, by type."""
         return sum((Counter({each["type"]: each["count"]}) for gap in self.gaps if gap["node"] == node for each in gap["lost"]), Counts())
 
+    @property
+    def unnumbered(self) -> list[Line]:
+        """The gaps that do not say how much is missing."""
+        return [gap for gap in self.gaps if not gap["lost"]]
+
+    def uncovered(self, other: Account) -> list[str]:
+        """What another monitor of the same was told, and this one was not, though no gap says that it is missing there."""
+        wrong: list[str] = []
+        for (node, epoch), theirs in other._seen.items():
+            gaps = [(gap["from_position"], gap["to_position"]) for gap in self.gaps if (gap["node"], gap["epoch"]) == (node, epoch)]
+            positions = sorted(key for key in theirs - self._seen.get((node, epoch), set()) if isinstance(key, int))
+            missing = [at for at in positions if not any(first <= at < end for first, end in gaps)]
+            if missing:
+                wrong.append(f"{node}: {len(missing)} events are missing, and are in no gap: of epoch {epoch}, at {missing[:5]}")
+        return wrong
+
     def of_kind(self, kind: str, **fields: object) -> list[Line]:
         """Notices, in order."""
         return [line for line in self.notices if line["kind"] == kind and all(line.get(name) == value for name, value in fields.items())]
 
     def differences(self, truths: dict[str, Truth], *, whole: bool) -> list[str]:
-        """What is wrong, one line each. `truths` by node; `whole`: there may be no gap at all."""
+        """What is wrong, one line each. `truths` by node; `whole`: there may be no gap at all. Of a node with a gap that has no numbers
+        no more may be told and counted than was; see `uncovered`."""
         wrong = list(self.wrong)
         if whole:
             wrong += [f"a gap: {gap}" for gap in self.gaps]
+        uncounted = {gap["node"] for gap in self.unnumbered}
         for node in sorted(truths.keys() | self.told.keys()):
             truth, told, lost = truths.get(node, Truth()), self.told.get(node, Counts()), self.lost(node)
             for kind in sorted(truth.counts.keys() | told.keys() | lost.keys(), key=str):
-                if told[kind] + lost[kind] != truth.counts[kind]:
+                all_told = told[kind] + lost[kind]
+                if all_told > truth.counts[kind] or (all_told < truth.counts[kind] and node not in uncounted):
                     wrong.append(f"{node}: {kind}: {told[kind]} told, {lost[kind]} in gaps, {truth.counts[kind]} were")
             wrong += self._wrong_ends(node, truth, lost)
         return wrong
@@ -154,7 +177,7 @@ class Account:
         known = Counter({end: count for end, count in ends.items() if end[1] is not None})
         wrong = [f"{node}: told of the end {end}, which never was" for end in known - truth.ends]
         missing = truth.ends - known
-        if missing.total() != lost["PROCESS_EXIT"]:
+        if missing.total() != lost["PROCESS_EXIT"] and not any(gap["node"] == node for gap in self.unnumbered):
             wrong.append(f"{node}: {missing.total()} ends are missing, gaps count {lost['PROCESS_EXIT']}: {list(missing)[:5]}")
         # Of an inferred end the status is not known: any of that pid is meant.
         for pid, count in self.inferred.get(node, Counter()).items():

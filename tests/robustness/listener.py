@@ -149,6 +149,30 @@ class Listener:
             raise LabError(f"{error}\n-- told: {account.told}\n-- counted in gaps: {lost}\n-- inferred ends: {inferred}") from None
         self.settle()
 
+    def wait_reached(self, number: int, *, limit: float = 40.0) -> None:
+        """Until its heartbeats say that all up to this number of the broker's log was delivered.
+
+        `limit`: seconds without one more event, counted or told.
+        """
+        counted = -1
+
+        def comes_nearer(line: Line) -> bool:
+            return int(line.get("counted", 0)) > counted or line.get("number", 0) >= number
+
+        at = 0
+        while True:
+            at = self.wait(comes_nearer, f"all up to number {number} of the log", limit=limit, start=at)
+            line = self.line(at)
+            if line["kind"] == "progress" and line["number"] >= number:
+                return
+            counted = max(counted, int(line.get("counted", 0)))
+            at += 1
+
+    def heartbeat(self) -> int:
+        """Up to which number of the broker's log the next heartbeat says that all was delivered."""
+        at = self.wait(lambda line: line["kind"] == "progress", "a heartbeat", start=self.said)
+        return int(self.line(at)["number"])
+
     def settle(self) -> None:
         """Until two further heartbeats: what was on its way before them has come. A slow one may have much to say before."""
         at, heartbeats = self.said - 1, 0
