@@ -684,6 +684,29 @@ async def test_forgotten_ends_in_a_later_ring(here: Here, monkeypatch: pytest.Mo
     assert len(taker.events) < 41
 
 
+async def test_forgotten_ends_again_and_again(anyhow: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was forgotten stays known, though the broker is started again before the next one is forgotten: by whoever has the place now,
+    and by others who go on with what that one has."""
+    monkeypatch.setattr(broker_module, "PAST", 4)
+    agent, taker = await start(anyhow, registration(0x48, pid=100, follow=True))
+    await agent.send([rec(FORK, 100, flags=OWN, child_tgid=300, child_start_boottime_ns=3000)])
+    await taker.until_events(1)
+    await taker.leave()
+    await many_ends(anyhow, agent)
+    before = dict(taker.positions)
+    for own in (True, True, False):
+        await anyhow.log.flush()  # else a broker that crashes has forgotten nothing
+        await anyhow.between(agent)
+        taker.gaps.clear()
+        taker.positions, taker.names_stream = dict(before), own  # it has taken nothing of the stream before
+        await taker.open()
+        await taker.until("registered")
+        while not taker.gaps:
+            await taker.take()
+        assert [(gap.reason, gap.from_position) for gap in taker.gaps] == [(LOG, 1)]
+        await taker.leave()
+
+
 @pytest.mark.parametrize("first", ["agent", "monitor"])
 @pytest.mark.parametrize("delivered", [False, True])
 async def test_a_ring_that_a_crashed_broker_had_armed(

@@ -207,10 +207,15 @@ class Matcher:
             self._past.append(item)
         if len(self._past) > keep + keep // 8:  # not one by one
             count = len(self._past) - keep
-            self.remembers_from = max(self.remembers_from, *(ended for ended, _ in itertools.islice(self._past, count)))
-            self._on_forget()
+            self.has_forgotten(max(ended for ended, _ in itertools.islice(self._past, count)))
             for _ in range(count):
                 self._forget(self._past.popleft()[1])
+
+    def has_forgotten(self, offset: int) -> None:
+        """Of what ended before this log offset spans are missing: here, or where these were copied from."""
+        if offset > self.remembers_from:
+            self.remembers_from = offset
+            self._on_forget()
 
     def _forget(self, span: Span) -> None:
         if span.cgroup_id is not None:

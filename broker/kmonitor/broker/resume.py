@@ -172,13 +172,13 @@ class Lingering:
             # They have never had these bits, and this monitor may have: what is missing of them is told when they are armed.
             for arm in registration.arms:
                 arm.absent = session.cursor.positions.get(arm.node, (0, 0))
+        session.matcher.has_forgotten(theirs.matcher.remembers_from)
         for span in copied:
             if span.end is None:
                 self._go_on(registration, span, mask)
         for span in copied:
             if span.end is not None:
                 self._keep_past(registration, span, mask)
-        session.matcher.remembers_from = max(session.matcher.remembers_from, theirs.matcher.remembers_from)
         session.registrations.add(registration)
         session.donors[theirs] = None
         # Somebody else's place is kept for him.
