@@ -184,6 +184,7 @@ class Broker:
         found: Iterable[monitor_pb2.RegisterRequest.FoundProcess] = (),
     ) -> None:
         """Register, or add bits to what is registered. The answers go to the session. Raises RefusedError."""
+        session.begun = True
         try:
             key = parse_key(message)
             processes = parse_found(found, key.target)
@@ -273,6 +274,7 @@ class Broker:
 
     def watch(self, session: Session, request: monitor_pb2.WatchRequest) -> bool:
         """One request of a Watch stream: refusals are answers. False if it is the last one."""
+        session.begun = True
         kind = request.WhichOneof("kind")
         if kind == "close":
             return False
