@@ -163,6 +163,8 @@ class Session:
         """What the client took from an earlier stream, if it brought that."""
         self.told_of_absence: dict[str, tuple[int, int, int]] = {}
         """Node -> (epoch, from, to): the positions where, as a gap says, nobody kept its place there."""
+        self.goes_on_with = 0
+        """Names an earlier stream that it is to go on with, until all of that is known."""
         self.resuming = 0
         """Register requests that are still to come before anything is delivered."""
         self.begun = False
