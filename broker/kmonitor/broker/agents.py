@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kmonitor.broker.block import Block
 from kmonitor.broker.errors import Code, RefusedError
 from kmonitor.broker.hello import check_hello, check_proof, check_ring, remember_secret, ring_bytes, take_secret, went_back
-from kmonitor.broker.idle import IdleLoop
+from kmonitor.broker.idle import Backlog
 from kmonitor.broker.mark import Mark, MarkKind
 from kmonitor.broker.nodes import RING_BYTES, LastRecord, Link, Node
 from kmonitor.v1 import agent_pb2, monitor_pb2
@@ -31,8 +31,6 @@ REBOOTED = monitor_pb2.NODE_STATE_REBOOTED
 
 LATE_LOSSES_MOST = 256
 """Losses that one stream tells before the records around them: that of the hello is one."""
-_LEASE_TURNS = 32
-"""Of the event loop, that find nothing new: what lies in a socket, or in gRPC's queue, is with us after fewer."""
 LEASES_MOST = 10
 """However busy the broker is: it would miss no agent any more."""
 NODES_MOST = 16_384
@@ -241,28 +239,26 @@ class Agents:
         self._broker.tell_concerned(node, UNREACHABLE, reason, node.boot_id)
         self._broker.reconcile.disconnected(node)
 
-    def _check_lease(self, link: Link, due: float, turn: int = 0, idle_until: int = 0) -> None:
-        """At the end of a lease. `due`, on the loop's clock: when this should have been called. `turn`: how many turns of the loop ago it
-        was first. `idle_until`: so many idle turns of the loop there are to be."""
+    def _check_lease(self, link: Link, due: float, backlog: Backlog | None = None) -> None:
+        """At the end of a lease. `due`, on the loop's clock: when this should have been called. `backlog`: what was to be dealt with when
+        it was first."""
         now = self._loop.time()
         # A broker that was itself held up has not read what agents sent meanwhile: it must not call them dead for that.
         # One that is so all the time would never call any dead: once in a row must do.
-        held_up = not turn and now - due > self._lease / 4 and not link.spared
-        link.spared = held_up or (turn > 0 and link.spared)
+        held_up = backlog is None and now - due > self._lease / 4 and not link.spared
+        link.spared = held_up or (backlog is not None and link.spared)
         left = self._lease if held_up else link.heard + self._lease - now
         if left > 0:
             self._timers[link] = self._loop.call_later(left, self._check_lease, link, now + left)
             return
         # What has come may wait for its turn, as all do of a broker that has much to do: then turns count, and not seconds.
-        if not turn and isinstance(self._loop, IdleLoop):
-            idle_until = self._loop.idle_turns + _LEASE_TURNS
-        if turn < _LEASE_TURNS:
-            self._timers[link] = self._loop.call_soon(self._check_lease, link, now, turn + 1, idle_until)
+        backlog = backlog or Backlog(self._loop)
+        if backlog.look_again():
+            self._timers[link] = self._loop.call_soon(self._check_lease, link, now, backlog)
             return
-        busy = isinstance(self._loop, IdleLoop) and self._loop.idle_turns < idle_until
-        if busy and now - link.heard < LEASES_MOST * self._lease:
+        if backlog.waits() and now - link.heard < LEASES_MOST * self._lease:
             # Turn by turn, hundreds of agents that wait for it would keep it from ever getting there.
-            self._timers[link] = self._loop.call_later(self._lease / 32, self._check_lease, link, now, turn, idle_until)
+            self._timers[link] = self._loop.call_later(self._lease / 32, self._check_lease, link, now, backlog)
             return
         reason = f"nothing came from its agent for {self._lease:g} s"
         self._end(link, RefusedError(Code.DEADLINE_EXCEEDED, f"lease ran out: {reason}"))

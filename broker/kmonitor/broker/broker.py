@@ -130,6 +130,7 @@ class Broker:
 
     def close_session(self, session: Session, *, for_good: bool = False) -> None:
         """The stream has ended. What it registered stays for a while, unless it has closed `for_good`."""
+        self.lingering.settle(session)
         if session not in self.sessions or session.detached or self.failure is not None:
             return
         everything = (*session.registrations.values(), *session.past.values())
@@ -184,6 +185,7 @@ class Broker:
         found: Iterable[monitor_pb2.RegisterRequest.FoundProcess] = (),
     ) -> None:
         """Register, or add bits to what is registered. The answers go to the session. Raises RefusedError."""
+        session.begun = True
         try:
             key = parse_key(message)
             processes = parse_found(found, key.target)
@@ -257,12 +259,15 @@ class Broker:
         if not session.registrations and session.cursor is None:
             self.lingering.begin(session, cursor, requests)
 
-    async def locate(self, cursor: monitor_pb2.Cursor) -> None:
-        """Find out what `resume` has to know of this cursor, without keeping others waiting for the log's disk. Raises RefusedError."""
+    async def locate(self, session: Session, cursor: monitor_pb2.Cursor) -> None:
+        """A cursor has come, with which `resume` is to be called. Find out what that has to know of it, without keeping others waiting for
+        the log's disk. Raises RefusedError."""
         try:
             check_nodes_named(item.node for item in cursor.positions)
         except UsageError as error:
             raise RefusedError(Code.INVALID_ARGUMENT, f"the cursor: {error}") from None
+        if not session.begun:
+            self.lingering.expect(session, cursor.stream_id)
         ready = self.log.locate([(item.node, item.epoch, item.position) for item in cursor.positions])
         if ready is not None:
             await ready
@@ -273,6 +278,7 @@ class Broker:
 
     def watch(self, session: Session, request: monitor_pb2.WatchRequest) -> bool:
         """One request of a Watch stream: refusals are answers. False if it is the last one."""
+        session.begun = True
         kind = request.WhichOneof("kind")
         if kind == "close":
             return False

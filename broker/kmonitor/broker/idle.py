@@ -24,6 +24,10 @@ class _Selector(selectors.DefaultSelector):
         return found
 
 
+TURNS = 32
+"""Of the event loop, that find nothing new: what lies in a socket, or in gRPC's queue, is with us after fewer."""
+
+
 class IdleLoop(asyncio.SelectorEventLoop):
     """An event loop that knows how many of its turns have found nothing new."""
 
@@ -35,3 +39,21 @@ class IdleLoop(asyncio.SelectorEventLoop):
     def idle_turns(self) -> int:
         """So far."""
         return self._counting.idle_turns
+
+
+class Backlog:
+    """What had come by the time when this was made, and is still to be dealt with. Look once a turn of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._turns = TURNS
+        self._idle_until = loop.idle_turns + TURNS if isinstance(loop, IdleLoop) else 0
+
+    def look_again(self) -> bool:
+        """Whether it is too early to tell: look at the next turn. Few may be enough."""
+        self._turns -= 1
+        return self._turns >= 0
+
+    def waits(self) -> bool:
+        """Whether anything may still wait for its turn."""
+        return isinstance(self._loop, IdleLoop) and self._loop.idle_turns < self._idle_until

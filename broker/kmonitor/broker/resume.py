@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 from kmonitor.broker.arms import Arms
 from kmonitor.broker.errors import Code, RefusedError
+from kmonitor.broker.idle import Backlog
 from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
@@ -31,6 +32,11 @@ from kmonitor.wire.masks import EventType
 DETACHED_MOST = 1024
 """Sessions without a stream; the one that has waited longest goes when there are more."""
 
+LINGERS_MOST = 10
+"""However busy the broker is: it would let go of no session any more."""
+_LOOK_S = 0.25
+"""So often it is looked whether it still is."""
+
 _LAST = (1 << 64) - 1
 
 _LOG = monitor_pb2.GAP_REASON_LOG
@@ -45,7 +51,10 @@ class Lingering:
         self._log = log
         self._sessions = sessions
         self._forget = forget
-        self._timers: dict[Session, asyncio.TimerHandle] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timers: dict[Session, asyncio.Handle] = {}
+        self._coming: dict[int, int] = {}
+        """Stream id -> how many streams there are that are about to go on with it."""
 
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._timers))
@@ -58,14 +67,30 @@ class Lingering:
         session.detach()
         while len(self._timers) >= DETACHED_MOST:
             self.drop(next(iter(self._timers)))
-        self._timers[session] = asyncio.get_running_loop().call_later(session.linger, self.drop, session)
+        self._keep_on(session)
 
-    def _prolong(self, session: Session) -> None:
-        """Somebody has come for it: it does not go before he has said all that he wants."""
-        timer = self._timers.get(session)
-        if timer is not None:
-            timer.cancel()
-            self._timers[session] = asyncio.get_running_loop().call_later(session.linger, self.drop, session)
+    def _keep_on(self, session: Session) -> None:
+        """For its time from now on, at least."""
+        self._timers[session] = self._loop.call_later(session.linger, self._run_out, session, self._loop.time())
+
+    def _run_out(self, session: Session, since: float, backlog: Backlog | None = None) -> None:
+        """Its time is over. Whoever it waits for may have come long ago, and wait for his own turn: see `Agents._check_lease`.
+
+        `since`, on the loop's clock: when its time began. `backlog`: what was to be dealt with when it ended.
+        """
+        if session.stream_id in self._coming:
+            self._keep_on(session)
+            return
+        backlog = backlog or Backlog(self._loop)
+        if backlog.look_again():
+            self._timers[session] = self._loop.call_soon(self._run_out, session, since, backlog)
+        elif backlog.waits() and self._loop.time() - since < LINGERS_MOST * session.linger:
+            self._timers[session] = self._loop.call_later(_LOOK_S, self._run_out, session, since, backlog)
+        else:
+            self.drop(session)
+
+    def _of_stream(self, stream_id: int) -> list[Session]:
+        return [session for session in self._sessions if session.stream_id == stream_id]
 
     def drop(self, session: Session) -> None:
         """Nobody came, or somebody else has it now."""
@@ -82,6 +107,26 @@ class Lingering:
 
     # -- a stream that comes back
 
+    def expect(self, session: Session, stream_id: int) -> None:
+        """A stream has come with a cursor of this stream, which is to be dealt with when its turn comes. What that one had registered does
+        not go before its session has said all that it wants, or is gone: see `settle`."""
+        if stream_id and not session.goes_on_with:
+            session.goes_on_with = stream_id
+            self._coming[stream_id] = self._coming.get(stream_id, 0) + 1
+
+    def settle(self, session: Session) -> None:
+        """It has said all that it wants, or will not."""
+        stream_id, session.goes_on_with = session.goes_on_with, 0
+        if not stream_id:
+            return
+        self._coming[stream_id] -= 1
+        if not self._coming[stream_id]:
+            del self._coming[stream_id]
+        for other in self._of_stream(stream_id):
+            if (timer := self._timers.get(other)) is not None:
+                timer.cancel()
+                self._keep_on(other)
+
     def begin(self, session: Session, message: monitor_pb2.Cursor, requests: int) -> None:
         """A stream has brought a cursor, and will bring so many register requests before anything is delivered to it.
 
@@ -94,6 +139,7 @@ class Lingering:
             if node is not None and node.up and node.epoch == epoch:
                 far |= position >= node.farthest
             if far:
+                self.settle(session)
                 raise _beyond(name, position)
         # Of another log, or not to be believed: marks are rather told a second time than not at all.
         number = message.number if message.log_id == self._log.log_id and message.number <= self._log.end else 0
@@ -101,9 +147,9 @@ class Lingering:
         session.cursor = cursor
         session.matcher.taken = dict(positions)
         session.resuming = max(requests, 1)
-        for other in [each for each in self._sessions if each.stream_id == cursor.stream_id and each is not session]:
+        self.expect(session, cursor.stream_id)
+        for other in [each for each in self._of_stream(cursor.stream_id) if each is not session]:
             session.forerunners.append(other)
-            self._prolong(other)
             # It is the same monitor, and we may not have noticed yet that its stream broke.
             session.stream_id = session.outbox.stream_id = other.stream_id
             if session.keeper is not None:
@@ -349,6 +395,7 @@ class Lingering:
         donors, session.donors = session.donors, {}
         session.forerunners = []
         session.donor_spans.clear()
+        self.settle(session)
         for theirs in donors:
             everything = (*theirs.registrations.values(), *theirs.past.values())
             if theirs.detached and all(each.taken for each in everything):

@@ -145,7 +145,7 @@ class Server:
         async def take_requests(session: Session) -> None:
             async for request in requests:
                 if request.HasField("cursor"):
-                    await self._broker.locate(request.cursor)
+                    await self._broker.locate(session, request.cursor)
                 if not await self._slices.do(partial(self._broker.watch, session, request)):
                     raise _ClosedError
                 await session.ready_for_request()
@@ -160,7 +160,7 @@ class Server:
             if request.HasField("linger_ms"):
                 self._broker.linger(session, request.linger_ms)
             if request.HasField("cursor"):
-                await self._broker.locate(request.cursor)
+                await self._broker.locate(session, request.cursor)
                 self._broker.resume(session, request.cursor, len(request.registrations))
 
             def register(index: int, registration: monitor_pb2.Registration) -> None:

@@ -163,8 +163,12 @@ class Session:
         """What the client took from an earlier stream, if it brought that."""
         self.told_of_absence: dict[str, tuple[int, int, int]] = {}
         """Node -> (epoch, from, to): the positions where, as a gap says, nobody kept its place there."""
+        self.goes_on_with = 0
+        """Names an earlier stream that it is to go on with, until all of that is known."""
         self.resuming = 0
         """Register requests that are still to come before anything is delivered."""
+        self.begun = False
+        """Whether a request of its client was taken, or refused."""
         self.detached = False
         """Whether its stream has ended."""
         self.detached_from = 0
@@ -225,8 +229,11 @@ class Session:
         self._weigh()
 
     def progress(self, nodes: list[tuple[str, int, int, int]]) -> None:
-        """How far the nodes are that it watches: (node, epoch, position, Unix nanoseconds)."""
-        if self.failure is None and not self.detached:
+        """How far the nodes are that it watches: (node, epoch, position, Unix nanoseconds).
+
+        Nothing before its first request: with that it may come to go on with an earlier stream, and is to be told from where that was on.
+        """
+        if self.begun and self.failure is None and not self.detached:
             with contextlib.suppress(OverflowedError):  # it has much to read before that
                 self.outbox.put_progress(nodes)
 

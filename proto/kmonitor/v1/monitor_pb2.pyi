@@ -862,7 +862,8 @@ Global___NodeChange: _TypeAlias = NodeChange  # noqa: Y015
 @_typing.final
 class Progress(_message.Message):
     """All events up to these positions were delivered. Sent every second: also the heartbeat of the stream.
-    Comes at least every 2 s, whatever the broker is told: a stream that says nothing for much longer is gone.
+    Comes at least every 2 s once there has been one, whatever the broker is told: a stream that says nothing for much longer is gone. The first
+    comes when the stream's first request was dealt with, and behind a cursor when all `resuming` were: of a broker that has much to do, late.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
