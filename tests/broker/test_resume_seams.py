@@ -684,6 +684,27 @@ async def test_forgotten_ends_in_a_later_ring(here: Here, monkeypatch: pytest.Mo
     assert len(taker.events) < 41
 
 
+async def test_ended_children_again_and_again(anyhow: Here) -> None:
+    """Their events come, however often the stream breaks and the broker is started again before anything of it was taken."""
+    agent, taker = await start(anyhow, registration(0x48, pid=100, follow=True))
+    await agent.send([rec(FORK, 100, flags=OWN, child_tgid=300, child_start_boottime_ns=3000)])
+    await taker.until_events(1)
+    await taker.leave()
+    await many_ends(anyhow, agent)
+    before = dict(taker.positions)
+    for own in (True, True, False):
+        await anyhow.log.flush()
+        await anyhow.between(agent)
+        await beat(anyhow, agent)  # nothing more can come of them
+        taker.events.clear()
+        taker.positions, taker.names_stream = dict(before), own
+        await taker.open()
+        await taker.until_events(40)
+        assert [event[3] for event in taker.events] == [FORK, EXIT] * 20
+        assert not taker.gaps
+        await taker.leave()
+
+
 async def test_forgotten_ends_again_and_again(anyhow: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was forgotten stays known, though the broker is started again before the next one is forgotten: by whoever has the place now,
     and by others who go on with what that one has."""

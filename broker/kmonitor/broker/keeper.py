@@ -97,7 +97,7 @@ class LogKeeper:
             if span.id:
                 self._log.put(SPANS, str(span.id), None)
             return
-        if span.lingers and span.end is not None:
+        if span.id and span.lingers and span.end is not None:
             return  # that its process has ended is noted already: no record is its own from there on
         if not span.id:
             span.id = self._next_span
