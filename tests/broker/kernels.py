@@ -70,6 +70,8 @@ class Deed:
     """The broker has it, or knows that it is lost."""
     safe: bool = False
     """... also after a crash."""
+    forgotten: bool = False
+    """A broker that has had it in memory is gone."""
     data: bytes = b""
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from kmonitor.broker.errors import Code
 from kmonitor.v1 import events_pb2, monitor_pb2
 from kmonitor.wire.record import F_INFERRED
 from tests.broker.kernels import ARMED, EXITED, GROUPS, NOT_FOUND, RUNNING, Deed, Kernel, Process, ProcessKey
-from tests.broker.records import EXIT, FORK
+from tests.broker.records import EXIT, FORK, THREAD_EXIT
 
 RING = monitor_pb2.GAP_REASON_RING
 AGENT = monitor_pb2.GAP_REASON_AGENT
@@ -82,7 +82,7 @@ class Monitor:
     wire: deque[Item] = field(default_factory=deque)
     """Sent and not taken."""
     taken: dict[Deed, None] = field(default_factory=dict)
-    ends: set[tuple[str, ProcessKey]] = field(default_factory=set)
+    ends: dict[tuple[str, ProcessKey], Deed | None] = field(default_factory=dict)
     gaps: list[monitor_pb2.Gap] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What it took, for people."""
@@ -133,10 +133,13 @@ class Monitor:
         assert epoch > at[0] or event.position > at[1] or known_to_miss, self.says("an event that the cursor is behind")
         self.positions[node] = epoch, max(event.position, at[1] if epoch == at[0] else 0)
         key = event.pid, event.start_time
-        if event.type == EXIT:
-            assert (node, key) not in self.ends, self.says(f"a second end of {key}")
-            self.ends.add((node, key))
         deed = self.deeds.get((node, epoch, event.position))
+        if event.type == EXIT:
+            before = self.ends.get((node, key))
+            # Told by a broker that crashed, and gone with its ring: nobody but the monitor knows of it any more.
+            forgotten = event.inferred and before is not None and not before.known and before.epoch != epoch
+            assert (node, key) not in self.ends or forgotten, self.says(f"a second end of {key}")
+            self.ends[node, key] = deed
         if event.inferred:
             assert any(wish.pid and wish.mask & EXIT and (wish.message.follow or wish.pid == event.pid) for wish in self.wishes)
             if deed is None or (deed.kind, deed.process.key) != (EXIT, key):
@@ -183,6 +186,7 @@ class Monitor:
 
     def _before(self, node: str, epoch: int, position: int) -> None:
         at = self.positions.get(node)
+        assert not position or at is None or epoch >= at[0], self.says("something of an epoch that was over")
         if position and epoch and (at is None or at[0] != epoch or at[1] < position - 1):
             self.positions[node] = epoch, position - 1
 
@@ -207,10 +211,10 @@ class Monitor:
         for deed in self.owed(kernel):
             if deed in self.taken or any(_covers(gap, deed) and not gap.lost for gap in gaps):
                 continue
-            if any(_covers(gap, deed) for gap in gaps):
-                counted[deed.epoch, deed.kind] += 1
-            elif deed.lost:
+            if deed.lost:
                 lost[deed.epoch, deed.kind] += 1
+            elif any(_covers(gap, deed) for gap in gaps):
+                counted[deed.epoch, deed.kind] += 1
             else:
                 raise AssertionError(self.says(f"... but not of {deed}; {self.positions}"))
         self._judge_counts(kernel, gaps, lost, counted)
@@ -273,12 +277,18 @@ class Monitor:
             if wish.pid:
                 if any((gap.epoch, gap.to_position) <= place for gap in blanks if (gap.epoch, gap.to_position) > first):
                     # Nobody has kept its place: from there on it is a new registration, and children of before are not its own.
-                    children -= {each for each in children if self._born(kernel, each) < self._blank(blanks, place)}
+                    children -= {each for each in children if self._born(kernel, each) < (*self._blank(blanks, place), True)}
                 is_root = deed.process.key in roots and any(
-                    (each.epoch, each.position) <= place for each in told if each.key == deed.process.key
+                    (each.epoch, each.position) <= place and self._answered_at(kernel, each) <= deed.at
+                    for each in told
+                    if each.key == deed.process.key
                 )
                 if not is_root and deed.process.key not in children:
                     continue
+                if deed.kind == THREAD_EXIT and self._ended_in_a_gap(kernel, deed):
+                    continue
+                if deed.flags & F_INFERRED and kernel.name in wish.over:
+                    continue  # who asked anew, as its stream came back, has it from the answer
                 known = deed.safe or (deed.epoch == kernel.epoch and not deed.lost)
                 if deed.kind == FORK and wish.message.follow and deed.child is not None and not deed.lost and known:
                     children.add(deed.child.key)
@@ -288,15 +298,31 @@ class Monitor:
                 found[deed] = None
 
     @staticmethod
-    def _armed_at(kernel: Kernel, told: list[Told], epoch: int) -> int:
+    def _answered_at(kernel: Kernel, told: Told) -> int:
+        """When the node's filter was last changed there."""
+        return max((at for epoch, position, at in kernel.answers if (epoch, position) == (told.epoch, told.position)), default=0)
+
+    @classmethod
+    def _armed_at(cls, kernel: Kernel, told: list[Told], epoch: int) -> int:
         """When the node's filter was last changed at the first position that it was told; in later epochs when it was first set."""
         if epoch == told[0].epoch:
-            return max((at for answer, position, at in kernel.answers if (answer, position) == (epoch, told[0].position)), default=0)
+            return cls._answered_at(kernel, told[0])
         return min((at for answer, _, at in kernel.answers if answer == epoch), default=1 << 62)
 
+    def _ended_in_a_gap(self, kernel: Kernel, thread_exit: Deed) -> bool:
+        """When its process had ended, where nobody kept its place, the registration was over: nothing more of it is told."""
+        return any(
+            deed.kind == EXIT and deed.process is thread_exit.process and deed not in self.taken and _covers(gap, deed)
+            for deed in kernel.deeds
+            for gap in self.gaps
+            if gap.node == kernel.name and not gap.lost
+        )
+
     @staticmethod
-    def _born(kernel: Kernel, key: ProcessKey) -> tuple[int, int]:
-        return next((deed.epoch, deed.position) for deed in kernel.deeds if deed.child is not None and deed.child.key == key)
+    def _born(kernel: Kernel, key: ProcessKey) -> tuple[int, int, bool]:
+        """Where, and whether that was recorded: else it was before what has this position."""
+        forks = (deed for deed in kernel.deeds if deed.child is not None and deed.child.key == key)
+        return next((deed.epoch, deed.position, bool(deed.data)) for deed in forks)
 
     @staticmethod
     def _blank(blanks: list[monitor_pb2.Gap], place: tuple[int, int]) -> tuple[int, int]:
@@ -308,7 +334,9 @@ def _covers(gap: monitor_pb2.Gap, deed: Deed) -> bool:
         return False
     if gap.epoch == deed.epoch:
         # What has no record of its own has the position of the next one.
-        return gap.from_position <= deed.position and deed.position < gap.to_position + (not deed.data)
+        # How much was lost, a broker took along whose log was in memory: it is told that something is missing.
+        begun = gap.from_position <= deed.position or (deed.lost and deed.forgotten)
+        return begun and deed.position < gap.to_position + (not deed.data)
     if gap.epoch < deed.epoch or gap.from_position or gap.lost:
         return False
     # The ring of before is gone, and what had not come from it; or nobody has kept the monitor's place since.

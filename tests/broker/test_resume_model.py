@@ -120,6 +120,7 @@ class ResumeMachine(RuleBasedStateMachine):
         self.kernels = [Kernel(name, self.clock) for name in NAMES]
         self.monitors: dict[Monitor, Stream | None] = {}
         self.numbers = itertools.count()
+        self.groups_safe: dict[str, set[int]] = {kernel.name: set() for kernel in self.kernels}
         self.start()
 
     # -- the broker
@@ -158,6 +159,7 @@ class ResumeMachine(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         self.turn()
+        self.groups_safe = {kernel.name: set(kernel.groups) for kernel in self.kernels}
         if isinstance(self.log, HeldLog):
             self.loop.run_until_complete(self.log.commit())
             self.note_safe()
@@ -182,6 +184,8 @@ class ResumeMachine(RuleBasedStateMachine):
     def restart(self, crashes: bool, before: int) -> None:
         """`before`: how much monitors take that was sent."""
         path = self.path
+        if any(kernel.groups.keys() - self.groups_safe[kernel.name] for kernel in self.kernels):
+            self.commit()  # records name groups that a broker which crashes before does not know: see docs/guarantees.md
         if self.file and crashes:
             path = self.folder / f"log-{next(self.files)}"
             for suffix in ("", "-wal"):
@@ -203,6 +207,7 @@ class ResumeMachine(RuleBasedStateMachine):
         for kernel in self.kernels:
             for deed in kernel.deeds:
                 deed.known = deed.known and deed.safe
+                deed.forgotten = not self.file
         self.start()
 
     @precondition(lambda self: any(self.monitors))
@@ -466,7 +471,7 @@ class ResumeMachine(RuleBasedStateMachine):
             self.leave(monitor, before)
             if not stays:
                 self.call(self.broker.lingering.drop, stream.session)
-                self.turn()
+                self.commit()  # a broker that crashes before takes it for kept: see docs/guarantees.md
 
     @precondition(lambda self: self.monitors)
     @rule(number=WHO, found=st.booleans(), at_once=st.booleans(), before=st.integers(0, 2))

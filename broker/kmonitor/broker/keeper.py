@@ -220,6 +220,10 @@ class LogKeeper:
         target = registration.key.target
         for arm in registration.arms:
             node = arms.nodes.get(arm.node)
+            if arm.state in {ArmState.ASKED, ArmState.AWAY}:
+                arm.state = ArmState.AWAY
+                if node is not None and arm.unheard is None:
+                    arm.unheard = node.expected  # the broker before us may have armed it, told of that, and crashed
             if node is None or arm.state is ArmState.OVER:
                 continue
             if isinstance(target, Process | Pidfile):
@@ -302,8 +306,6 @@ def _unpack_registration(session: Session, content: dict[str, Any]) -> Registrat
         arm.state, arm.process, arm.named = ArmState[state], process and (process[0], process[1]), _unpack_process(named)
         arm.absent = None if absent is None else (absent[0], absent[1])
         arm.unheard = later[0] if later else None
-        if arm.state is ArmState.ASKED:
-            arm.state = ArmState.AWAY
     return registration
 
 

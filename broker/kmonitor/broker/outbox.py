@@ -70,6 +70,8 @@ class _Stretch:
 
     start: int
     end: int
+    before: list[Notice] = field(default_factory=list)
+    """Of what the log had evicted when it began."""
     missed: dict[tuple[str, int], Missed] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)
     """Of marks that the log evicted."""
@@ -78,7 +80,7 @@ class _Stretch:
     number: int = 0
     """The client was told of the marks up to this number."""
     absences: list[Notice] = field(default_factory=list)
-    """Each is told before anything of its node's epoch."""
+    """Each is told before anything of its node's epoch, or of a later one. The same list for all that begin to read together."""
     resumed: bool = False
     """It is what an earlier stream has not brought: what was told beside the log meanwhile was told to nobody."""
 
@@ -120,6 +122,8 @@ class Outbox:
         self._stretches: deque[_Stretch] = deque()
         self._gathering: _Stretch | None = None
         """What is to be read first, while it is not known yet whose rows it is to be searched for."""
+        self._gathering_last: _Stretch | None = None
+        """The same, or its last part: see `_divide`."""
         self.evicted_while_gathering = False
         self._read_at = 0.0
         """When the monitor took something last, or had nothing to take; by the monotonic clock, seconds."""
@@ -127,6 +131,8 @@ class Outbox:
         self.messages_bytes = 0
         self._delivered: dict[str, tuple[int, int, int]] = {}
         """Node -> (epoch, position, Unix ns) up to which a stretch of the log was read."""
+        self._absent: dict[int, str] = {}
+        """Of messages among the items that say that nobody kept the monitor's place: `id` -> node."""
         self._progress: bytes | None = None
         """The progress message that waits among the items."""
         self._progress_due = False
@@ -149,6 +155,11 @@ class Outbox:
         return bool(self._stretches)
 
     @property
+    def gathers(self) -> bool:
+        """Whether it is still to be known what is read first: see `gather`."""
+        return self._gathering is not None
+
+    @property
     def reads_from(self) -> int | None:
         """Log offset of the next entry that it reads; None if it has not to read the log."""
         return self._stretches[0].start if self._stretches else None
@@ -163,7 +174,7 @@ class Outbox:
         """
         end = self._log.end
         stretch = _Stretch(min(max(start, self._log.oldest), end), end, floors=floors, number=number, resumed=True)
-        self._gathering = stretch
+        self._gathering = self._gathering_last = stretch
         self._items.append(stretch)
         self._stretches.append(stretch)
         self._lagging.add(self)
@@ -173,17 +184,20 @@ class Outbox:
 
         `absences`: each is said before anything of its node's epoch.
         """
-        if self._gathering is not None:
+        if self._gathering is not None and self._gathering_last is not None:
             self._gathering.start = max(min(start, self._gathering.start), self._log.oldest)
-            self._gathering.notices += before
+            self._gathering.before += before
             self._gathering.absences += absences
-            self._gathering.end = self._log.end
-            self._gathering = None
+            self._gathering_last.end = self._log.end
+            self._gathering = self._gathering_last = None
             self.has_read()
             self.filled.set()
 
-    def put(self, message: bytes, most: int = MESSAGES_MOST) -> None:
-        """A message, behind all that is there. Raises OverflowedError if that is more than `most` bytes, or the monitor does not read."""
+    def put(self, message: bytes, most: int = MESSAGES_MOST, *, absent: str = "") -> None:
+        """A message, behind all that is there. Raises OverflowedError if that is more than `most` bytes, or the monitor does not read.
+
+        `absent`: it says that nobody kept the monitor's place on a node. Until it is taken, progress says nothing of that one.
+        """
         waiting = self.messages_bytes + len(message)
         if waiting > MESSAGES_LIMIT and (waiting > most or self._is_stalled()):
             raise OverflowedError
@@ -191,6 +205,8 @@ class Outbox:
             self.has_read()
         self._items.append(message)
         self.messages_bytes += len(message)
+        if absent:
+            self._absent[id(message)] = absent
         self._fill()
 
     def has_read(self) -> None:
@@ -217,8 +233,9 @@ class Outbox:
     def close(self) -> None:
         """Drop everything."""
         self._items.clear()
+        self._absent.clear()
         self._stretches.clear()
-        self._gathering = None
+        self._gathering = self._gathering_last = None
         self._page = self._asked = None
         self._lagging.discard(self)
         self.filled.set()
@@ -226,7 +243,7 @@ class Outbox:
 
     def offer(self, block: Block, rows: Indices) -> None:
         """Rows of a block that was just put into the log."""
-        last = self._gathering or (self._items[-1] if self._items else None)
+        last = self._gathering_last or (self._items[-1] if self._items else None)
         if isinstance(last, _Stretch):
             last.end = block.offset + 1
         elif self._rows_bytes + block.size > ROWS_LIMIT and self._rows_bytes:
@@ -238,7 +255,9 @@ class Outbox:
 
     def offer_mark(self, mark: Mark) -> None:
         """A mark that was just put into the log. Raises OverflowedError."""
-        last = self._gathering or (self._items[-1] if self._items else None)
+        if mark.kind is MarkKind.EPOCH:
+            self._divide(mark.offset)
+        last = self._gathering_last or (self._items[-1] if self._items else None)
         if isinstance(last, _Stretch):
             last.end = mark.offset + 1
         elif mark.kind is not MarkKind.UNLOGGED:  # what could not be logged is told to those who look for it in the log
@@ -263,7 +282,7 @@ class Outbox:
             if stretch.end <= entry.offset:
                 continue
             stretch.start = entry.offset + 1
-            if stretch is self._gathering:
+            if self._gathering is not None and stretch.resumed:
                 self.evicted_while_gathering = True  # whose rows they were is not known yet
                 continue
             if isinstance(entry, Mark):
@@ -291,6 +310,7 @@ class Outbox:
             if isinstance(item, bytes):
                 self._items.popleft()
                 self.messages_bytes -= len(item)
+                self._absent.pop(id(item), None)
                 if item is self._progress:
                     self._progress = None
                 made = [item]
@@ -327,6 +347,16 @@ class Outbox:
         self._stretches.append(stretch)
         self._lagging.add(self)
 
+    def _divide(self, offset: int) -> None:
+        """A ring begins while it is gathered what is read first: what was told of the ring before comes before anything of this one."""
+        before = self._gathering_last
+        if before is not None and self._items[-1] is not before:
+            before.end = offset
+            after = _Stretch(offset, offset, floors=before.floors, number=before.number, absences=before.absences, resumed=True)
+            self._gathering_last = after
+            self._items.append(after)
+            self._stretches.append(after)
+
     def _must_wait(self, mark: Mark) -> bool:
         if not self.waits_for_log or mark.offset < self._log.committed:
             self._blocked_since = None
@@ -358,7 +388,11 @@ class Outbox:
         self._blocked = False
         reason = monitor_pb2.GAP_REASON_LOG if stretch.resumed else monitor_pb2.GAP_REASON_SUBSCRIBER
         dropped = [(node, epoch, gap_of(missed, node, epoch, reason)) for (node, epoch), missed in stretch.missed.items()]
-        out = self._in_order(dropped + stretch.notices)
+        out: list[bytes] = []
+        for node, epoch, message in self._in_order(stretch.before + dropped + stretch.notices):
+            out += self._due(stretch, node, epoch)
+            out.append(message)
+        stretch.before.clear()
         stretch.missed.clear()
         stretch.notices.clear()
         page = self._next_page(stretch) if stretch.start < stretch.end else None
@@ -374,12 +408,11 @@ class Outbox:
                 stretch.start = entry.offset
                 self._blocked = True
                 break
-            due = [each for each in stretch.absences if each[:2] == (entry.node, entry.epoch)]
+            due = self._due(stretch, entry.node, entry.epoch)
             if due:
                 out += self._messages(parts)
                 parts = []
-                out += (message for _, _, message in due)
-                stretch.absences = [each for each in stretch.absences if each not in due]
+                out += due
             if isinstance(entry, Mark):
                 out += self._messages(parts)
                 parts = []
@@ -398,24 +431,40 @@ class Outbox:
                 entry.trim()
         if self._progress_due:
             self._progress_due = False
-            number = min(stretch.start, stretch.end)
-            out.append(progress(self._read_so_far(), number, self._log.log_id, self.stream_id))
+            number = max(min(stretch.start, stretch.end), stretch.number)
+            out.append(progress(self._read_so_far(stretch), number, self._log.log_id, self.stream_id))
         if stretch.start >= stretch.end:
-            out += self._in_order(stretch.absences)
             self._items.popleft()
             self._stretches.popleft()
+            self._delivered.clear()  # behind it may stand messages that tell of later epochs
+            if not self._stretches or self._stretches[0].absences is not stretch.absences:
+                out += (message for _, _, message in self._in_order(stretch.absences))
             if not self._stretches:
                 self._lagging.discard(self)
-                self._delivered.clear()
         self.prune(self._log.end)
         return out
 
-    def _in_order(self, notices: list[Notice]) -> list[bytes]:
-        """The messages, of each node by its epochs: a cursor does not go back."""
-        if len(notices) > 1:
-            epochs = {node: list(self._log.ends(node)) for node, _, _ in notices}
-            notices.sort(key=lambda each: epochs[each[0]].index(each[1]) if each[1] in epochs[each[0]] else -1)
-        return [message for _, _, message in notices]
+    def _due(self, stretch: _Stretch, node: str, epoch: int) -> list[bytes]:
+        """The absences that are to be told before anything of an epoch: its own, and those of the epochs before."""
+        self._forget_delivered(node, epoch)
+        if not stretch.absences:
+            return []
+        epochs = list(self._log.ends(node))
+        later = epochs[epochs.index(epoch) + 1 :] if epoch in epochs else []
+        due = [each for each in stretch.absences if each[0] == node and each[1] not in later]
+        stretch.absences[:] = [each for each in stretch.absences if each not in due]
+        return [message for _, _, message in self._in_order(due)]
+
+    def _forget_delivered(self, node: str, epoch: int) -> None:
+        """Something is told of an epoch: progress says nothing of another one any more, as a cursor does not go back."""
+        delivered = self._delivered.get(node)
+        if delivered is not None and delivered[0] != epoch:
+            del self._delivered[node]
+
+    def _in_order(self, notices: list[Notice]) -> list[Notice]:
+        """Of each node by its epochs: a cursor does not go back."""
+        epochs = {node: list(self._log.ends(node)) for node, _, _ in notices}
+        return sorted(notices, key=lambda each: epochs[each[0]].index(each[1]) if each[1] in epochs[each[0]] else -1)
 
     def _next_page(self, stretch: _Stretch) -> Page | None:
         """What comes next of a stretch; None while the log's disk is asked for it."""
@@ -437,9 +486,10 @@ class Outbox:
             self._page = answer.result()
             self._fill()
 
-    def _read_so_far(self) -> Iterator[tuple[str, int, int, int]]:
-        """Of the nodes that it watches now, no further than they are complete themselves: losses may stand behind the records around."""
-        nodes = set(self._matcher.nodes())
+    def _read_so_far(self, stretch: _Stretch) -> Iterator[tuple[str, int, int, int]]:
+        """Of the nodes that it watches now, no further than they are complete themselves: losses may stand behind the records around. Not
+        of those where something is still to be told that belongs before that."""
+        nodes = set(self._matcher.nodes()) - {node for node, _, _ in stretch.absences} - set(self._absent.values())
         for node, (epoch, position, time_ns) in self._delivered.items():
             if node in nodes:
                 whole = self._complete.get(node)

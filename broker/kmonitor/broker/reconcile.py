@@ -85,11 +85,14 @@ class Reconcile:
                         arm.absent = session.cursor.positions.get(node.name)
                 if arm.state is ArmState.OVER:
                     continue
+                if arm.unheard is not None:
+                    arm.unheard = min(arm.unheard, node.expected)  # in whichever ring
                 if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):
                     node.interest.drop(arm)
                     no_more.add(arm)
                     for ask in left_open.get(arm, ()):
                         self._no_more(ask, node)
+                    self._arms.tell_of_absence(node, arm, node.position)
                     self._arms.tell(arm, None, EXITED, node)
                     self._arms.over(arm)
                     continue

@@ -20,12 +20,12 @@ from kmonitor.broker.idle import Backlog
 from kmonitor.broker.keys import Pidfile, Process
 from kmonitor.broker.log import EventLog
 from kmonitor.broker.losses import number_of, told
-from kmonitor.broker.matching import Matcher, Span
+from kmonitor.broker.matching import Span
 from kmonitor.broker.nodes import Node
 from kmonitor.broker.notices import gap
 from kmonitor.broker.outbox import Notice, gap_of
 from kmonitor.broker.registrations import Arm, ArmState, Registration
-from kmonitor.broker.sessions import Cursor, Session
+from kmonitor.broker.sessions import Cursor, Evicted, Session
 from kmonitor.v1 import monitor_pb2
 from kmonitor.wire.masks import EventType
 
@@ -150,6 +150,8 @@ class Lingering:
         self.expect(session, cursor.stream_id)
         for other in [each for each in self._of_stream(cursor.stream_id) if each is not session]:
             session.forerunners.append(other)
+            for name, (epoch, first, until) in other.told_of_absence.items():
+                session.note_absence(name, epoch, first, until)  # who comes back before all of this is known comes back to this one
             # It is the same monitor, and we may not have noticed yet that its stream broke.
             session.stream_id = session.outbox.stream_id = other.stream_id
             if session.keeper is not None:
@@ -194,22 +196,25 @@ class Lingering:
         # Of the same key: it may have been over, and registered again, since the client took its last.
         copied = [span for span in self._spans_of(session, theirs, donor) if span.mask & mask]
         its_own = theirs.stream_id == session.stream_id
-        if not its_own and not _reach_back(session.cursor, copied):
-            return False  # of what was before they came nobody knows anything: it is registered anew, behind a gap
-        by_name = isinstance(registration.key.target, Process | Pidfile)
-        if by_name and not its_own and session.cursor.stream_id and any(span.node not in session.cursor.positions for span in copied):
-            return False  # what they knew by that name may have been another process, which had ended before this monitor came
+        anew = set() if its_own else _not_its_own(registration, session.cursor, copied)
+        copied = [span for span in copied if span.node not in anew]
+        if anew and not copied:
+            return False  # it is registered anew, behind a gap
         kept = {span.node for span in copied}
         for arm in donor.arms:
             name = arm.node
             mine = registration.make_arm(name)
+            if name in anew:  # behind a gap
+                mine.absent = session.cursor.positions.get(name, (0, 0))
+                continue
             mine.process, mine.named = arm.process, arm.named
             mine.state = arm.state if arm.state in {ArmState.ARMED, ArmState.OVER} else ArmState.AWAY
+            mine.unheard = arm.unheard  # the node came with another ring: it is still to be told
             if its_own:
-                # The node was away all the while, or came with another ring: it is still to be told.
-                mine.absent, mine.unheard = arm.absent, arm.unheard
+                mine.absent = arm.absent  # the node was away all the while
             elif name not in kept:
-                mine.absent = session.cursor.positions.get(name, (0, 0))
+                # Who has kept the place may be an earlier stream of this monitor's, that is still to be told itself.
+                mine.absent = self._earlier(name, session.cursor.positions.get(name, (0, 0)), arm.absent)
             if arm.process is not None and name not in registration.found:
                 registration.find({name: Process(*arm.process)})
         registration.had_spans = donor.had_spans
@@ -245,6 +250,20 @@ class Lingering:
         epochs = list(self._log.ends(node))
         return other not in epochs or epoch not in epochs or epochs.index(epoch) > epochs.index(other)
 
+    def _is_over(self, name: str, epoch: int, taken: int) -> bool:
+        """Whether a node's epoch came before the one that the client is in, and has not come back. One of which the log has, or has had,
+        nothing comes before those that it knows: others begin with a mark."""
+        node, epochs = self._arms.nodes.get(name), list(self._log.ends(name))
+        return taken in epochs and epoch not in epochs[epochs.index(taken) :] and (node is None or node.epoch != epoch)
+
+    def _earlier(self, node: str, one: tuple[int, int], other: tuple[int, int] | None) -> tuple[int, int]:
+        """Of two places (epoch, position) the one that came first."""
+        if other is None:
+            return one
+        if one[0] == other[0]:
+            return min(one, other)
+        return one if self._is_later(node, other[0], one[0]) else other
+
     def _say_what_came_before(self, registration: Registration, cursor: Cursor, spans: list[Span], *, its_own: bool) -> None:
         """Where these spans begin later than the client has come: they are somebody else's, who came when this monitor had gone; or its
         own, of a node that came back when nobody could be told what had been missed there."""
@@ -258,15 +277,17 @@ class Lingering:
                     if span.mask & registration.mask & bit:
                         by_bit[bit] = min(span.first, by_bit.get(bit, span.first))
         for (node, epoch), firsts in begins.items():
+            if self._is_over(node, epoch, cursor.positions.get(node, (0, 0))[0]):
+                continue
             first = max(firsts.values(), default=0)
             arm = registration.arm_on(node)
             absent = arm.absent if arm is not None else None
             at = absent or (None if its_own else cursor.positions.get(node))
-            if at is None:
+            if at is None or (absent is None and at[0] != epoch):
                 self._say_what_was_unheard(session, arm, cursor, epoch, first)
                 continue
             taken = at[1] if at[0] == epoch else -1
-            if (at[0] == epoch or absent is not None) and first > taken + 1:
+            if first > taken:  # where nobody had asked for anything, positions stand still whatever happens: an empty range says that, too
                 positions, times = (taken + 1, first), (0, time.time_ns())
                 session.before.append((node, epoch, gap(node, _LOG, epoch, positions=positions, times=times, counts={})))
                 session.note_absence(node, epoch, *positions)
@@ -388,10 +409,9 @@ class Lingering:
             offsets = [self._log.offset_behind(name, span.epoch, span.first - 1) for span in spans]
             session.floors[name] = min((max(offset, 0) for offset in offsets if offset is not None), default=session.floors.get(name, 0))
             session.reads_from = min(session.reads_from, session.floors[name])
-        absences = session.before + self._absences(session, session.cursor)
+        absences = session.before + self._absences(session, session.cursor) + list(self._forgotten(session, session.cursor))
         session.outbox.gathered(session.reads_from, self._evicted(session, session.cursor), absences)
         session.before = []
-        self._say_what_was_forgotten(session, session.cursor)
         donors, session.donors = session.donors, {}
         session.forerunners = []
         session.donor_spans.clear()
@@ -402,17 +422,18 @@ class Lingering:
                 self.drop(theirs)
 
     def _absences(self, session: Session, cursor: Cursor) -> list[Notice]:
-        """What its earlier stream was told of absence, and has not taken, as far as one can know."""
+        """What its earlier stream was told of absence, or whoever has kept its place, and it has not taken, as far as one can know."""
         found: list[Notice] = []
-        for theirs in session.forerunners:
+        for theirs in dict.fromkeys([*session.forerunners, *session.donors]):
             for node, (epoch, first, until) in theirs.told_of_absence.items():
                 taken_epoch, taken = cursor.positions.get(node, (0, -1))
-                epochs = list(self._log.ends(node))
-                if taken_epoch in epochs and epoch in epochs and epochs.index(taken_epoch) > epochs.index(epoch):
+                if self._is_over(node, epoch, taken_epoch):
                     continue
-                start = max(first, taken + 1) if taken_epoch == epoch else first
+                # From its cursor on: it is told before all else that may have come since, and leads to its end. But a cursor within it may
+                # have come there by other registrations' events.
+                start = min(first, taken + 1) if taken_epoch == epoch else 0
                 # Of an empty one its position does not tell whether it was taken: rather twice than not at all.
-                if start < until or (first == until and start == until):
+                if taken_epoch != epoch or taken + 1 < until + (first == until):
                     found.append((node, epoch, gap(node, _LOG, epoch, positions=(start, until), times=(0, time.time_ns()), counts={})))
                     session.note_absence(node, epoch, first, until)
         return found
@@ -425,34 +446,35 @@ class Lingering:
             if not theirs.evicted.whole or not theirs.detached or session.outbox.evicted_while_gathering:
                 counted_from = self._log.end
             counted_from = max(counted_from, theirs.detached_from)
-            missed = theirs.evicted.behind(cursor.positions, session.floors, self._is_later)
-            out += [(node, epoch, gap_of(each, node, epoch, _LOG)) for (node, epoch), each in missed.items()]
-            for mark in theirs.evicted.marks:
-                message = told(mark, session.matcher, self._log.log_id)
-                if message is not None and number_of(mark) > cursor.number:
-                    out.append((mark.node, mark.epoch, message))
+        # First those without numbers: they begin where the client is, and others do not.
         for name in session.matcher.nodes_known():
             if session.floors.get(name, 0) < counted_from:
                 out += self._dropped(session, name, *cursor.positions.get(name, (0, -1)))
-        for name, epoch, position in _places(cursor, session.matcher):
-            end = self._log.ends(name).get(epoch)
-            if end is not None and session.floors.get(name, 0) < session.matcher.remembers_from and position < end.position:
-                # So many processes have ended since that the session does not know any more whose they were.
-                positions, times = (position + 1, end.position), (0, time.time_ns())
-                out.append((name, epoch, gap(name, _LOG, epoch, positions=positions, times=times, counts={})))
+        evicted = Evicted.together([theirs.evicted for theirs in session.donors])
+        missed = evicted.behind(cursor.positions, session.floors, self._is_later)
+        out += [(node, epoch, gap_of(each, node, epoch, _LOG)) for (node, epoch), each in missed.items()]
+        for mark in evicted.marks:
+            message = told(mark, session.matcher, self._log.log_id)
+            begun = mark.offset >= session.floors.get(mark.node, 0)
+            if message is not None and begun and number_of(mark) > cursor.number:
+                out.append((mark.node, mark.epoch, message))
         return out
 
-    def _say_what_was_forgotten(self, session: Session, cursor: Cursor) -> None:
-        """In rings that came after the one that the client knows: behind all that is delivered, as a cursor does not go back."""
-        for name in session.matcher.nodes_known() & cursor.positions.keys():
+    def _forgotten(self, session: Session, cursor: Cursor) -> Iterator[Notice]:
+        """Gaps where so many processes have ended that the session does not know any more whose the records were."""
+        for name in session.matcher.nodes_known():
             if session.floors.get(name, 0) >= session.matcher.remembers_from:
                 continue
-            known = cursor.positions[name][0]
+            known, taken = cursor.positions.get(name, (None, -1))
             for epoch, end in self._log.ends(name).items():
-                later = epoch != known and self._is_later(name, epoch, known)
-                if later and session.matcher.spans_between(name, epoch, 0, end.position):
-                    positions, times = (0, end.position), (0, time.time_ns())
-                    session.tell(gap(name, _LOG, epoch, positions=positions, times=times, counts={}))
+                if epoch == known:
+                    first = taken + 1
+                elif (known is None or self._is_later(name, epoch, known)) and session.matcher.spans_between(name, epoch, 0, end.position):
+                    first = 0
+                else:
+                    continue
+                if first <= end.position:
+                    yield name, epoch, gap(name, _LOG, epoch, positions=(first, end.position), times=(0, time.time_ns()), counts={})
 
     def _dropped(self, session: Session, name: str, epoch: int, position: int) -> Iterator[Notice]:
         """What retention has taken of a node, nobody has counted it, and the client has come to a position of an epoch."""
@@ -462,9 +484,11 @@ class Lingering:
             taken = position if each == epoch else -1
             if not behind or end.dropped is None or taken >= end.dropped.last:
                 continue
-            spans = session.matcher.spans_between(name, each, taken + 1, end.dropped.end - 1)
+            # A loss may have been told where the client is.
+            spans = session.matcher.spans_between(name, each, taken + 1, max(taken + 1, end.dropped.end - 1))
             if spans:
-                positions = max(taken + 1, min(span.first for span in spans)), end.dropped.end
+                # Of a later ring also that it came: the mark that says so may be gone, too.
+                positions = max(taken + 1, min(span.first for span in spans)) if each == epoch else 0, end.dropped.end
                 yield name, each, gap(name, _LOG, each, positions=positions, times=(0, end.dropped.time_ns), counts={})
 
 
@@ -472,22 +496,15 @@ def _beyond(name: str, position: int) -> RefusedError:
     return RefusedError(Code.INVALID_ARGUMENT, f"the cursor's position {position} of node {name!r} is beyond all that there was")
 
 
-def _places(cursor: Cursor, matcher: Matcher) -> Iterator[tuple[str, int, int]]:
-    """(node, epoch, position of the last event taken): of the nodes that the session has to do with. -1 where nothing was taken."""
-    for name in matcher.nodes_known():
-        if name in cursor.positions:
-            yield (name, *cursor.positions[name])
-        else:
-            for epoch in sorted({span.epoch for span in matcher.spans_on(name)}):
-                yield name, epoch, -1
-
-
-def _reach_back(cursor: Cursor, spans: list[Span]) -> bool:
-    """Whether these spans are of the rings that the cursor is of, wherever it says."""
+def _not_its_own(registration: Registration, cursor: Cursor, spans: list[Span]) -> set[str]:
+    """The nodes of these spans, which are of somebody else's registration, where a client must not go on with them."""
     epochs: dict[str, set[int]] = {}
     for span in spans:
         epochs.setdefault(span.node, set()).add(span.epoch)
-    return all(cursor.positions[name][0] in found for name, found in epochs.items() if name in cursor.positions)
+    # Of what was before they came, in a later ring, nobody knows anything. And what they knew by that name, where the client has taken
+    # nothing, may have been another process, which had ended before it came.
+    by_name = isinstance(registration.key.target, Process | Pidfile)
+    return {name for name, found in epochs.items() if (cursor.positions[name][0] not in found if name in cursor.positions else by_name)}
 
 
 def _same_processes(mine: Registration, theirs: Registration) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -102,6 +103,18 @@ class Evicted:
             types = block.column("type")[rows]
             self._parts.append(_Part(block.offset, block.node, block.epoch, block.positions[rows], types, times, block.end))
 
+    @classmethod
+    def together(cls, several: Sequence[Evicted]) -> Evicted:
+        """What any of these sessions had there: each mark and row once."""
+        if len(several) == 1:
+            return several[0]
+        marks = {mark.offset: mark for each in several for mark in each.marks}
+        parts: dict[int, list[_Part]] = {}
+        for each in several:
+            for part in each._parts:
+                parts.setdefault(part.offset, []).append(part)
+        return cls([marks[at] for at in sorted(marks)], _parts=[_union(parts[at]) for at in sorted(parts)])
+
     def behind(
         self, positions: Mapping[str, tuple[int, int]], floors: Mapping[str, int], is_later: Callable[[str, int, int], bool]
     ) -> dict[tuple[str, int], Missed]:
@@ -123,6 +136,14 @@ class Evicted:
             if before is not missed:
                 before.add(missed)
         return found
+
+
+def _union(parts: list[_Part]) -> _Part:
+    """The rows of one block that are in any of its parts."""
+    positions, first = np.unique(np.concatenate([part.positions for part in parts]), return_index=True)
+    types = np.concatenate([part.types for part in parts])[first]
+    times = min(part.times[0] for part in parts), max(part.times[1] for part in parts)
+    return dataclasses.replace(parts[0], positions=positions, types=types, times=times)
 
 
 class Keeper(Protocol):
@@ -218,12 +239,13 @@ class Session:
         except OverflowedError:
             self._overflowed()
 
-    def tell(self, message: bytes) -> None:
-        """A notification, behind all that came before it. A session that lets too many gather is ended."""
+    def tell(self, message: bytes, *, absent: str = "") -> None:
+        """A notification, behind all that came before it. A session that lets too many gather is ended. `absent`: the node of which it
+        says that nobody kept its place there."""
         if self.failure is not None or self.detached:
             return
         try:
-            self.outbox.put(message, MESSAGES_MOST + ANSWER_BYTES * len(self.registrations))
+            self.outbox.put(message, MESSAGES_MOST + ANSWER_BYTES * len(self.registrations), absent=absent)
         except OverflowedError:
             self._overflowed()
         self._weigh()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from kmonitor.broker.block import Block
@@ -69,8 +70,13 @@ class Ends:
     def drop(self, node: str, epoch: int, dropped: Dropped) -> None:
         """Retention took it."""
         end = self.get(node, epoch)
-        if end is not None and (end.dropped is None or end.dropped.last <= dropped.last):
+        if end is None:
+            return
+        if end.dropped is None:
             end.dropped = dropped
+        elif end.dropped.last <= dropped.last:
+            # Of a loss behind the last record the end is where that record begins, or ends.
+            end.dropped = dataclasses.replace(dropped, end=max(end.dropped.end, dropped.end))
 
 
 def dropped_of(entry: Entry) -> Dropped | None:

@@ -92,7 +92,7 @@ class MemoryLog:
             return -1
         index = self._index.get((node, epoch))
         if index is None:
-            return self._oldest
+            return end.offset + 1  # all of it was dropped, and maybe more
         # All of the node that is still there lies behind what was dropped.
         return index.behind(position, self._oldest if end.dropped is not None else None)
 

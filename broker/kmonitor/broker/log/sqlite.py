@@ -228,7 +228,8 @@ class SqliteLog:
         if place.passed is not None:
             return place.passed + 1
         if end.dropped is not None:
-            return self._oldest  # all of the node that is still there lies behind what was dropped
+            # All of the node that is still there lies behind what was dropped; if there is nothing of this epoch, more may have been.
+            return min(self._oldest, end.offset + 1)
         if place.behind is None and searched < self._committed:
             return searched  # what has been written since was not looked at
         return next(offset for offset in (place.behind, behind, end.offset + 1) if offset is not None)
