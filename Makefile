@@ -33,8 +33,8 @@ setup-bench: setup $(SYSTEM_BENCH) $(INSTALLED_BENCH)
 
 build: $(OBJECT) ## the BPF object, and its source beside it for bcc
 
-demo: setup ## broker, agent and live events of this machine; FOR=10s ends it (root, for BPF)
-	$(BIN)/kmon up $(if $(FOR),--for $(FOR)) $(ARGS)
+demo: setup ## broker, agent, and what a small workload does; ALL=1: all that this machine does, FOR=10s (root, for BPF)
+	$(BIN)/kmon up $(if $(ALL),,--demo) $(if $(FOR),--for $(FOR)) $(ARGS)
 
 test: setup-test lint ## lint, and all tests, JOBS=2 at once (root, for BPF); ARGS="-k fork" goes to pytest
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --junitxml=build/junit.xml $(ARGS)

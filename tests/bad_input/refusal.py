@@ -26,15 +26,6 @@ def refused(done: Done, code: int, *words: str) -> None:
         assert word in lines[0], done
 
 
-def refused_by_usage(done: Done, *words: str) -> None:
-    """The box that the option parser draws."""
-    assert "Traceback" not in done.stderr, done
-    assert done.code == 2, done
-    assert done.stderr.startswith("Usage: "), done
-    for word in words:
-        assert word in done.stderr, done
-
-
 def run_all(lab: Lab, commands: Iterable[Sequence[str | Path]]) -> list[Done]:
     """Run commands to their ends, a few at a time: most of each is the start of an interpreter."""
     with ThreadPoolExecutor(4) as pool:

@@ -40,7 +40,7 @@ def test_bad_value(lab: Lab) -> None:
         ("--ring-size", "1K"): "from 64K",
         ("--ring-size", "2G"): "to 1G",
         ("--ring-size", "much"): "such as 16M",
-        ("--gather", "soon"): "'soon' is no duration: write 250ms",
+        ("--gather", "soon"): "'soon' is not a duration: write 250ms",
         ("--gather", "2s"): "--gather 2s: give 0s to 1s",
         ("--label", "rack"): "label 'rack': write NAME=VALUE",
         ("--label", "=7"): "cannot be a label's name",

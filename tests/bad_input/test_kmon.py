@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from tests.bad_input.refusal import refused, refused_by_usage, run_all
+from tests.bad_input.refusal import refused, run_all
 from tests.lab.services import Lab
 
 NOBODY_THERE = "127.0.0.1:1"
@@ -133,7 +133,7 @@ def test_watch_of_what_cannot_be_meant(lab: Lab) -> None:
         ("--pidfile", "/\n" + "x" * 4096): "pidfile '/\\nxxx",
         ("--pidfile", "/\udcff"): "not UTF-8",
         ("--count", "0"): "--count",
-        ("--for", "soon"): "'soon' is no duration",
+        ("--for", "soon"): "'soon' is not a duration",
     }
     commands = [["kmon", "watch", *words, "--broker", NOBODY_THERE] for words in cases]
     for said, done in zip(cases.values(), run_all(lab, commands), strict=True):
@@ -178,4 +178,4 @@ def test_group_that_is_not_there(lab: Lab, settled: tuple[str, str], target: tup
     ids=ids,
 )
 def test_usage(lab: Lab, words: list[str]) -> None:
-    refused_by_usage(lab.run("kmon", *words), "--")
+    refused(lab.run("kmon", *words), 2, "--")

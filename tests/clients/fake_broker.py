@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -177,7 +178,9 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
                     **({"source": "core", "labels": {"role": "web"}} | self.described),
                 )
                 for name in reversed(self.nodes)
-            ]
+                if not request.nodes.names or any(fnmatch.fnmatchcase(name, glob) for glob in request.nodes.names)
+            ],
+            broker_version="0.9",
         )
 
     async def ListProcesses(self, request: Any, context: Any) -> monitor_pb2.ListProcessesResponse:  # noqa: N802
@@ -187,7 +190,11 @@ class FakeBroker(monitor_pb2_grpc.MonitorServiceServicer):
         if request.node in self.unreachable:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"node {request.node} is not connected")
         found = [self._process(pid, start) for (node, pid), start in self.processes.items() if node == request.node and start]
-        return monitor_pb2.ListProcessesResponse(node=request.node, processes=found, boot_id=self.boots.get(request.node, BOOT))
+        for process in found if request.with_args else ():
+            process.args.extend([process.comm, "60"])
+        return monitor_pb2.ListProcessesResponse(
+            node=request.node, processes=found, boot_id=self.boots.get(request.node, BOOT), boottime_ns=90 + 60_000_000_000
+        )
 
     async def RemoveNode(self, request: Any, context: Any) -> monitor_pb2.RemoveNodeResponse:  # noqa: N802
         """As the broker: not one that is connected, not one that nobody knows."""

@@ -59,25 +59,6 @@ async def test_wait_for_what_is_not_there(broker: FakeBroker, kmon: Kmon) -> Non
     assert await ended(waiting) == (130, "", "")
 
 
-async def test_nodes_and_ps(broker: FakeBroker, kmon: Kmon) -> None:
-    broker.nodes = ["web1", "web2"]
-    broker.unreachable = {"web2"}
-    broker.processes = {("web1", 9): 90}
-    status, out, _ = await ended(await kmon("nodes"))
-    assert status == 0
-    assert [line.split()[:2] for line in out.splitlines() if "web" in line] == [["web1", "UP"], ["web2", "UNREACHABLE"]]
-    status, out, _ = await ended(await kmon("nodes", "--json"))
-    assert [(node["name"], node["state"], node["labels"]) for node in map(json.loads, out.splitlines())] == [
-        ("web1", "UP", {"role": "web"}),
-        ("web2", "UNREACHABLE", {"role": "web"}),
-    ]
-    status, out, _ = await ended(await kmon("ps", "--node", "web1"))
-    assert [line.split() for line in out.splitlines() if "sleep" in line] == [["9", "1", "1000", "1", "90", "sleep"]]
-    status, out, _ = await ended(await kmon("ps", "--node", "web1", "--json"))
-    assert (json.loads(out)["start_time"], json.loads(out)["boot_id"]) == (90, "boot-1")
-    assert await ended(await kmon("ps", "--node", "db1")) == (2, "", "kmon: there is no node db1\n")
-
-
 async def test_nodes_that_will_not_come_back(broker: FakeBroker, kmon: Kmon) -> None:
     broker.nodes = ["web1", "web2"]
     broker.unreachable = {"web2"}

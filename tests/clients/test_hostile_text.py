@@ -39,6 +39,10 @@ async def test_nodes(broker: FakeBroker, kmon: Kmon) -> None:
     assert (status, err) == (0, "")
     harmless(out)
     assert len([line for line in out.splitlines() if "UP" in line]) == 2
+    assert out.count(SHORT_SHOWN) == 2
+    status, out, err = await ended(await kmon("nodes", "-o", "wide"))
+    assert (status, err) == (0, "")
+    harmless(out)
     assert out.count(SHORT_SHOWN) == 8  # of two nodes four each
     status, out, _ = await ended(await kmon("nodes", "--json"))
     harmless(out)

@@ -141,11 +141,14 @@ async def test_for_people(broker: FakeBroker, kmon: Kmon) -> None:
         (["--pid", "x"], 2, "--pid"),
         (["--uid", "-1"], 2, "is no user's"),
         (["--cgroup", "system.slice"], 2, "control group"),
-        (["--for", "soon"], 2, "'soon' is no duration"),
+        (["--for", "soon"], 2, "'soon' is not a duration"),
         (["--count", "0"], 2, "--count"),
         (["--signal", "SIGTERM"], 2, "no real-time signal"),
         (["--notify", "0"], 2, "pid 0 names no process"),
         (["--nonsense"], 2, "--nonsense"),
+        (["--label", "zone"], 2, "write NAME=VALUE"),
+        (["--label", "a=1,a=2"], 2, "a node has one value of a"),
+        (["--resume", "/nosuch/dir/file"], 2, "/nosuch/dir"),
         (["--broker", "nowhere"], 2, "is no broker address"),
     ],
 )
@@ -153,8 +156,41 @@ async def test_mistakes(kmon: Kmon, args: list[str], status: int, words: str) ->
     got, out, err = await ended(await kmon("watch", *args))
     assert (got, out) == (status, "")
     assert words in err
-    assert err.startswith(("kmon: ", "Usage: "))
-    assert err.startswith("Usage: ") or err.count("\n") == 1
+    assert err.startswith("kmon: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        ([], {"event_mask": 0x78}),
+        (["--failed"], {"event_mask": EXIT, "failures": True}),  # a process that died is one event
+        (["--failed", "--events", "process"], {"event_mask": 0x78, "failures": True}),
+        (["--node", "web1,db[1,2]", "--node", "x"], {"event_mask": 0x78, "names": ["web1", "db[1,2]", "x"]}),
+        (["--label", "zone=west,role=web"], {"event_mask": 0x78, "labels": {"zone": "west", "role": "web"}}),
+        (["--label", "zone=west", "--label", "role="], {"event_mask": 0x78, "labels": {"zone": "west", "role": ""}}),
+        (["--for", "1d"], {"event_mask": 0x78}),
+    ],
+)
+async def test_what_is_asked_for(broker: FakeBroker, kmon: Kmon, args: list[str], wanted: dict[str, Any]) -> None:
+    await kmon("watch", *args)
+    session = await broker.session()
+    await session.asked(1)
+    asked = next(each.register.registration for each in session.requests if each.WhichOneof("kind") == "register")
+    found = {
+        "event_mask": asked.event_mask,
+        "failures": asked.filter.failures_only,
+        "names": [*asked.nodes.names],
+        "labels": {**asked.nodes.labels},
+    }
+    assert found == {"failures": False, "names": [], "labels": {}} | wanted
+
+
+async def test_the_heading_tells_the_filters(broker: FakeBroker, kmon: Kmon) -> None:
+    broker.nodes = ["web1"]
+    watching = await kmon("watch", "--comm", "nginx*", "--uid", "33", "--failed")
+    assert watching.stdout is not None
+    assert "only: named nginx*; of user 33; of ends those that failed" in (await watching.stdout.readline()).decode()
 
 
 async def test_no_broker(broker: FakeBroker, kmon: Kmon) -> None:

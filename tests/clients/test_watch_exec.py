@@ -44,7 +44,7 @@ async def test_exec_without_a_shell(broker: FakeBroker, kmon: Kmon, tmp_path: Pa
         (["--exec", "sh -c 'x"], "no closing quotation"),
         (["--exec", " "], "--exec: name a program to run"),
         (["--exec", "true", "--exec-jobs", "0"], "--exec-jobs: give a number from 1 to 256"),
-        (["--exec", "true", "--exec-timeout", "soon"], "'soon' is no duration"),
+        (["--exec", "true", "--exec-timeout", "soon"], "'soon' is not a duration"),
         (["--exec-jobs", "2"], "--exec-jobs and --exec-timeout belong to --exec"),
     ):
         status, out, err = await ended(await kmon("watch", *options))

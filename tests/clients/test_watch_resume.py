@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kmonitor.clients.cli.options import duration_or_none
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import UsageError
 from tests.clients.conftest import Kmon
 from tests.clients.fake_broker import BOOT, EXEC, EXIT, FORK, FakeBroker, Session, batch, event, gap, progress
@@ -225,21 +225,26 @@ async def test_commands_are_run_once(broker: FakeBroker, kmon: Kmon, tmp_path: P
 
 async def test_a_file_that_cannot_be_written(broker: FakeBroker, kmon: Kmon, tmp_path: Path) -> None:
     path = tmp_path / "none" / "cursor"
+    why = f"kmon: cannot save the cursor in {path}: No such file or directory\n"
+    assert await ended(await kmon("watch", "--json", "--resume", str(path), "--broker", "127.0.0.1:1")) == (2, "", why)
+    path.parent.mkdir()
     watching = await kmon("watch", "--json", "--resume", str(path))
     session = await broker.session()
+    path.unlink()
+    path.parent.rmdir()
     ending = asyncio.create_task(ended(watching))
     while not ending.done():  # it is said with the next thing that comes
         session.send(progress(300))
         await asyncio.wait([ending], timeout=0.05)
     status, _, err = await ending
-    assert (status, err) == (2, f"kmon: cannot save the cursor in {path}: No such file or directory\n")
+    assert (status, err) == (2, why)
 
 
 async def test_what_lingers(kmon: Kmon, broker: FakeBroker, tmp_path: Path) -> None:
     path = str(tmp_path / "cursor")
     for options, words in (
         (["--linger", "5m"], "--linger belongs to --resume"),
-        (["--linger", "soon", "--resume", path], "'soon' is no duration"),
+        (["--linger", "soon", "--resume", path], "'soon' is not a duration"),
         (["--linger", "2h", "--resume", path], "registrations cannot linger for 7200 s: give 0 to 3600 s"),
     ):
         status, out, err = await ended(await kmon("watch", *options))
@@ -255,4 +260,4 @@ async def test_what_lingers(kmon: Kmon, broker: FakeBroker, tmp_path: Path) -> N
     assert (await ended(other))[0] == 143
     assert broker.sessions[1].closed
     with pytest.raises(UsageError):
-        duration_or_none("-1s")
+        parse_duration("-1s")

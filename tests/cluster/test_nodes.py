@@ -30,6 +30,9 @@ def test_three_nodes_are_up(cluster: Cluster, lab: Lab) -> None:
         agent = pid_inside(cluster.agents[name].host_pid)
         listed = lab.json_lines("ps", "--node", name, "--json", "--broker", cluster.address)
         assert {line["pid"]: line["ppid"] for line in listed} == {1: 0, agent: 0, idler.pid: 0}
+        (idling,) = (line for line in listed if line["pid"] == idler.pid)
+        assert idling["args"] == Path(f"/proc/{idler.host_pid}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+        assert 0 <= idling["age_ns"] < 600e9
 
 
 def test_the_same_pid_on_three_nodes(cluster: Cluster, lab: Lab) -> None:

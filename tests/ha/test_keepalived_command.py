@@ -56,7 +56,7 @@ def table(**keys: str) -> str:
         (("--file", "x", *ONE, *ONE, "--when-blind", "up"), "is given twice"),
         (("--file", "x", *ONE, "--when-blind", "up", "--down-value", "0"), "both 0"),
         (("--file", "x", *ONE, "--when-blind", "up", "--down-value", "-255"), "value -255 is more than keepalived takes"),
-        (("--file", "x", *ONE, "--when-blind", "up", "--up-delay", "soon"), "'soon' is no duration"),
+        (("--file", "x", *ONE, "--when-blind", "up", "--up-delay", "soon"), "'soon' is not a duration"),
         (("--file", "x", "--process", "web1", "--when-blind", "up"), "write NODE:pidfile=PATH"),
         (("--file", "x", "--process", "web1:pid=x", "--when-blind", "up"), "write NODE:pidfile=PATH"),
         (("--file", "x", "--process", "web1:pidfile=run", "--when-blind", "up"), "give an absolute path"),

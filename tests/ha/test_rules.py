@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kmonitor.clients.cli.options import duration_or_none
 from kmonitor.clients.ha.rules import Rule, load
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import UsageError
 
 
@@ -32,7 +32,7 @@ comm = ["postgres", "postmaster"]
 [resource.ip]
 ignore = true
 """
-    found = load(rules(tmp_path, text), duration_or_none)
+    found = load(rules(tmp_path, text), parse_duration)
     assert found.resources == {
         "web": Rule(pidfile="/run/web.pid", grace=0.5),
         "db": Rule(unit="postgresql.service", comms=("postgres", "postmaster")),
@@ -48,7 +48,7 @@ ignore = true
         ("[resource.web]\npidfile = 3", "pidfile cannot be 3"),
         ("[resource.web]\npidfile = '/a'\nunit = 'b'", "give one of pidfile, unit, cgroup"),
         ("[resource.web]\npidfile = '/a'\ncomm = 'b'", "comm belongs to unit or cgroup"),
-        ("[resource.web]\npidfile = '/a'\ngrace = 'soon'", "'soon' is no duration"),
+        ("[resource.web]\npidfile = '/a'\ngrace = 'soon'", "'soon' is not a duration"),
         (
             "[resource.web]\nunit = 'a'\ncomm = 'elasticsearch-main'",
             "pacemaker.toml: [resource.web]: comm 'elasticsearch-main' matches nothing",
@@ -67,11 +67,11 @@ ignore = true
 )
 def test_mistakes(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UsageError) as error:
-        load(rules(tmp_path, text), duration_or_none)
+        load(rules(tmp_path, text), parse_duration)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        load(tmp_path / "nothing.toml", duration_or_none)
+        load(tmp_path / "nothing.toml", parse_duration)

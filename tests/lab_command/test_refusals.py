@@ -53,7 +53,7 @@ def test_what_cannot_be_asked_at_all(name: str, lab: Lab, tmp_path: Path) -> Non
         ("exec", "--name", name, "a", "true"): f"there is no lab {name}",
         ("up", "--name", "../x"): "--name '../x'",
         ("up", "--name", name, "--nodes", "27"): "from 1 to 26",
-        ("up", "--name", name, "--lease", "soon"): "'soon' is no duration",
+        ("up", "--name", name, "--lease", "soon"): "'soon' is not a duration",
     }
     for done, said in zip(run_all(lab, [("kmon", "lab", *words) for words in asked]), asked.values(), strict=True):
         refused(done, 2, said)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from kmonitor.clients.cli.options import parse_duration
+from kmonitor.wire.durations import parse_duration
 from tests.lab import bpffs, workload
 from tests.lab.process import LabError
 from tests.lab.services import Lab, stderr_of_all

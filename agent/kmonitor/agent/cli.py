@@ -7,28 +7,32 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # C-core's own lines on stderr would be nobody's
 # numpy's linear algebra, which nothing here uses, starts a thread for each CPU and gives it memory when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from kmonitor.agent.capabilities import missing
 from kmonitor.agent.errors import BpfError
 from kmonitor.agent.identity import Identity
 from kmonitor.agent.pace import GATHER_S
-from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder
+from kmonitor.agent.pins import DEFAULT_ROOT, PinFolder, UnusableFolderError
 from kmonitor.agent.probe import DEFAULT_RING_BYTES, DEFAULT_WATCHED_MAX, Probe, ProbeOptions, can_adopt
 from kmonitor.agent.source import Source
 from kmonitor.agent.sources import SOURCES, SourceName, open_source
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import KmonitorError, UsageError
-from kmonitor.wire.options import Parser, number, parse_duration
+from kmonitor.wire.options import Parser, number
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
-from kmonitor.wire.saying import outlive_stderr, outlive_stdout
+from kmonitor.wire.saying import outlive_stderr, outlive_stdout, say
 from kmonitor.wire.selectors import DEFAULT_ADDRESS, check_address, check_agent_name, check_labels
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ Exit status: 0 stopped, 2 usage or something missing on this machine, 4 not
 allowed to. Of --check: 0 if a source works, else 2."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _GATHER_MOST_S = 1.0
+_SCOPES = ("host", "pidns")
 _RING_LEAST = 64 << 10
 _RING_MOST = 1 << 30
 
@@ -117,7 +122,9 @@ def parser() -> Parser:
         help="Folder in a bpffs that keeps the ring alive while no agent runs.  [default: %(default)s]",
     )
     made.add_argument("--no-pin", action="store_true", help="Pin nothing: what happens while no agent runs is not captured.")
-    made.add_argument("--unpin", action="store_true", help="Remove this node's pins, which detaches the probe, and end.")
+    made.add_argument(
+        "--unpin", action="store_true", help="Remove this node's pins (of --scope, or of both), which detaches the probe, and end."
+    )
     made.add_argument(
         "--ring-size",
         metavar="SIZE",
@@ -184,15 +191,22 @@ def agent(
         raise UsageError(f"--gather {gather}: give 0s to {_GATHER_MOST_S:g}s")
     address = check_address(broker)
     if unpin:
-        _unpin(pins)
+        _unpin([] if no_pin else [PinFolder(pin_root, name, each) for each in ([given] if given else _SCOPES)])
         return 0
     with contextlib.ExitStack() as stack:
         folders: list[PinFolder] = []
+        cannot_pin: UnusableFolderError | None = None
         if pins is not None:
-            for folder in (pins, *pins.others()):
-                folder.open()
-                stack.callback(folder.close)
-                folders.append(folder)
+            try:
+                for folder in (pins, *pins.others()):
+                    folder.open()
+                    stack.callback(folder.close)
+                    stack.callback(folder.remove_if_empty)
+                    folders.append(folder)
+            except UnusableFolderError as error:
+                if choice not in ("auto", "netlink") or (choice == "auto" and not missing("CAP_BPF", "CAP_PERFMON")):
+                    raise  # the probe would work, and needs them
+                cannot_pin, pins = error, None
         opened: Source | None = None
         if folders and (found := _predecessors(folders, choice)):
             opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
@@ -215,6 +229,8 @@ def agent(
             threading.Thread(target=_import_service, name="import").start()
             opened = _open(choice, options, pins)
             stack.callback(opened.close)
+            if cannot_pin is not None and isinstance(opened, Probe):
+                raise cannot_pin  # a source without a ring in the kernel has nothing to pin
         from kmonitor.agent import service  # noqa: PLC0415  # waits for the import, if it has yet to end
 
         def give_up() -> None:
@@ -222,6 +238,8 @@ def agent(
             if pins is not None and not opened.adopted:
                 pins.remove()
 
+        if _ending:
+            raise SystemExit(128 + _ending[0])
         signalled = service.run(address, Identity(name, scope, labels), opened, gather_s, give_up)
         if pins is not None and (signalled == "int" or not isinstance(opened, Probe)):
             pins.remove()
@@ -240,11 +258,17 @@ def _import_service() -> None:
     import kmonitor.agent.service  # noqa: F401, PLC0415
 
 
-def _unpin(pins: PinFolder | None) -> None:
-    for folder in () if pins is None else (pins, *pins.others()):
+def _unpin(scopes: list[PinFolder]) -> None:
+    """Remove a node's pins of all versions, and print what was there."""
+    removed = 0
+    for folder in (each for pins in scopes for each in (pins, *pins.others())):
         if folder.open_to_remove():
             folder.remove()
             folder.close()
+            removed += 1
+            say(f"{PROGRAM}: removed {folder.path}")
+    if not removed:
+        say(f"{PROGRAM}: there are no such pins: nothing to remove")
 
 
 def _remove(folders: list[PinFolder]) -> None:
@@ -287,9 +311,21 @@ def _print_all(work: Callable[[], int]) -> int:
     return status
 
 
+_ending: list[int] = []
+"""The signals that came before there was an event loop to take them."""
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    _ending.append(number)
+    raise SystemExit(128 + number)  # which a callback of libbpf's swallows: see `agent`
+
+
 def main() -> None:
     """Entry point: errors are one line and an exit status."""
     outlive_stderr()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, _end)  # what it has made so far is removed
     try:
         raise SystemExit(agent(**parser().parse()))
     except KmonitorError as error:
@@ -297,8 +333,6 @@ def main() -> None:
         if isinstance(error, BpfError) and error.log and logging.getLogger().isEnabledFor(logging.DEBUG):
             print(error.log, file=sys.stderr)
         raise SystemExit(error.exit_status) from None
-    except KeyboardInterrupt:  # before its handler is there
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

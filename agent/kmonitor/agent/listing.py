@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import time
 from collections.abc import Awaitable, Callable
 from functools import cache
 
@@ -12,6 +14,7 @@ import grpc.aio
 
 from kmonitor.agent.cgroups import Hierarchy, ids_below
 from kmonitor.agent.processes import Found
+from kmonitor.agent.procfs import command_line
 from kmonitor.agent.slices import in_slices, in_thread
 from kmonitor.agent.source import Source
 from kmonitor.v1 import agent_pb2, events_pb2, monitor_pb2
@@ -86,11 +89,17 @@ async def answer(source: Source, asked: agent_pb2.ListProcessesCall) -> agent_pb
             said.cgroup_ids.extend(await in_thread(lambda: _group_ids(asked.filter)))
         groups = set(said.cgroup_ids) if by_group else None
         kept = await in_thread(lambda: select(found, asked.filter, groups))
+        lines = await in_thread(lambda: [command_line(each.pid, each.start_boottime_ns) for each in kept]) if asked.with_args else []
+        said.boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     except (KmonitorError, OSError) as error:
         said.error = str(error)
         return said
-    async for process in in_slices(kept):
-        said.processes.append(to_proto(process))
+    async for process, line in in_slices(itertools.zip_longest(kept, lines)):
+        message = to_proto(process)
+        if line is not None:
+            message.args.extend(line[0])
+            message.args_truncated = line[1]
+        said.processes.append(message)
     return said
 
 

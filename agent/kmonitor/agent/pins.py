@@ -98,6 +98,13 @@ class PinFolder:
             with contextlib.suppress(OSError):
                 DEFAULT_ROOT.rmdir()  # other nodes' pins may be in there
 
+    def remove_if_empty(self) -> None:
+        """Take the folder away if nothing was pinned in it: a start that was refused leaves nothing."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+            if self.path.parent == DEFAULT_ROOT:
+                DEFAULT_ROOT.rmdir()
+
     def close(self) -> None:
         """Unlock."""
         if self._lock >= 0:
@@ -105,7 +112,11 @@ class PinFolder:
             self._lock = -1
 
 
-class NoFolderError(PinError):
+class UnusableFolderError(PinError):
+    """This agent cannot have a folder of pins: there is no bpffs, or it may not write there."""
+
+
+class NoFolderError(UnusableFolderError):
     """There is no such folder."""
 
 
@@ -135,7 +146,9 @@ def open_folder(path: Path, *, make: bool, trusted: bool = True) -> int:
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise NoFolderError(f"{path.parent} is not in a bpffs: {_advice(path.parent)}") from None
-        raise PinError(f"cannot {'make' if make else 'open'} {path}: {error.strerror}: {_advice(path.parent)}") from None
+        advice = f"run as root, give --pin-root a folder in a bpffs that this user may write to, or use --no-pin ({path.parent})"
+        kind = UnusableFolderError if isinstance(error, PermissionError) else PinError
+        raise kind(f"cannot {'make' if make else 'open'} {path}: {error.strerror}: {advice}") from None
     finally:
         os.close(at)
 

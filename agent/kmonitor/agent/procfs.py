@@ -17,6 +17,8 @@ from kmonitor.agent.processes import HIDDEN_ADVICE, Found, Look
 from kmonitor.wire.selectors import COMM_MOST
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+ARGS_MOST = 256
+"""Bytes of a command line that are listed: tens of thousands of processes must fit in one answer."""
 
 
 def is_other_grain(one: int, other: int) -> bool:
@@ -160,6 +162,23 @@ def _stat(path: str) -> Stat | None:
     # Of a kernel's worker there is more here than its name: what it works on.
     comm = text[opening + 1 : closing][:COMM_MOST].decode(errors="replace")
     return Stat(comm, int(fields[1]), exiting, int(fields[17]), int(fields[19]) * TICK_NS)
+
+
+def command_line(pid: int, start_boottime_ns: int) -> tuple[list[str], bool]:
+    """Return the arguments of a process, and whether there are more bytes of them than ARGS_MOST.
+
+    None of a kernel thread, of one that has ended, and of one that may not be read. Source: proc(5), /proc/PID/cmdline.
+    """
+    try:
+        text = _read(f"/proc/{pid}/cmdline")
+        stat = _stat(f"/proc/{pid}/stat") if text else None
+    except OSError:
+        return [], False
+    # The pid may have been given out again meanwhile: sources differ in their grain, and no pid comes twice in a tick.
+    if not text or stat is None or stat.start_boottime_ns // TICK_NS != start_boottime_ns // TICK_NS:
+        return [], False
+    kept = text[:ARGS_MOST].removesuffix(b"\0")
+    return [word.decode(errors="replace") for word in kept.split(b"\0")], len(text) > ARGS_MOST
 
 
 def thread_ids(pid: int) -> list[int]:

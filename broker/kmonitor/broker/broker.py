@@ -313,8 +313,10 @@ class Broker:
         chosen = self.nodes.selected(terms(selector.names, selector.labels.items(), NO_FILTER, follow=False))
         return [node.describe() for node in sorted(chosen, key=lambda node: node.name)]
 
-    async def list_processes(self, name: str, wanted: monitor_pb2.ProcessFilter) -> monitor_pb2.ListProcessesResponse:
-        """The processes of one node, from its agent. Raises RefusedError."""
+    async def list_processes(
+        self, name: str, wanted: monitor_pb2.ProcessFilter, *, with_args: bool = False
+    ) -> monitor_pb2.ListProcessesResponse:
+        """Return the processes of one node, from its agent. Raises RefusedError."""
         if not name:
             raise RefusedError(Code.INVALID_ARGUMENT, "name one node")
         try:
@@ -338,7 +340,7 @@ class Broker:
         if node.link is None:
             raise RefusedError(Code.UNAVAILABLE, f"node {name} is not connected")
         boot_id, epoch = node.boot_id, node.epoch  # of the agent that is asked; by the time it answers no other can have come
-        answer = await node.link.list_processes(wanted)
+        answer = await node.link.list_processes(wanted, with_args=with_args)
         if group is not None and not answer.by_group:
             version = node.hello.agent_version
             raise RefusedError(Code.FAILED_PRECONDITION, f"node {name}: its agent (version {version}) cannot list a group: upgrade it")
@@ -351,6 +353,7 @@ class Broker:
             cgroup_ids=answer.cgroup_ids,
             epoch=epoch if answer.HasField("position") else 0,
             position=answer.position,
+            boottime_ns=answer.boottime_ns,
         )
 
     def remove_node(self, name: str) -> None:

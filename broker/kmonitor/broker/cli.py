@@ -24,8 +24,9 @@ from kmonitor.broker.log import DEFAULT_LOG_BYTES, EventLog
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.log.sqlite import DEFAULT_FILE_BYTES, SqliteLog
 from kmonitor.wire.descriptors import raise_file_limit
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import KmonitorError, UsageError
-from kmonitor.wire.options import Parser, parse_duration
+from kmonitor.wire.options import Parser
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.saying import outlive_stderr, outlive_stdout, say
 
@@ -115,6 +116,16 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
     from kmonitor.broker.server import Server  # noqa: PLC0415
 
     host, _ = split_address(listen)
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            os._exit(130)  # asked twice: at once
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)  # first: a start that is cut off ends in order too
     files = raise_file_limit()
     log = options.open()
     try:
@@ -123,16 +134,6 @@ async def serve(listen: str, options: LogOptions, *, lease: float, progress_inte
         port = await server.start(listen)
         if not is_loopback(host):
             logger.warning("listening on %s without TLS: whoever reaches this port can watch every node", host)
-        stopping = asyncio.Event()
-
-        def stop() -> None:
-            if stopping.is_set():
-                os._exit(130)  # asked twice: at once
-            stopping.set()
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
         say(f"{PROGRAM}: listening on {host}:{port}")
         watching = asyncio.ensure_future(watch_file_limit(files))
         await stopping.wait()

@@ -169,12 +169,13 @@ class Link:
         self.ready.set()
         self.filled.set()
 
-    async def list_processes(self, wanted: monitor_pb2.ProcessFilter) -> agent_pb2.ProcessList:
+    async def list_processes(self, wanted: monitor_pb2.ProcessFilter, *, with_args: bool = False) -> agent_pb2.ProcessList:
         """Ask the agent, and wait for as long as it is there: its heartbeats say so. Raises RefusedError if it goes away."""
         call_id = next(self._call_ids)
         call: asyncio.Future[agent_pb2.ProcessList] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = call
-        self.send(agent_pb2.BrokerMessage(list_processes=agent_pb2.ListProcessesCall(call_id=call_id, filter=wanted)))
+        asked = agent_pb2.ListProcessesCall(call_id=call_id, filter=wanted, with_args=with_args)
+        self.send(agent_pb2.BrokerMessage(list_processes=asked))
         try:
             return await call
         finally:

@@ -26,6 +26,7 @@ from kmonitor.broker.slices import Slices
 from kmonitor.broker.turns import Turns
 from kmonitor.v1 import agent_pb2, monitor_pb2
 from kmonitor.wire.errors import UsageError
+from kmonitor.wire.version import installed_version
 
 logger = logging.getLogger(__name__)
 _seldom = Seldom(logger)
@@ -201,7 +202,8 @@ class Server:
 
     async def _list_nodes(self, request: monitor_pb2.ListNodesRequest, context: Context) -> monitor_pb2.ListNodesResponse:
         try:
-            return monitor_pb2.ListNodesResponse(nodes=self._broker.list_nodes(request.nodes))
+            found = self._broker.list_nodes(request.nodes)
+            return monitor_pb2.ListNodesResponse(nodes=found, broker_version=installed_version())
         except RefusedError as refusal:
             await _abort(context, refusal)
 
@@ -214,7 +216,7 @@ class Server:
 
     async def _list_processes(self, request: monitor_pb2.ListProcessesRequest, context: Context) -> monitor_pb2.ListProcessesResponse:
         try:
-            return await self._broker.list_processes(request.node, request.filter)
+            return await self._broker.list_processes(request.node, request.filter, with_args=request.with_args)
         except RefusedError as refusal:
             await _abort(context, refusal)
 

@@ -190,6 +190,17 @@ class Monitor:
             raise errors.unreadable(self.address)
         return sorted(answer.nodes, key=lambda node: node.name)
 
+    async def broker_version(self) -> str:
+        """Return the version of the broker: "0.1.0"; empty if it is too old to tell."""
+        request = monitor_pb2.ListNodesRequest(nodes=monitor_pb2.NodeSelector(names=["-"]))
+        try:
+            answer = await self._channel.stub.ListNodes(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self._channel.error(error) from None
+        if answer is None:
+            raise errors.unreadable(self.address)
+        return str(answer.broker_version)
+
     async def remove_node(self, node: str) -> None:
         """For operators: the node will not come back. Monitors are told that it is GONE, and its registrations are over. Raises UsageError
         if it is connected, or the broker knows no such node."""
@@ -200,16 +211,18 @@ class Monitor:
             raise self._channel.error(error) from None
 
     async def list_processes(
-        self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = ()
+        self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = (), with_args: bool = False
     ) -> list[Process]:
-        """What runs on a node now, by pid. Raises UsageError if the broker knows no such node, or cannot ask it; NodeUnreachableError
+        """Return what runs on a node now, by pid; `with_args`: with the command lines.
+
+        Raises UsageError if the broker knows no such node, or cannot ask it; NodeUnreachableError
         if it does not hear the node."""
         wanted = monitor_pb2.ProcessFilter(
             pids=[selectors.check_pid(pid) for pid in pids],
             comms=[selectors.check_comm(glob) for glob in comms],
             uids=[selectors.check_uid(uid) for uid in uids],
         )
-        return list((await self._list(node, wanted)).processes)
+        return list((await self._list(node, wanted, with_args=with_args)).processes)
 
     async def list_group(self, node: str, *, cgroup: str | None = None, unit: str | None = None) -> Members:
         """What runs in a control group and in those below it, or in a systemd unit, now. Raises UsageError if the broker knows no such
@@ -220,11 +233,11 @@ class Monitor:
             return await self._list(node, monitor_pb2.ProcessFilter(cgroup=selectors.check_cgroup_path(cgroup)))
         return await self._list(node, monitor_pb2.ProcessFilter(unit=selectors.check_unit_name(unit or "")))
 
-    async def _list(self, node: str, wanted: monitor_pb2.ProcessFilter) -> Members:
+    async def _list(self, node: str, wanted: monitor_pb2.ProcessFilter, *, with_args: bool = False) -> Members:
         selectors.check_node_name(node)
         try:
             answer = await self._channel.stub.ListProcesses(
-                monitor_pb2.ListProcessesRequest(node=node, filter=wanted), timeout=CALL_TIMEOUT_S
+                monitor_pb2.ListProcessesRequest(node=node, filter=wanted, with_args=with_args), timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise errors.of_node(error, node) or self._channel.error(error) from None
@@ -232,7 +245,8 @@ class Monitor:
             raise errors.unreadable(self.address)
         if wanted.WhichOneof("group") is not None and not answer.epoch:
             raise UsageError(f"the broker at {self.address}, or its agent on {node}, cannot list a group: upgrade it")
-        found = sorted((Process.from_proto(process, answer.boot_id) for process in answer.processes), key=lambda process: process.pid)
+        made = (Process.from_proto(process, answer.boot_id, answer.boottime_ns) for process in answer.processes)
+        found = sorted(made, key=lambda process: process.pid)
         return Members(tuple(found), tuple(answer.cgroup_ids), answer.epoch, answer.position)
 
     async def wait(

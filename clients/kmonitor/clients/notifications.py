@@ -60,7 +60,9 @@ class NodeState(_OpenEnum):
 class Process:
     """A process of a node, now. `threads` 0 is one that ended and was not waited for.
 
-    With the node's name `boot_id`, `pid` and `start_time` name it for good: `boot_id` is empty if the broker does not tell.
+    With the node's name `boot_id`, `pid` and `start_time` name it for good: `boot_id` is empty if the broker does not tell. `args` are
+    the first 256 bytes of its command line, if they were asked for. `age_ns` is how long it had run when its node looked, in nanoseconds;
+    None if the node does not tell.
     """
 
     pid: int
@@ -72,9 +74,12 @@ class Process:
     cgroup_id: int
     threads: int
     boot_id: str = ""
+    args: tuple[str, ...] = field(default=(), compare=False)
+    args_truncated: bool = field(default=False, compare=False)
+    age_ns: int | None = field(default=None, compare=False)
 
     @classmethod
-    def from_proto(cls, message: events_pb2.Process, boot_id: str = "") -> Process:
+    def from_proto(cls, message: events_pb2.Process, boot_id: str = "", boottime_ns: int = 0) -> Process:
         """Of a kmonitor.v1.Process, and the boot id that came beside it."""
         return cls(
             message.pid,
@@ -86,6 +91,9 @@ class Process:
             message.cgroup_id,
             message.threads,
             boot_id,
+            tuple(message.args),
+            message.args_truncated,
+            max(boottime_ns - message.start_time, 0) if boottime_ns else None,
         )
 
 

@@ -73,9 +73,11 @@ class Monitor:
         """As `Monitor.remove_node`."""
         self._run(self._inner.remove_node(node))
 
-    def list_processes(self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = ()) -> list[Process]:
+    def list_processes(
+        self, node: str, *, pids: Iterable[int] = (), comms: Iterable[str] = (), uids: Iterable[int] = (), with_args: bool = False
+    ) -> list[Process]:
         """As `Monitor.list_processes`."""
-        return self._run(self._inner.list_processes(node, pids=pids, comms=comms, uids=uids))
+        return self._run(self._inner.list_processes(node, pids=pids, comms=comms, uids=uids, with_args=with_args))
 
     def wait(
         self,

@@ -736,7 +736,9 @@ class ListProcessesCall(_message.Message):
 
     CALL_ID_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    WITH_ARGS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
+    with_args: _builtins.bool
     @_builtins.property
     def filter(self) -> _monitor_pb2.ProcessFilter: ...
     def __init__(
@@ -744,10 +746,11 @@ class ListProcessesCall(_message.Message):
         *,
         call_id: _builtins.int = ...,
         filter: _monitor_pb2.ProcessFilter | None = ...,
+        with_args: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "filter", b"filter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "filter", b"filter", "with_args", b"with_args"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -763,12 +766,14 @@ class ProcessList(_message.Message):
     BY_GROUP_FIELD_NUMBER: _builtins.int
     CGROUP_IDS_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    BOOTTIME_NS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     error: _builtins.str
     """Set if they could not be read."""
     by_group: _builtins.bool
     """The filter's group was heeded."""
     position: _builtins.int
+    boottime_ns: _builtins.int
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Process]: ...
     @_builtins.property
@@ -784,10 +789,11 @@ class ProcessList(_message.Message):
         by_group: _builtins.bool = ...,
         cgroup_ids: _abc.Iterable[_builtins.int] | None = ...,
         position: _builtins.int | None = ...,
+        boottime_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "by_group", b"by_group", "call_id", b"call_id", "cgroup_ids", b"cgroup_ids", "error", b"error", "position", b"position", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "boottime_ns", b"boottime_ns", "by_group", b"by_group", "call_id", b"call_id", "cgroup_ids", b"cgroup_ids", "error", b"error", "position", b"position", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
     _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015

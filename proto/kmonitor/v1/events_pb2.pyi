@@ -260,6 +260,8 @@ class Process(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     CGROUP_ID_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    ARGS_TRUNCATED_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
     ppid: _builtins.int
     uid: _builtins.int
@@ -270,6 +272,11 @@ class Process(_message.Message):
     cgroup_id: _builtins.int
     threads: _builtins.int
     """Threads that have not ended; 0 is a process that ended and was not waited for."""
+    args_truncated: _builtins.bool
+    @_builtins.property
+    def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The command line, if it was asked for: the first 256 bytes of it. None of a kernel thread, or if the agent may not read it."""
+
     def __init__(
         self,
         *,
@@ -281,10 +288,12 @@ class Process(_message.Message):
         start_time: _builtins.int = ...,
         cgroup_id: _builtins.int = ...,
         threads: _builtins.int = ...,
+        args: _abc.Iterable[_builtins.str] | None = ...,
+        args_truncated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_id", b"cgroup_id", "comm", b"comm", "gid", b"gid", "pid", b"pid", "ppid", b"ppid", "start_time", b"start_time", "threads", b"threads", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "args_truncated", b"args_truncated", "cgroup_id", b"cgroup_id", "comm", b"comm", "gid", b"gid", "pid", b"pid", "ppid", b"ppid", "start_time", b"start_time", "threads", b"threads", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1035,16 +1035,20 @@ class ListNodesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
+    BROKER_VERSION_FIELD_NUMBER: _builtins.int
+    broker_version: _builtins.str
+    """The version of the broker that answers; empty if it is an older one."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
     def __init__(
         self,
         *,
         nodes: _abc.Iterable[Global___Node] | None = ...,
+        broker_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker_version", b"broker_version", "nodes", b"nodes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1130,8 +1134,11 @@ class ListProcessesRequest(_message.Message):
 
     NODE_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    WITH_ARGS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """The name of one node."""
+    with_args: _builtins.bool
+    """Return each process's command line too."""
     @_builtins.property
     def filter(self) -> Global___ProcessFilter: ...
     def __init__(
@@ -1139,10 +1146,11 @@ class ListProcessesRequest(_message.Message):
         *,
         node: _builtins.str = ...,
         filter: Global___ProcessFilter | None = ...,
+        with_args: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "node", b"node", "with_args", b"with_args"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1158,6 +1166,7 @@ class ListProcessesResponse(_message.Message):
     CGROUP_IDS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    BOOTTIME_NS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     boot_id: _builtins.str
     """The boot that they are of."""
@@ -1166,6 +1175,8 @@ class ListProcessesResponse(_message.Message):
     `epoch` is 0 if the agent is an older one, and does not say.
     """
     position: _builtins.int
+    boottime_ns: _builtins.int
+    """The node's boot-time clock when it looked, in nanoseconds; 0 if the agent is an older one, and does not say."""
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[_events_pb2.Process]: ...
     @_builtins.property
@@ -1181,10 +1192,11 @@ class ListProcessesResponse(_message.Message):
         cgroup_ids: _abc.Iterable[_builtins.int] | None = ...,
         epoch: _builtins.int = ...,
         position: _builtins.int = ...,
+        boottime_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "cgroup_ids", b"cgroup_ids", "epoch", b"epoch", "node", b"node", "position", b"position", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "boottime_ns", b"boottime_ns", "cgroup_ids", b"cgroup_ids", "epoch", b"epoch", "node", b"node", "position", b"position", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -13,7 +12,6 @@ from typing import Any, NoReturn
 from kmonitor.wire.errors import UsageError
 
 _WIDTH_MOST = 120
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,14 +76,6 @@ def _columns() -> int:
         return os.get_terminal_size().columns or 80
     except OSError:
         return 80
-
-
-def parse_duration(text: str) -> float:
-    """Seconds, from "250ms", "3s", "1.5", "2m", "12h" or "7d". Raises UsageError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", text.strip())
-    if found is None:
-        raise UsageError(f"{text!r} is no duration: write 250ms, 3s, 2m, 12h or 7d")
-    return float(found[1]) * _UNITS_S[found[2]]
 
 
 def number(least: int, most: int) -> Callable[[str], int]:

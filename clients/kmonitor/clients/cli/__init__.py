@@ -11,22 +11,30 @@ import typer
 
 from kmonitor.clients.cli import ha, lab, output
 from kmonitor.clients.cli.doctor import doctor
+from kmonitor.clients.cli.help import CONTEXT, Command, Group, Version, usage_error
 from kmonitor.clients.cli.nodes import nodes, ps
 from kmonitor.clients.cli.up import up
+from kmonitor.clients.cli.version import show_version
 from kmonitor.clients.cli.wait import wait
 from kmonitor.clients.cli.watch import watch
 from kmonitor.wire.errors import KmonitorError
 
 app = typer.Typer(
     name="kmon",
-    help="What the processes of a whole cluster do: watch them, wait for them.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Group,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
 )
-for _command in (watch, wait, nodes, ps, up, doctor):
-    app.command()(_command)
+
+
+@app.callback()
+def _kmon(*, version: Version = False) -> None:
+    """Watch the processes of a whole cluster, and wait for them."""
+
+
+for _command in (watch, wait, nodes, ps, up, doctor, show_version):
+    app.command(name=_command.__name__.removeprefix("show_"), cls=Command, context_settings=CONTEXT)(_command)
 for _group in (ha.app, lab.app):
     app.add_typer(_group)
 
@@ -50,10 +58,11 @@ def main() -> None:
     sys.exit(status)
 
 
-def _status() -> str | int | None:
+def _status() -> int:
     try:
-        app()
-    except SystemExit as end:
-        sys.stdout.flush()
-        return end.code
-    return 0
+        status = app(standalone_mode=False)
+    except typer.TyperException as error:
+        output.say(usage_error(error))
+        return 2
+    sys.stdout.flush()
+    return status if isinstance(status, int) else 0

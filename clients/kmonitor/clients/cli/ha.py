@@ -7,7 +7,10 @@ import typer
 
 from kmonitor.clients.cli.ha_keepalived import keepalived
 from kmonitor.clients.cli.ha_pacemaker import pacemaker
+from kmonitor.clients.cli.help import CONTEXT, Command, Group
 
-app = typer.Typer(name="ha", help="Tell a cluster's HA manager of the ends of its processes.", no_args_is_help=True)
-app.command()(pacemaker)
-app.command()(keepalived)
+app = typer.Typer(
+    name="ha", cls=Group, rich_markup_mode=None, context_settings=CONTEXT, help="Report the ends of processes to a cluster's HA manager."
+)
+for _command in (pacemaker, keepalived):
+    app.command(cls=Command, context_settings=CONTEXT)(_command)

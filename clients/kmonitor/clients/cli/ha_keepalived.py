@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, duration_or_none, run
+from kmonitor.clients.cli.options import Broker, run
 from kmonitor.clients.cli.output import say
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _from_options(
         )
     from kmonitor.clients.ha.keepalived_config import track  # noqa: PLC0415
 
-    blind_after, up_delay, down_delay = map(duration_or_none, times)
+    blind_after, up_delay, down_delay = map(parse_duration, times)
     return track(
         file,
         processes,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, duration, duration_or_none, parse_duration, run
+from kmonitor.clients.cli.options import Broker, Json, duration, positive_duration, run
 from kmonitor.clients.cli.output import outlive_stdout, say
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import BrokerUnreachableError, UsageError
 
 if TYPE_CHECKING:
@@ -74,15 +75,15 @@ def pacemaker(
 
     Exit status: 2 usage, or no Pacemaker here; 3 no broker; 4 not authorised; 143 after SIGTERM or SIGHUP.
     """
-    every = parse_duration(poll)
+    every = positive_duration(poll)
     if every < 0.1:
         raise UsageError("--poll: give 100ms or more")
     from kmonitor.clients.ha.rules import Rules, load  # noqa: PLC0415 - not for --help
     from kmonitor.clients.ha.settling import Options  # noqa: PLC0415
 
-    rules = Rules() if config is None else load(config, duration_or_none)
+    rules = Rules() if config is None else load(config, parse_duration)
     options = Options(dry_run, attribute, act_on_inferred, duration(act_on_unreachable))
-    run(_pacemaker(broker, _Plan(rules, options, every, duration_or_none(grace), json), retry=retry))
+    run(_pacemaker(broker, _Plan(rules, options, every, parse_duration(grace), json), retry=retry))
 
 
 async def _pacemaker(broker: str, plan: _Plan, *, retry: bool) -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kmonitor.clients.cli.beside import program
-from kmonitor.clients.cli.options import Json, parse_duration
+from kmonitor.clients.cli.help import CONTEXT, Command, Group
+from kmonitor.clients.cli.options import Json, positive_duration
 from kmonitor.clients.cli.output import say
 from kmonitor.wire.plain import plain_text
 
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     from kmonitor.clients.lab.starting import Programs
     from kmonitor.clients.lab.state import State
 
-app = typer.Typer(name="lab", help="A cluster on this machine, of network and pid namespaces (root).", no_args_is_help=True)
+app = typer.Typer(
+    name="lab",
+    cls=Group,
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
+    help="Run a cluster on this machine, of network and pid namespaces (root).",
+)
 
 _DEFAULT = "lab"
 Name = Annotated[str, typer.Option("--name", metavar="NAME", envvar="KMONITOR_LAB", help="Which lab, if there are several.")]
@@ -32,7 +39,7 @@ Nodes = Annotated[list[str], typer.Argument(metavar="NODE...", help="Of the lab'
 Parts = Annotated[list[str], typer.Argument(metavar="NODE...", help='Of the lab\'s nodes; "broker" is its broker.')]
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def up(
     *,
     nodes: Annotated[int, typer.Option(metavar="N", help="How many nodes: a, b, c ...")] = 3,
@@ -48,7 +55,7 @@ def up(
 
     Exit status: 0 done, 2 usage, or what it takes is missing here, 4 not root. What was made until then is removed again, also on Ctrl-C.
     """
-    parse_duration(lease)
+    positive_duration(lease)
     lab = _lab(name)
     with _ending_in_order(), _alone():
         state = lab.up(nodes, _programs(), lease=lease, workload=workload)
@@ -56,7 +63,7 @@ def up(
     print(f"export KMONITOR_BROKER={state.broker}")
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def down(*, name: Name = _DEFAULT) -> None:
     """End a lab, with all that runs in it, and remove what it was made of. Nothing there is fine too."""
     lab = _lab(name)
@@ -64,19 +71,19 @@ def down(*, name: Name = _DEFAULT) -> None:
         lab.down()
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def cut(*, nodes: Nodes, name: Name = _DEFAULT) -> None:
     """Take the links of nodes down: they run on, and nobody reaches them."""
     _each(name, nodes, lambda lab, node: lab.cut(node))
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def heal(*, nodes: Nodes, name: Name = _DEFAULT) -> None:
     """Bring the links of nodes up again."""
     _each(name, nodes, lambda lab, node: lab.heal(node))
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def kill(
     *,
     nodes: Parts,
@@ -87,26 +94,26 @@ def kill(
     _each(name, nodes, lambda lab, node: lab.kill(node, agent=agent))
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def start(*, nodes: Parts, name: Name = _DEFAULT) -> None:
     """Bring back what was killed, until it is connected: a node (in another boot, as one that had no power), its agent, the broker."""
     programs = _programs()
     _each(name, nodes, lambda lab, node: lab.start(node, programs))
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def pause(*, nodes: Parts, name: Name = _DEFAULT) -> None:
     """Stop the agents of nodes, or the broker (SIGSTOP), as a machine that hangs."""
     _each(name, nodes, lambda lab, node: lab.pause(node))
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def resume(*, nodes: Parts, name: Name = _DEFAULT) -> None:
     """Let those that were paused go on."""
     _each(name, nodes, lambda lab, node: lab.resume(node))
 
 
-@app.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(name="exec", cls=Command, context_settings=CONTEXT | {"ignore_unknown_options": True, "allow_interspersed_args": False})
 def exec_(
     *,
     node: Annotated[str, typer.Argument(metavar="NODE", help="One of the lab's nodes.")],
@@ -122,7 +129,7 @@ def exec_(
     os.execvpe(words[0], words, {**os.environ, "KMONITOR_BROKER": lab.broker_inside})
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def status(*, json: Json = False, name: Name = _DEFAULT) -> None:
     """How the nodes are, as this machine sees it. What the broker makes of that: kmon nodes."""
     lab = _lab(name)
@@ -140,7 +147,7 @@ def status(*, json: Json = False, name: Name = _DEFAULT) -> None:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
 
 
-@app.command()
+@app.command(cls=Command, context_settings=CONTEXT)
 def logs(*, node: Annotated[str, typer.Argument(metavar="NODE", help='A node, or "broker".')], name: Name = _DEFAULT) -> None:
     """What the agent of a node, or the broker, said."""
     with _lab(name).log(node).open(encoding="utf-8", errors="replace") as file:

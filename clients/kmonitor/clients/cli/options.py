@@ -9,14 +9,18 @@ import re
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kmonitor.wire import masks
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import UsageError
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+if TYPE_CHECKING:
+    from kmonitor.clients.selection import Selection
+
+_WHO, _WHAT = "Which processes", "Which events"
 
 Broker = Annotated[
     str,
@@ -25,22 +29,81 @@ Broker = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line, for jq and for programs.")]
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of "10s", "500ms", "2m", "1h" or "10". Raises UsageError unless it is more than zero."""
-    match = _DURATION.fullmatch(text.strip())
-    if match is None or (seconds := float(match[1]) * _SECONDS[match[2]]) <= 0:
-        raise UsageError(f"{text!r} is no duration: write 10s, 500ms, 2m, 1h, or seconds")
+Nodes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--node",
+        metavar="NAME|GLOB,...",
+        help="Only these nodes. Default: every node, including those that join later.",
+        rich_help_panel=_WHO,
+    ),
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="NAME=VALUE,...", help="Only nodes that have all these labels.", rich_help_panel=_WHO),
+]
+
+Events = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="fork, exec, exit, abort, thread-create, thread-exit, thread-abort; process is the first four, thread the last three, "
+        "all is all; or a mask such as 0x60. Default: process, or exit with --failed.",
+        rich_help_panel=_WHAT,
+    ),
+]
+Comms = Annotated[list[str] | None, typer.Option("--comm", metavar="GLOB", help="Only processes of this name.", rich_help_panel=_WHAT)]
+Uids = Annotated[list[int] | None, typer.Option("--uid", metavar="N", help="Only processes of this user.", rich_help_panel=_WHAT)]
+Failed = Annotated[
+    bool,
+    typer.Option("--failed", help="Only ends that failed: with an exit code other than 0, or by a signal.", rich_help_panel=_WHAT),
+]
+
+
+def event_filters(events: str | None, comms: list[str] | None, uids: list[int] | None, failed: bool) -> Selection:
+    """Return the registration's part that says which events. Raises BadMaskError.
+
+    --failed alone asks for exits: a process that died makes one event, and not an ABORT and an EXIT.
+    """
+    mask = masks.parse_mask(events if events is not None else "exit" if failed else "process")
+    return {"events": mask, "comms": comms or [], "uids": uids or [], "failures_only": failed}
+
+
+def split_names(given: list[str] | None) -> list[str]:
+    """Return the names of an option that may be repeated, and may list several with commas; those within [...] are a glob's."""
+    return [name for text in given or () for name in re.split(r",(?![^\[]*\])", text)]
+
+
+def parse_labels(given: list[str] | None) -> dict[str, str]:
+    """Return the labels of --label. Raises UsageError."""
+    labels: dict[str, str] = {}
+    for text in (each for option in given or () for each in option.split(",")):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--label {text}: write NAME=VALUE")
+        if labels.setdefault(name, value) != value:
+            raise UsageError(f"--label {text}: a node has one value of {name}, and {labels[name]!r} is asked for too")
+    return labels
+
+
+def one_of(option: str, value: str | None, known: tuple[str, ...]) -> str:
+    """Return the value of an option that is one of some words; empty if it was left out. Raises UsageError."""
+    if value is not None and value not in known:
+        raise UsageError(f"{option} {value}: give one of {', '.join(known)}")
+    return value or ""
+
+
+def positive_duration(text: str) -> float:
+    """Return the seconds of a duration that is more than zero. Raises UsageError."""
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise UsageError(f"{text!r}: give more than zero")
     return seconds
 
 
-def duration_or_none(text: str) -> float:
-    """As `parse_duration`, where 0 means not at all."""
-    return 0.0 if text.strip() in ("0", "0s") else parse_duration(text)
-
-
 def duration(text: str | None) -> float | None:
-    """As `parse_duration`, for an option that may be left out."""
-    return None if text is None else parse_duration(text)
+    """Return the seconds of an option that may be left out, and must be more than zero. Raises UsageError."""
+    return None if text is None else positive_duration(text)
 
 
 def run(work: Coroutine[Any, Any, int], *, on_interrupt: int = 0) -> None:

@@ -92,6 +92,10 @@ class Screen:
         self._second = (-1, "")
         self._out = sys.stdout
 
+    def heading(self, text: str) -> None:
+        """Show what is asked for, before anything comes. Raises OutputError."""
+        self._ruled(text, "2")
+
     # ---- events
 
     def batch(self, batch: Batch, limit: int) -> None:
@@ -156,7 +160,9 @@ class Screen:
         """Raises OutputError."""
         if isinstance(notice, Progress) and not self._progress:
             return
-        text, colour = _styled(notice)
+        self._ruled(*_styled(notice))
+
+    def _ruled(self, text: str, colour: str) -> None:
         line = f"── {plain_text(text)} "
         line += "─" * max(2, min(shutil.get_terminal_size().columns, 120) - len(line))
         self._write(f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour else line + "\n")

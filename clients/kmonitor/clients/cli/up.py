@@ -6,21 +6,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import os
 import re
 import signal
 import socket
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kmonitor.clients.cli.beside import program
-from kmonitor.clients.cli.options import Json, duration, run
+from kmonitor.clients.cli.options import Comms, Events, Failed, Json, Uids, duration, event_filters, run
 from kmonitor.clients.cli.output import say
-from kmonitor.wire import masks, selectors
+from kmonitor.wire import selectors
 from kmonitor.wire.errors import BadSelectorError, BrokerUnreachableError, KmonitorError, NotAuthorisedError, UsageError
+
+if TYPE_CHECKING:
+    from kmonitor.clients.cli.view import Plan, Sink
+    from kmonitor.clients.monitor import Monitor
+    from kmonitor.clients.selection import Selection
 
 _PORT = 7221
 _PATIENCE_S = 10.0
@@ -34,22 +40,30 @@ _libc = ctypes.CDLL(None)
 
 def up(
     *,
-    for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="End after 10s, 500ms, 2m, 1h.")] = None,
+    comm: Comms = None,
+    uid: Uids = None,
+    failed: Failed = False,
+    events: Events = None,
+    for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="End after this long: 500ms, 10s, 2m, 1h, 1d.")] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Run a small workload, show what it does and nothing else, and end with it.")
+    ] = False,
     json: Json = False,
-    events: Annotated[
-        str, typer.Option(metavar="LIST", help="Some of fork,exec,exit,abort,thread-create,thread-exit,all; or a mask such as 0x60.")
-    ] = "process",
 ) -> None:
     """Start a broker and an agent for this host, and show what happens on it. They end with it.
 
     Needs root, or CAP_BPF and CAP_PERFMON (kmon doctor tells what else will do). Exit status: that of the one that failed, else 0.
+
+    \b
+    Examples:
+      kmon up --demo
+      kmon up --failed --for 10m
     """
     seconds = duration(for_)
-    mask = masks.parse_mask(events)
-    run(_up(seconds, mask, json=json))
+    run(_up(seconds, event_filters(events, comm, uid, failed), demo=demo, json=json))
 
 
-async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
+async def _up(seconds: float | None, filters: Selection, *, demo: bool, json: bool) -> int:
     async with contextlib.AsyncExitStack() as stack:
         wanted = f"127.0.0.1:{_PORT}" if _is_free(_PORT) else "127.0.0.1:0"
         broker = await stack.enter_async_context(_child("kmonitor-broker", "--listen", wanted, "--log", "memory"))
@@ -58,16 +72,18 @@ async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
         # Not earlier: what grpc starts must not be there when children are made with a preexec function. Not later: the agent
         # takes as long to start as these do.
         from kmonitor.clients.cli.view import Plan, show  # noqa: PLC0415
-        from kmonitor.clients.cli.watch import make_sink  # noqa: PLC0415
+        from kmonitor.clients.cli.watch import filters_text, make_sink  # noqa: PLC0415
         from kmonitor.clients.monitor import connect  # noqa: PLC0415
 
         match = await agent.line(_AGENT_LINE)
         if match[2] != "core":
             say(f"this machine's events come from source {match[2]}, since core does not work here: kmon doctor says why")
-        say(f"broker and agent of {match[1]} run at {address}: what you start in another terminal shows here; kmon --help works there")
-        plan = Plan([{"events": mask}], seconds=seconds)
+        elsewhere = "" if demo else "; what you start in another terminal shows here"
+        say(f"broker and agent of {match[1]} run at {address}{elsewhere}")
+        plan = Plan([filters], seconds=seconds)
         monitor = await stack.enter_async_context(connect(address))
-        shown = asyncio.ensure_future(show(monitor, await make_sink(monitor, json=json, progress=False), plan))
+        sink = await make_sink(monitor, json=json, progress=False, heading=filters_text(filters))
+        shown = asyncio.ensure_future(_show_demo(monitor, sink, plan) if demo else show(monitor, sink, plan))
         ends = {asyncio.ensure_future(child.ended()) for child in (broker, agent)}
         try:
             done, _ = await asyncio.wait({shown, *ends}, return_when=asyncio.FIRST_COMPLETED)
@@ -78,6 +94,23 @@ async def _up(seconds: float | None, mask: int, *, json: bool) -> int:
             for task in (shown, *ends):
                 task.cancel()
             await asyncio.gather(shown, *ends, return_exceptions=True)
+
+
+async def _show_demo(monitor: Monitor, sink: Sink, plan: Plan) -> int:
+    """Show the workload and nothing else, then what to do next."""
+    from kmonitor.clients.cli import demo  # noqa: PLC0415
+    from kmonitor.clients.cli.view import show  # noqa: PLC0415
+
+    counting = demo.Counting(sink)
+    async with demo.workload() as workload:
+        assert workload.stdin is not None
+        filters = plan.selections[0].copy()
+        filters["pid"], filters["follow"] = workload.pid, True
+        counting.on_armed = workload.stdin.close
+        status = await show(monitor, counting, dataclasses.replace(plan, selections=[filters], ends_seen=True, follow=True))
+    say(counting.summary())
+    say("next: kmon up shows all that this machine does; kmon watch --help, for a cluster; kmon lab up, for one on this machine")
+    return status
 
 
 def _is_free(port: int) -> bool:

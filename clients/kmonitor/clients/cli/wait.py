@@ -9,6 +9,7 @@ import typer
 
 from kmonitor.clients.cli.options import Broker, duration, run
 from kmonitor.clients.cli.output import outlive_stdout, say
+from kmonitor.wire.errors import UsageError
 from kmonitor.wire.plain import plain_text
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ def wait(
     kmon has to say to stderr.
     """
     if (pid is None) == (pidfile is None):
-        raise typer.BadParameter("give one of --pid and --pidfile")
+        raise UsageError("give one of --pid and --pidfile")
     if start_time and pid is None:
-        raise typer.BadParameter("--start-time belongs to --pid")
+        raise UsageError("--start-time belongs to --pid")
     if boot_id and not start_time:
-        raise typer.BadParameter("--boot-id belongs to --start-time")
+        raise UsageError("--boot-id belongs to --start-time")
     seconds = duration(timeout)
     from kmonitor.wire.selectors import check_boot_id, check_node_name, check_pid, check_pidfile  # noqa: PLC0415 - numpy and gRPC are not for --help
 

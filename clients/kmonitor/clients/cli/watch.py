@@ -8,8 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, duration, duration_or_none, run, wants_colour
-from kmonitor.wire import clocks, masks
+from kmonitor.clients.cli.options import (
+    Broker,
+    Comms,
+    Events,
+    Failed,
+    Json,
+    Labels,
+    Nodes,
+    Uids,
+    duration,
+    event_filters,
+    parse_labels,
+    run,
+    split_names,
+    wants_colour,
+)
+from kmonitor.wire import clocks
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import KmonitorError, UsageError
 
 if TYPE_CHECKING:
@@ -21,15 +37,14 @@ if TYPE_CHECKING:
 _LINGER_S = 300.0
 _EXEC_LIMIT_S = 60.0
 _JOBS_MOST = 256
-_WHO, _WHAT, _END, _ACT = "Whom to watch", "Which events", "When to end", "What to do beside"
+_WHO, _END, _ACT = "Which processes", "When to end", "What to do with them"
 
 
 def watch(
     *,
     broker: Broker = "127.0.0.1:7221",
-    node: Annotated[
-        list[str] | None, typer.Option(metavar="NAME|GLOB", help="Only these nodes; else all, also those that join.", rich_help_panel=_WHO)
-    ] = None,
+    node: Nodes = None,
+    label: Labels = None,
     pid: Annotated[list[int] | None, typer.Option(metavar="N", help="A process.", rich_help_panel=_WHO)] = None,
     pidfile: Annotated[
         list[str] | None,
@@ -40,23 +55,16 @@ def watch(
     ] = None,
     unit: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A systemd unit.", rich_help_panel=_WHO)] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Also what the targets fork.", rich_help_panel=_WHO)] = False,
-    comm: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only processes of this name.", rich_help_panel=_WHAT)] = None,
-    uid: Annotated[list[int] | None, typer.Option(metavar="N", help="Only processes of this user.", rich_help_panel=_WHAT)] = None,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="Of exits and aborts only those with a code other than 0, or a signal.", rich_help_panel=_WHAT)
-    ] = False,
-    events: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="Some of fork,exec,exit,abort,thread-create,thread-exit,thread-abort,process,thread,all; or a mask such as 0x60.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = "process",
+    comm: Comms = None,
+    uid: Uids = None,
+    failed: Failed = False,
+    events: Events = None,
     json: Json = False,
     progress: Annotated[bool, typer.Option("--progress", help="Show the heartbeats too.")] = False,
     count: Annotated[int | None, typer.Option(metavar="N", help="After N events.", rich_help_panel=_END)] = None,
-    for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="After 10s, 500ms, 2m, 1h.", rich_help_panel=_END)] = None,
+    for_: Annotated[
+        str | None, typer.Option("--for", metavar="TIME", help="After this long: 500ms, 10s, 2m, 1h, 1d.", rich_help_panel=_END)
+    ] = None,
     fail_on_gap: Annotated[
         bool, typer.Option("--fail-on-gap", help="With status 5 as soon as events are known to be missing.", rich_help_panel=_END)
     ] = False,
@@ -135,17 +143,17 @@ def watch(
     if exec_jobs is not None and not 1 <= exec_jobs <= _JOBS_MOST:
         raise UsageError(f"--exec-jobs: give a number from 1 to {_JOBS_MOST}")
     limit = duration(exec_timeout) or _EXEC_LIMIT_S
-    lingers = None if resume is None else _LINGER_S if linger is None else duration_or_none(linger)
+    lingers = None if resume is None else _LINGER_S if linger is None else parse_duration(linger)
     if count is not None and count < 1:
         raise UsageError("--count: give a number from 1")
-    selections = _selections(node or [], pid or [], pidfile or [], cgroup or [], unit or [])
-    mask = masks.parse_mask(events)
+    selections = _selections(split_names(node), pid or [], pidfile or [], cgroup or [], unit or [])
+    filters = event_filters(events, comm, uid, failed)
+    labels = parse_labels(label)
     for selection in selections:
-        selection["events"] = mask
+        selection.update(filters)
+        selection["labels"] = labels
         selection["follow"] = follow
-        selection["comms"] = comm or []
-        selection["uids"] = uid or []
-        selection["failures_only"] = failed
+    mask = int(filters["events"])  # a number: event_filters has parsed it
 
     from kmonitor.clients.cli.view import Plan  # noqa: PLC0415 - gRPC and protobuf, which --help and mistakes need not wait for
     from kmonitor.clients.cursor import Cursor  # noqa: PLC0415
@@ -154,6 +162,8 @@ def watch(
     wanted = [registration(selection) for selection in selections]  # before anybody is asked: what cannot be meant is said at once
     cursor = Cursor() if resume is None else Cursor.load(resume)
     cursor.keep_only(wanted)
+    if resume is not None:
+        cursor.save(resume)  # a place that cannot be written is an error now, and not once there is something to lose
     plan = Plan(
         selections,
         count=count,
@@ -196,18 +206,30 @@ async def _watch(broker: str, plan: Plan, *, json: bool, progress: bool) -> int:
 
     resumable = plan.resume is not None
     async with connect(broker, cursor=plan.cursor, linger=plan.linger, resumable=resumable) as monitor:
-        return await show(monitor, await make_sink(monitor, json=json, progress=progress), plan)
+        return await show(monitor, await make_sink(monitor, json=json, progress=progress, heading=filters_text(plan.selections[0])), plan)
 
 
-async def make_sink(monitor: Monitor, *, json: bool, progress: bool) -> Sink:
-    """Lines for programs, or for people."""
+def filters_text(selection: Selection) -> str:
+    """Return what the filters leave, for people; empty if there are none."""
+    parts = [("named", ", ".join(selection.get("comms", ()))), ("of user", ", ".join(map(str, selection.get("uids", ()))))]
+    words = [f"{name} {value}" for name, value in parts if value]
+    if selection.get("failures_only"):
+        words.append("of ends those that failed")
+    return f"only: {'; '.join(words)}" if words else ""
+
+
+async def make_sink(monitor: Monitor, *, json: bool, progress: bool, heading: str = "") -> Sink:
+    """Return what shows lines for programs, or for people; `heading` is for people."""
     if json:
         from kmonitor.clients.cli.jsonlines import JsonLines  # noqa: PLC0415
 
         return JsonLines(progress=progress)
     from kmonitor.clients.cli.screen import Screen  # noqa: PLC0415
 
-    return Screen(colour=wants_colour(), progress=progress, offsets=await _local_offsets(monitor))
+    screen = Screen(colour=wants_colour(), progress=progress, offsets=await _local_offsets(monitor))
+    if heading:
+        screen.heading(heading)
+    return screen
 
 
 async def _local_offsets(monitor: Monitor) -> dict[str, int]:

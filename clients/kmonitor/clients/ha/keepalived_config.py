@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmonitor.clients.cli.options import duration_or_none
 from kmonitor.clients.ha.keepalived import Policy, WhenBlind
 from kmonitor.clients.verdict import Subject
 from kmonitor.wire import selectors
+from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import UsageError
 
 _LARGEST = 254
@@ -145,7 +145,7 @@ def _table(path: Path, table: dict[str, Any]) -> TrackConfig:
         raise UsageError(f"{path}: file = {table['file']!r}: give an absolute path")
     if not all(isinstance(each, str) for each in table["processes"]):
         raise UsageError(f"{path}: processes is a list of texts: {_SYNTAX}")
-    times = {key: duration_or_none(str(table[key])) for key in ("blind-after", "up-delay", "down-delay") if key in table}
+    times = {key: parse_duration(str(table[key])) for key in ("blind-after", "up-delay", "down-delay") if key in table}
     numbers = {key: table[key] for key in ("quorum", "up-value", "down-value") if key in table}
     arguments: dict[str, Any] = {key.replace("-", "_"): value for key, value in (times | numbers).items()}
     return track(Path(table["file"]), table["processes"], table["when-blind"], **arguments)
