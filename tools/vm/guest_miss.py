@@ -29,7 +29,7 @@ from tools.vm.stack import NODE, Told, watched
 def main() -> int:
     """0 if nothing is missing that no gap has room for, and nothing came twice."""
     parser = argparse.ArgumentParser(description="Forks by several workers at once, and what was told of them.")
-    parser.add_argument("sources", nargs="*", default=["core"])
+    parser.add_argument("sources", nargs="*", default=["core", "bcc"])
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--forks", type=int, default=400)
     given = parser.parse_args()
@@ -58,7 +58,7 @@ def account(source: str, children: Counter[tuple[int, int]], told: Told, skipped
     gaps: Counter[str] = Counter()
     inferred = 0
     for line in told.lines():
-        if line["kind"] != "event":
+        if line["kind"] not in ("event", "stale", "fresh"):
             print("  ", json.dumps(line))
         if line["kind"] == "gap":
             gaps[line["reason"]] += 1
