@@ -184,7 +184,7 @@ def _unpacked(path: Path) -> bytes:
 
 def boot(folder: Path, script: str, arguments: str) -> int | None:
     """Run the script on this kernel, and print what it prints: its status; None if it came to no end."""
-    # no_timer_check: an emulated clock that is held up is taken for a broken one, and that is the end of some boots.
+    # no_timer_check: an emulated clock that is held up is taken for a broken one ("8254 timer not connected to IO-APIC").
     words = f"console=ttyS0 quiet loglevel=4 panic=-1 no_timer_check kmonitor.checkout={CHECKOUT} kmonitor.script={script}"
     command: list[str | Path] = [
         "nice", "-n", "10", "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048",
