@@ -51,7 +51,7 @@ ha-table: setup-test ## from a death to the new process, with Pacemaker alone an
 vm-load: setup ## every program of the probe on the stock kernels of Debian, in virtual machines (root); KERNELS="5.10 7.3"
 	$(PYTHON) -m tools.vm.boot load $(KERNELS)
 
-vm-miss: setup ## a load of forks on each of them, and what was told of it beside what was (root); KERNELS="7.3" SOURCES="core bcc"
+vm-miss: setup ## a load of forks on each of them, and what was told of it beside what was (root); KERNELS="7.3" SOURCES="core"
 	$(PYTHON) -m tools.vm.boot miss $(KERNELS) $(if $(SOURCES),--arguments "$(SOURCES)")
 
 vm-killers: setup ## deaths by signals on each of them, and who was named for it (root); KERNELS="5.10" SOURCES="core bcc"

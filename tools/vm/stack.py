@@ -14,7 +14,7 @@ from typing import Any
 ADDRESS = "127.0.0.1:7400"
 NODE = "guest"
 LIMIT_S = 240.0
-"""For one step: a guest is slow."""
+"""For one step without anything new: a guest is slow."""
 
 
 class Told:
@@ -37,7 +37,7 @@ class Told:
         """Until it was told all that has happened so far."""
         with subprocess.Popen(["sh", "-c", "exit 77"]) as fence:
             pass
-        await_that(lambda: fence.pid in self.exits(), "the last exit does not come", self._watch)
+        await_that(lambda: fence.pid in self.exits(), "the last exit does not come", self._watch, self._path)
 
 
 @contextlib.contextmanager
@@ -69,9 +69,11 @@ def watched(source: str) -> Iterator[Told]:
 
 
 def await_that(done: Callable[[], bool], otherwise: str, process: subprocess.Popen[bytes], said: Path | None = None) -> None:
-    """Wait while the process lives."""
-    ends = time.monotonic() + LIMIT_S
+    """Wait while the process lives, and while what it says grows."""
+    ends, size = time.monotonic() + LIMIT_S, 0
     while not done():
+        if said and (now := said.stat().st_size) != size:
+            ends, size = time.monotonic() + LIMIT_S, now
         if process.poll() is not None or time.monotonic() > ends:
             last = said.read_text(errors="replace")[-2000:] if said else ""
             raise SystemExit(f"{otherwise} (status {process.poll()}) {last}")
