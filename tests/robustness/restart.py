@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmonitor.clients.cli.options import parse_duration
+from kmonitor.wire.durations import parse_duration
 from tests.lab.process import Running
 from tests.lab.services import Lab
 
