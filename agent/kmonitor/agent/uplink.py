@@ -24,6 +24,7 @@ from kmonitor.agent.source import Feed
 from kmonitor.v1 import agent_pb2
 from kmonitor.wire.clocks import boot_id
 from kmonitor.wire.errors import KmonitorError, NotAuthorisedError
+from kmonitor.wire.grpc_words import plain_reason
 from kmonitor.wire.plain import plain_text
 from kmonitor.wire.record import RECORD_SIZE, SLOT_SIZE
 from kmonitor.wire.version import installed_version
@@ -324,4 +325,4 @@ class Uplink:
 
 def _reason(error: grpc.aio.AioRpcError) -> str:
     first = (error.details() or "").strip().splitlines()
-    return plain_text(first[0][:_REASON_MOST]) if first else error.code().name
+    return plain_text(plain_reason(first[0])[:_REASON_MOST]) if first else error.code().name

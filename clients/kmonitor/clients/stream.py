@@ -43,6 +43,7 @@ from kmonitor.clients.notifications import (
 from kmonitor.clients.standing import Standing, add_found
 from kmonitor.v1 import events_pb2, monitor_pb2
 from kmonitor.wire.errors import KmonitorError
+from kmonitor.wire.grpc_words import plain_reason
 
 QUEUE_EVENTS = 65536
 FIRST_DELAY_S = 0.1
@@ -221,7 +222,7 @@ class Stream:
                     details = " ".join((error.details() or "").split())
                     if error.code().name not in _LOST_CONNECTION and not any(sign in details for sign in _LOST_WORDS):
                         raise self.channel.error(error) from None
-                    reason = details or error.code().name
+                    reason = plain_reason(details) or error.code().name
                 except TimeoutError:
                     reason = f"nothing came for {HEARTBEAT_TIMEOUT_S:.0f} s"
                 if self._closing:
