@@ -133,7 +133,7 @@ def test_every_command_is_in_the_page() -> None:
     help_text = subprocess.run(
         [BIN / "kmon", "lab", "--help"], check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
     ).stdout
-    names = re.findall(r"^│ (\w+)\s", help_text, re.MULTILINE)
+    names = re.findall(r"^  (\w+)\s", help_text.partition("Commands:")[2], re.MULTILINE)
     assert {"up", "down", "exec"} <= set(names)
     table = PAGE.read_text(encoding="utf-8").partition("## The commands")[2]
     assert [name for name in names if f"`{name} " not in table and f"`{name}`" not in table] == []

@@ -31,6 +31,7 @@ from kmonitor.wire.errors import KmonitorError, UsageError
 if TYPE_CHECKING:
     from kmonitor.clients.cli.actions import Action
     from kmonitor.clients.cli.view import Plan, Sink
+    from kmonitor.clients.cursor import Cursor
     from kmonitor.clients.monitor import Monitor
     from kmonitor.clients.selection import Selection
 
@@ -163,7 +164,7 @@ def watch(
     cursor = Cursor() if resume is None else Cursor.load(resume)
     cursor.keep_only(wanted)
     if resume is not None:
-        cursor.save(resume)  # a place that cannot be written is an error now, and not once there is something to lose
+        _check_writable(resume, cursor)
     plan = Plan(
         selections,
         count=count,
@@ -178,6 +179,14 @@ def watch(
         follow=follow,
     )
     run(_watch(broker, plan, json=json, progress=progress))
+
+
+def _check_writable(path: Path, cursor: Cursor) -> None:
+    """Raise UsageError if the cursor cannot be saved there: now, and not once there is something to lose."""
+    was_there = path.exists()
+    cursor.save(path)
+    if not was_there:
+        path.unlink(missing_ok=True)  # a file says that there is something to go on with
 
 
 def _selections(nodes: list[str], pids: list[int], pidfiles: list[str], cgroups: list[str], units: list[str]) -> list[Selection]:
