@@ -157,8 +157,16 @@ class Monitor:
     @staticmethod
     def _may_be_early(wish: Wish, deed: Deed) -> bool:
         """Of a node of which it had taken nothing when it came back, with its place gone: what somebody else had registered is told from
-        where that began. Not of processes by number: that might be another one."""
-        return not wish.pid and wish.ended_at is None and bool(wish.mask & deed.kind) and wish.is_about(deed.process)
+        where that began. Not of a process by number: that might be another one. But of the tree that it was told of, as they knew it."""
+        if wish.pid and wish.message.follow:
+            keys = {told.key for told in wish.told.get(deed.node, ())}
+            at: Process | None = deed.process
+            while at is not None and at.key not in keys:
+                at = at.parent
+            is_about = at is not None
+        else:
+            is_about = not wish.pid and wish.is_about(deed.process)
+        return is_about and wish.ended_at is None and bool(wish.mask & deed.kind)
 
     def _gap(self, gap: monitor_pb2.Gap) -> None:
         at = self.positions.get(gap.node, (0, -1))
@@ -335,7 +343,8 @@ def _covers(gap: monitor_pb2.Gap, deed: Deed) -> bool:
     if gap.epoch == deed.epoch:
         # What has no record of its own has the position of the next one.
         # How much was lost, a broker took along whose log was in memory: it is told that something is missing.
-        begun = gap.from_position <= deed.position or (deed.lost and deed.forgotten)
+        # And where nobody kept a place, the gap begins where a cursor is: that was lost before the record there, and told behind it.
+        begun = gap.from_position - deed.lost <= deed.position or (deed.lost and deed.forgotten)
         return begun and deed.position < gap.to_position + (not deed.data)
     if gap.epoch < deed.epoch or gap.from_position or gap.lost:
         return False

@@ -14,7 +14,7 @@ from kmonitor.broker.block import Block
 from kmonitor.broker.encode import Encoder
 from kmonitor.broker.log.memory import MemoryLog
 from kmonitor.broker.matching import Span
-from kmonitor.broker.notices import node_change
+from kmonitor.broker.notices import gap, node_change
 from kmonitor.broker.outbox import Outbox
 from kmonitor.broker.router import Router
 from kmonitor.broker.sessions import Session
@@ -99,6 +99,26 @@ async def test_behind_and_live_again_without_a_seam() -> None:
     before = sum(len(item.events.events) for item in bench.got[: kinds.index("node")])
     assert before == 42
     assert not bench.missed()
+
+
+async def test_what_is_told_of_an_absence_while_it_is_gathered_keeps_its_place() -> None:
+    """What came before that, and not only what is read first, would else be within what the gap leads past."""
+    bench = Bench(1 << 20)
+    bench.span(None)
+    outbox = bench.session.outbox
+    outbox.gather(0, {}, 0)
+    bench.feed([rec(EXIT)])
+    positions, times = (0, bench.at), (0, 0)
+    bench.session.tell(gap("a", monitor_pb2.GAP_REASON_LOG, 1, positions=positions, times=times, counts={}), absent="a")
+    bench.session.progress([("a", 1, bench.at, 0)])
+    bench.feed([rec(FORK)])
+    bench.feed([rec(EXEC)])
+    outbox.gathered(0)
+    bench.drain()
+    kinds = [item.WhichOneof("kind") for item in bench.got]
+    assert kinds == ["events", "progress", "gap", "events"]
+    assert [len(item.events.events) for item in bench.got] == [1, 0, 0, 2]
+    assert not bench.got[1].progress.nodes, "of this one a gap is still to be told"
 
 
 @pytest.mark.usefixtures("_small")

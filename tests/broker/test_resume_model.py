@@ -500,7 +500,7 @@ class ResumeMachine(RuleBasedStateMachine):
         if monitor is not None and stream is not None:
             self.call(self.broker.close_session, stream.session, for_good=True)
             del self.monitors[monitor]
-            self.turn()
+            self.commit()
 
     @precondition(lambda self: any(self.monitors.values()))
     @rule(number=WHO, which=WHO)
@@ -515,7 +515,7 @@ class ResumeMachine(RuleBasedStateMachine):
             request = monitor_pb2.WatchRequest(request_id=1000, deregister=monitor_pb2.DeregisterRequest(registration=ending.message))
             self.call(self.broker.watch, stream.session, request)
             ending.ended_at = next(self.clock)
-            self.turn()
+            self.commit()
 
     # -- in the end
 

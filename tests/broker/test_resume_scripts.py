@@ -409,6 +409,52 @@ SCRIPTS: dict[str, tuple[type[ResumeMachine], list[Step]]] = {
             ("come_back", {"number": 0, "found": False, "at_once": True, "before": 0}),
         ],
     ),
+    "nobody's place goes to who may be somebody else": (
+        SqliteMachine,
+        [
+            ("open", {"wanted": wishes((0x20, {"pid": 1, "node": "a"}), (0x7F, {"pid": 1})), "names_stream": False, "flows": True}),
+            ("end_slowly", {"which": 1, "who": 0, "ticks": 0}),
+            ("spawn", {"which": 1, "group": "/c"}),
+            ("open", {"wanted": wishes((0x7F, {"pid": 1})), "names_stream": True, "flows": True}),
+            ("restart_under_load", {"found": False}),
+        ],
+    ),
+    "... nor is it offered twice, by a broker that is started again": (
+        SqliteMachine,
+        [
+            ("open", {"wanted": wishes((0x7F, {"pid": 1})), "names_stream": False, "flows": True}),
+            ("restart", {"crashes": False, "before": 0}),
+            ("end_slowly", {"which": 1, "who": 0, "ticks": 0}),
+            ("spawn", {"which": 1, "group": "/c"}),
+            ("open", {"wanted": wishes((0x7F, {"pid": 1})), "names_stream": True, "flows": True}),
+            ("restart_under_load", {"found": False}),
+            ("restart_under_load", {"found": False}),
+        ],
+    ),
+    "a broker that armed it and crashed, and the ring is gone": (
+        SqliteMachine,
+        [
+            ("open", {"wanted": wishes((0x7F, {"group": "/a"}), (0x68, {})), "names_stream": True, "flows": True}),
+            ("open", {"wanted": wishes((0x7F, {"group": "/a/b"})), "names_stream": True, "flows": False}),
+            ("deregister", {"number": 0, "which": 0}),
+            ("flow", {"which": 1}),
+            ("do", {"which": 1, "who": 7, "what": "exec", "lost": False}),
+            ("start_anew", {"which": 1, "reboot": False}),
+            ("restart", {"crashes": True, "before": 1}),
+        ],
+    ),
+    "a loss before rows, all of which retention took": (
+        SmallMachine,
+        [
+            ("open", {"wanted": wishes((0x68, {}), (0x48, {"follow": True, "node": "a"})), "names_stream": True, "flows": True}),
+            ("do", {"which": 0, "who": 0, "what": "exec", "lost": True}),
+            ("come_back", {"number": 0, "found": False, "at_once": True, "before": 0}),
+            ("end_slowly", {"which": 1, "who": 0, "ticks": 0}),
+            ("request", {"number": 0, "count": 1000}),
+            ("burst", {"which": 0, "blocks": 8, "each": 2}),
+            ("go", {"number": 0, "before": 2, "stays": True}),
+        ],
+    ),
     "a child that nobody saw is nobody's": (
         MemoryMachine,
         [
@@ -424,6 +470,39 @@ SCRIPTS: dict[str, tuple[type[ResumeMachine], list[Step]]] = {
                 },
             ),
             ("do", {"which": 1, "who": 0, "what": "fork", "lost": False}),
+        ],
+    ),
+    "a tree as somebody else knew it": (
+        SqliteMachine,
+        [
+            ("end_slowly", {"which": 0, "who": 0, "ticks": 0}),
+            ("open", {"wanted": wishes((0x20, {"pid": 3, "follow": True}), (0x60, {"group": "/c"})), "names_stream": True, "flows": True}),
+            ("flow", {"which": 0}),
+            ("do", {"which": 0, "who": 1, "what": "fork", "lost": False}),
+            ("open", {"wanted": wishes((0x68, {"pid": 3, "follow": True})), "names_stream": True, "flows": True}),
+            ("go", {"number": 1, "before": 0, "stays": False}),
+        ],
+    ),
+    "a loss where the cursor is, and nobody kept the place": (
+        SqliteMachine,
+        [
+            ("open", {"wanted": wishes((0x7F, {"group": "/a/b"}), (0x40, {"pid": 2, "node": "a"})), "names_stream": True, "flows": True}),
+            ("do", {"which": 0, "who": 1, "what": "exec", "lost": True}),
+            ("restart_under_load", {"found": False}),
+            ("come_back", {"number": 0, "found": False, "at_once": True, "before": 0}),
+            ("go", {"number": 0, "before": 1, "stays": False}),
+        ],
+    ),
+    "a place that was given up, and a broker that did not write that down": (
+        SqliteMachine,
+        [
+            ("open", {"wanted": wishes((0x7F, {"group": "/a"})), "names_stream": True, "flows": True}),
+            ("restart_under_load", {"found": False}),
+            ("close", {"number": 0}),
+            ("flow", {"which": 0}),
+            ("open", {"wanted": wishes((0x60, {"group": "/a"})), "names_stream": True, "flows": False}),
+            ("burst", {"which": 0, "blocks": 1, "each": 1}),
+            ("restart", {"crashes": True, "before": 2}),
         ],
     ),
     "another process by the same number, after a reboot": (

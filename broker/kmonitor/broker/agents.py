@@ -122,7 +122,10 @@ class Agents:
             end = hello.end_position if hello.HasField("end_position") else hello.position + ring_bytes(hello)
             node.told_position = max(node.told_position, end)
             self._broker.lingering.returned(node)
-            interest = self._broker.reconcile.reconnected(node, sessions=list(self._broker.sessions), rebooted=rebooted, epoch=hello.epoch)
+            sessions = list(self._broker.sessions)
+            if restarted:
+                self._broker.reconcile.restarted(node, sessions)
+            interest = self._broker.reconcile.reconnected(node, sessions=sessions, rebooted=rebooted, epoch=hello.epoch)
         self._broker.remember_node(node)
         welcome = agent_pb2.Welcome(lease_ms=round(self._lease * 1000), position=node.logged, takes_parts=True)
         if new or restarted:

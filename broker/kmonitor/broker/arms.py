@@ -241,10 +241,7 @@ class Arms:
             session.note_absence(node.name, node.epoch, first, position)
             times = (0, time.time_ns())
             message = gap(node.name, monitor_pb2.GAP_REASON_LOG, node.epoch, positions=(first, position), times=times, counts={})
-            if session.outbox.gathers:
-                session.before.append((node.name, node.epoch, message))  # what is read first may be from behind that
-            else:
-                session.tell(message, absent=node.name)
+            session.tell(message, absent=node.name)
 
 
 def session_of(arm: Arm) -> Session:

@@ -278,6 +278,7 @@ def _pack_registration(registration: Registration) -> bytes:
             "message": registration.message().SerializeToString().hex(),
             "mask": registration.mask,
             "granted": registration.granted,
+            "lent": registration.lent,
             "over": session.registrations.get(registration.key) is not registration,
             "found": {node: _pack_process(process) for node, process in registration.found.items()},
             "arms": {
@@ -298,6 +299,7 @@ def _unpack_registration(session: Session, content: dict[str, Any]) -> Registrat
     registration = make_registration(session, content["id"], key, message, content["mask"])
     registration.had_spans = True
     registration.granted, registration.serial = content["granted"], content["serial"]
+    registration.lent = content.get("lent", False)  # earlier versions did not write it
     while session.next_serial() < registration.serial:
         pass
     registration.find({node: process for node, packed in content["found"].items() if (process := _unpack_process(packed)) is not None})

@@ -74,7 +74,7 @@ class _Stretch:
     """Of what the log had evicted when it began."""
     missed: dict[tuple[str, int], Missed] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)
-    """Of marks that the log evicted."""
+    """Of marks that the log evicted, and of the rows before them."""
     floors: Mapping[str, int] = field(default_factory=dict)
     """Node -> log offset before which its client has taken everything."""
     number: int = 0
@@ -155,11 +155,6 @@ class Outbox:
         return bool(self._stretches)
 
     @property
-    def gathers(self) -> bool:
-        """Whether it is still to be known what is read first: see `gather`."""
-        return self._gathering is not None
-
-    @property
     def reads_from(self) -> int | None:
         """Log offset of the next entry that it reads; None if it has not to read the log."""
         return self._stretches[0].start if self._stretches else None
@@ -207,6 +202,7 @@ class Outbox:
         self.messages_bytes += len(message)
         if absent:
             self._absent[id(message)] = absent
+            self._divide(self._log.end)
         self._fill()
 
     def has_read(self) -> None:
@@ -286,7 +282,10 @@ class Outbox:
                 self.evicted_while_gathering = True  # whose rows they were is not known yet
                 continue
             if isinstance(entry, Mark):
-                stretch.notices += ((entry.node, entry.epoch, message) for message in self._read_mark(stretch, entry))
+                messages = self._read_mark(stretch, entry)
+                if messages:
+                    stretch.notices += self._missed_so_far(stretch, entry.node)
+                    stretch.notices += ((entry.node, entry.epoch, message) for message in messages)
             elif entry.offset >= stretch.floors.get(entry.node, 0):
                 rows = self.select(entry)
                 if len(rows):
@@ -348,7 +347,8 @@ class Outbox:
         self._lagging.add(self)
 
     def _divide(self, offset: int) -> None:
-        """A ring begins while it is gathered what is read first: what was told of the ring before comes before anything of this one."""
+        """While it is gathered what is read first: what was told so far comes before what comes into the log now. If a ring begins, or the
+        cursor is led on by what was told."""
         before = self._gathering_last
         if before is not None and self._items[-1] is not before:
             before.end = offset
@@ -386,14 +386,11 @@ class Outbox:
     def _read(self, stretch: _Stretch) -> list[bytes]:
         """Read on in the log. First tell what it dropped."""
         self._blocked = False
-        reason = monitor_pb2.GAP_REASON_LOG if stretch.resumed else monitor_pb2.GAP_REASON_SUBSCRIBER
-        dropped = [(node, epoch, gap_of(missed, node, epoch, reason)) for (node, epoch), missed in stretch.missed.items()]
         out: list[bytes] = []
-        for node, epoch, message in self._in_order(stretch.before + dropped + stretch.notices):
+        for node, epoch, message in self._in_order(stretch.before + stretch.notices + self._missed_so_far(stretch)):
             out += self._due(stretch, node, epoch)
             out.append(message)
         stretch.before.clear()
-        stretch.missed.clear()
         stretch.notices.clear()
         page = self._next_page(stretch) if stretch.start < stretch.end else None
         entries, start = ([], 0) if page is None else (page.entries, stretch.start)
@@ -460,6 +457,13 @@ class Outbox:
         delivered = self._delivered.get(node)
         if delivered is not None and delivered[0] != epoch:
             del self._delivered[node]
+
+    @staticmethod
+    def _missed_so_far(stretch: _Stretch, node: str = "") -> list[Notice]:
+        """Gaps for the rows of a node, or of all, that the log evicted, and that are not among the notices yet."""
+        reason = monitor_pb2.GAP_REASON_LOG if stretch.resumed else monitor_pb2.GAP_REASON_SUBSCRIBER
+        places = [place for place in stretch.missed if node in {"", place[0]}]
+        return [(*place, gap_of(stretch.missed.pop(place), *place, reason)) for place in places]
 
     def _in_order(self, notices: list[Notice]) -> list[Notice]:
         """Of each node by its epochs: a cursor does not go back."""

@@ -62,6 +62,14 @@ class Reconcile:
         except BadRecordError:
             return None  # its agent's positions were no positions
 
+    def restarted(self, node: Node, sessions: Iterable[Session]) -> None:
+        """The node has come with another ring. What the one before may have had for arms that nobody has heard of yet is gone with it."""
+        for session in sessions:
+            for registration in session.registrations.about(node.name):
+                arm = registration.arm_on(node.name)
+                if arm is not None and arm.unheard is not None:
+                    arm.unheard = 0
+
     def reconnected(self, node: Node, *, sessions: list[Session], rebooted: bool, epoch: int) -> agent_pb2.Interest:
         """The node is up: everything that is wanted of it, for its agent. `epoch`: that of its ring now."""
         asks, reads = _abandon(node)
@@ -85,8 +93,6 @@ class Reconcile:
                         arm.absent = session.cursor.positions.get(node.name)
                 if arm.state is ArmState.OVER:
                     continue
-                if arm.unheard is not None:
-                    arm.unheard = min(arm.unheard, node.expected)  # in whichever ring
                 if (rebooted and arm.process is not None) or registration.of_another_boot(node.name, node.boot_id):
                     node.interest.drop(arm)
                     no_more.add(arm)

@@ -86,7 +86,9 @@ class Registration:
     serial: int = 0
     """Under which it is remembered, where it is: clients may use an id again."""
     taken: bool = False
-    """Another stream goes on with it."""
+    """The monitor's next stream goes on with it."""
+    lent: bool = False
+    """So does one of which it is not known whether it is that monitor's."""
     brought: bool = False
     """A stream that has come back has brought it: its client may have had it before."""
     _found: dict[str, Process] | None = None

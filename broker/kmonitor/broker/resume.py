@@ -232,8 +232,11 @@ class Lingering:
                 self._keep_past(registration, span, mask)
         session.registrations.add(registration)
         session.donors[theirs] = None
-        # Somebody else's place is kept for him.
-        donor.taken = theirs.stream_id == session.stream_id or (theirs.detached and not session.cursor.stream_id)
+        # Somebody else's place is kept for him; and so is what may be somebody else's.
+        donor.taken |= its_own
+        if theirs.detached and not its_own and not session.cursor.stream_id:
+            donor.lent = True
+            self._arms.note(donor)
         return True
 
     def _spans_of(self, session: Session, theirs: Session, donor: Registration) -> list[Span]:
@@ -356,7 +359,7 @@ class Lingering:
             if theirs is None or not _same_processes(registration, theirs):
                 continue
             covered = (theirs.mask & mask).bit_count()
-            rank = (other.stream_id == session.stream_id, other.detached and not theirs.taken, covered)
+            rank = (other.stream_id == session.stream_id, other.detached and not theirs.taken and not theirs.lent, covered)
             if covered and (best is None or rank > best[0]):
                 best = rank, theirs
                 if rank == (True, True, mask.bit_count()):
@@ -452,13 +455,13 @@ class Lingering:
                 out += self._dropped(session, name, *cursor.positions.get(name, (0, -1)))
         evicted = Evicted.together([theirs.evicted for theirs in session.donors])
         missed = evicted.behind(cursor.positions, session.floors, self._is_later)
-        out += [(node, epoch, gap_of(each, node, epoch, _LOG)) for (node, epoch), each in missed.items()]
+        counted = [(offset, (node, epoch, gap_of(each, node, epoch, _LOG))) for offset, node, epoch, each in missed]
         for mark in evicted.marks:
             message = told(mark, session.matcher, self._log.log_id)
             begun = mark.offset >= session.floors.get(mark.node, 0)
             if message is not None and begun and number_of(mark) > cursor.number:
-                out.append((mark.node, mark.epoch, message))
-        return out
+                counted.append((mark.offset, (mark.node, mark.epoch, message)))
+        return out + [notice for _, notice in sorted(counted)]
 
     def _forgotten(self, session: Session, cursor: Cursor) -> Iterator[Notice]:
         """Gaps where so many processes have ended that the session does not know any more whose the records were."""

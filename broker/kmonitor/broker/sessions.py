@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
+from bisect import bisect
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -117,10 +118,16 @@ class Evicted:
 
     def behind(
         self, positions: Mapping[str, tuple[int, int]], floors: Mapping[str, int], is_later: Callable[[str, int, int], bool]
-    ) -> dict[tuple[str, int], Missed]:
-        """(node, epoch) -> what a client with this cursor has not taken of it. `positions`: node -> (epoch, last position taken);
-        `floors`: node -> log offset before which it has taken everything; `is_later`: whether one epoch of a node came after another."""
-        found: dict[tuple[str, int], Missed] = {}
+    ) -> list[tuple[int, str, int, Missed]]:
+        """What a client with this cursor has not taken, between marks of the same node: (log offset, node, epoch, that).
+
+        `positions`: node -> (epoch, last position taken); `floors`: node -> log offset before which it has taken everything; `is_later`:
+        whether one epoch of a node came after another.
+        """
+        found: dict[tuple[str, int, int], tuple[int, Missed]] = {}
+        marks: dict[str, list[int]] = {}
+        for mark in self.marks:
+            marks.setdefault(mark.node, []).append(mark.offset)
         for part in self._parts:
             if part.offset < floors.get(part.node, 0):
                 continue
@@ -132,10 +139,10 @@ class Evicted:
             if first == len(part.positions):
                 continue
             missed = Missed(int(part.positions[first]), part.end, *part.times, count_types(part.types[first:]))
-            before = found.setdefault((part.node, part.epoch), missed)
+            _, before = found.setdefault((part.node, part.epoch, bisect(marks.get(part.node, ()), part.offset)), (part.offset, missed))
             if before is not missed:
                 before.add(missed)
-        return found
+        return [(offset, node, epoch, missed) for (node, epoch, _), (offset, missed) in found.items()]
 
 
 def _union(parts: list[_Part]) -> _Part:
