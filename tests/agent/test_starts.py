@@ -75,3 +75,17 @@ def test_a_start_that_is_cut_off(lab: Lab, tmp_path: Path, number: signal.Signal
     assert (agent.process.returncode, agent.stderr_text()) == (128 + number, "")
     assert not list(tmp_path.iterdir())
     assert not list(lab.pins.glob("cut@*"))
+
+
+def test_ctrl_c_removes_pins_that_were_just_made(lab: Lab) -> None:
+    """Between them and the event loop, which else takes the signal."""
+    need(capture_lack)
+    agent = lab.command(*lab.agent_command("just", NOBODY_THERE, pin=True))
+    until = time.monotonic() + 20
+    while not list(lab.pins.glob("just@*/link_*")):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    agent.send(signal.SIGINT)
+    agent.wait(20)
+    agent.wait_closed()
+    assert not list(lab.pins.glob("just@*"))

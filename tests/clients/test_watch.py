@@ -147,7 +147,7 @@ async def test_for_people(broker: FakeBroker, kmon: Kmon) -> None:
         (["--notify", "0"], 2, "pid 0 names no process"),
         (["--nonsense"], 2, "--nonsense"),
         (["--label", "zone"], 2, "write NAME=VALUE"),
-        (["--label", "a=1,a=2"], 2, "a node has one value of a"),
+        (["--label", "a=1,a=2"], 2, "label a is given twice"),
         (["--resume", "/nosuch/dir/file"], 2, "/nosuch/dir"),
         (["--broker", "nowhere"], 2, "is no broker address"),
     ],

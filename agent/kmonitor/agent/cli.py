@@ -30,6 +30,7 @@ from kmonitor.agent.source import Source
 from kmonitor.agent.sources import SOURCES, SourceName, open_source
 from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import KmonitorError, UsageError
+from kmonitor.wire.labels import parse_labels
 from kmonitor.wire.options import Parser, number
 from kmonitor.wire.priority import DEFAULT_NICE, raise_priority
 from kmonitor.wire.saying import outlive_stderr, outlive_stdout, say
@@ -63,20 +64,6 @@ def parse_ring_size(text: str) -> int:
     if not _RING_LEAST <= size <= _RING_MOST or size & (size - 1):
         raise UsageError(f"ring size {text!r}: give a power of two from 64K to 1G, such as 16M")
     return size
-
-
-def parse_labels(texts: list[str]) -> dict[str, str]:
-    """{"zone": "a"} from ["zone=a"]. Raises UsageError."""
-    labels: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"label {text!r}: write NAME=VALUE")
-        if key in labels:
-            raise UsageError(f"label {key} is given twice")
-        labels[key] = value
-    check_labels(labels)
-    return labels
 
 
 def check_source(text: str) -> SourceName | Literal["auto"]:
@@ -186,6 +173,7 @@ def agent(
     pins = None if no_pin else PinFolder(pin_root, name, scope)
     options = ProbeOptions(scope=scope, ring_bytes=parse_ring_size(ring_size), watched_max=watched_max)
     labels = parse_labels(label)
+    check_labels(labels)
     gather_s = parse_duration(gather)
     if gather_s > _GATHER_MOST_S:
         raise UsageError(f"--gather {gather}: give 0s to {_GATHER_MOST_S:g}s")
@@ -207,6 +195,7 @@ def agent(
                 if choice not in ("auto", "netlink") or (choice == "auto" and not missing("CAP_BPF", "CAP_PERFMON")):
                     raise  # the probe would work, and needs them
                 cannot_pin, pins = error, None
+        stack.callback(_remove_if_interrupted, folders)
         opened: Source | None = None
         if folders and (found := _predecessors(folders, choice)):
             opened = open_source(choice, options, None)  # before: a version that cannot capture here must not end one that does
@@ -269,6 +258,12 @@ def _unpin(scopes: list[PinFolder]) -> None:
             say(f"{PROGRAM}: removed {folder.path}")
     if not removed:
         say(f"{PROGRAM}: there are no such pins: nothing to remove")
+
+
+def _remove_if_interrupted(folders: list[PinFolder]) -> None:
+    """SIGINT removes the pins, also of a start that has just made them."""
+    if signal.SIGINT in _ending:
+        _remove(folders)
 
 
 def _remove(folders: list[PinFolder]) -> None:

@@ -181,25 +181,22 @@ class Monitor:
     async def list_nodes(self, *names: str, labels: Mapping[str, str] | None = None) -> list[monitor_pb2.Node]:
         """The nodes that the broker knows, by name: as kmonitor.v1.Node messages."""
         selectors.check_node_selector(names, labels or {})
-        request = monitor_pb2.ListNodesRequest(nodes=monitor_pb2.NodeSelector(names=names, labels=labels or {}))
-        try:
-            answer = await self._channel.stub.ListNodes(request, timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._channel.error(error) from None
-        if answer is None:
-            raise errors.unreadable(self.address)
+        answer = await self._ask_nodes(monitor_pb2.NodeSelector(names=names, labels=labels or {}))
         return sorted(answer.nodes, key=lambda node: node.name)
 
     async def broker_version(self) -> str:
         """Return the version of the broker: "0.1.0"; empty if it is too old to tell."""
-        request = monitor_pb2.ListNodesRequest(nodes=monitor_pb2.NodeSelector(names=["-"]))
+        answer = await self._ask_nodes(monitor_pb2.NodeSelector(names=["-"]))  # of none, most likely
+        return answer.broker_version
+
+    async def _ask_nodes(self, nodes: monitor_pb2.NodeSelector) -> monitor_pb2.ListNodesResponse:
         try:
-            answer = await self._channel.stub.ListNodes(request, timeout=CALL_TIMEOUT_S)
+            answer = await self._channel.stub.ListNodes(monitor_pb2.ListNodesRequest(nodes=nodes), timeout=CALL_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise self._channel.error(error) from None
         if answer is None:
             raise errors.unreadable(self.address)
-        return str(answer.broker_version)
+        return answer
 
     async def remove_node(self, node: str) -> None:
         """For operators: the node will not come back. Monitors are told that it is GONE, and its registrations are over. Raises UsageError

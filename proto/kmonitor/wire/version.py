@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 _BEFORE, _AFTER = "kmonitor-", ".dist-info"
 
 
+@cache  # a broker is asked for it with each list of nodes, and does not look at its disk for that
 def installed_version() -> str:
     """As in the name of the folder of its metadata (PEP 376). importlib.metadata says the same, with 2 MB of parsers for mail and zip."""
     for folder in sys.path:

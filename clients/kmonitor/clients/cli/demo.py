@@ -34,7 +34,7 @@ _MEMORY = 16 << 20
 
 @contextlib.asynccontextmanager
 async def workload() -> AsyncIterator[Process]:
-    """Start it; it does nothing before a line comes on its standard input. It is ended with the block."""
+    """Start it; it does nothing before its standard input is closed. It is ended with the block."""
     with _small_group() as group:
         also = ", and one that runs out of memory" if group is not None else ""
         say(f"a small workload runs now: {_STEPS}{also}")
@@ -63,16 +63,28 @@ def _small_group() -> Iterator[Path | None]:
         except OSError:
             continue
         try:
-            if (group / limit).exists():
-                (group / limit).write_text(str(_MEMORY), encoding="ascii")
-                with contextlib.suppress(OSError):
-                    (group / "memory.swap.max").write_text("0", encoding="ascii")
+            if _limit(group / limit):
                 yield group
                 return
         finally:
             with contextlib.suppress(OSError):
                 group.rmdir()
     yield None
+
+
+def _limit(memory: Path) -> bool:
+    """Write a group's limit of memory. Whether it can be."""
+    try:
+        descriptor = os.open(memory, os.O_WRONLY | os.O_CLOEXEC)  # not made: a group without this controller has no such file
+        try:
+            os.write(descriptor, b"%d" % _MEMORY)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        memory.with_name("memory.swap.max").write_text("0", encoding="ascii")
+    return True
 
 
 class Counting:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kmonitor.clients.cli.options import Broker, Json, one_of, parse_labels, run, split_names
+from kmonitor.clients.cli.options import Broker, Json, labels_of, one_of, run, split_names
 from kmonitor.clients.cli.output import say
 from kmonitor.clients.cli.table import Cell, print_table
 from kmonitor.wire.errors import UsageError
@@ -65,7 +65,7 @@ def nodes(
       kmon nodes 'web*' --label zone=west
     """
     if remove is None:
-        run(_nodes(broker, split_names(names), parse_labels(label), _format(output, json)))
+        run(_nodes(broker, split_names(names), labels_of(label), _format(output, json)))
     if names or label:
         raise UsageError("--remove NAME takes no other names")
     run(_remove(broker, str(remove)))

@@ -16,6 +16,7 @@ import typer
 from kmonitor.wire import masks
 from kmonitor.wire.durations import parse_duration
 from kmonitor.wire.errors import UsageError
+from kmonitor.wire.labels import parse_labels
 
 if TYPE_CHECKING:
     from kmonitor.clients.selection import Selection
@@ -74,16 +75,9 @@ def split_names(given: list[str] | None) -> list[str]:
     return [name for text in given or () for name in re.split(r",(?![^\[]*\])", text)]
 
 
-def parse_labels(given: list[str] | None) -> dict[str, str]:
-    """Return the labels of --label. Raises UsageError."""
-    labels: dict[str, str] = {}
-    for text in (each for option in given or () for each in option.split(",")):
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--label {text}: write NAME=VALUE")
-        if labels.setdefault(name, value) != value:
-            raise UsageError(f"--label {text}: a node has one value of {name}, and {labels[name]!r} is asked for too")
-    return labels
+def labels_of(given: list[str] | None) -> dict[str, str]:
+    """Return the labels of an option that may be repeated, and may list several with commas. Raises UsageError."""
+    return parse_labels([text for option in given or () for text in option.split(",")])
 
 
 def one_of(option: str, value: str | None, known: tuple[str, ...]) -> str:

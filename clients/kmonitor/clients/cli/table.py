@@ -19,11 +19,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
     """
     is_coloured = wants_colour()
     table = [[_plain(cell) for cell in row] for row in rows]
-    headings = [name.removeprefix(">").upper() for name in columns]
-    widths = (
-        [max(len(name), *(len(row[at][0]) for row in table)) for at, name in enumerate(headings)] if table else list(map(len, headings))
-    )
-    for row in ([(name, "1") for name in headings], *table):
+    table.insert(0, [(name.removeprefix(">").upper(), "1") for name in columns])
+    widths = [max(len(text) for text, _ in cells) for cells in zip(*table, strict=True)]
+    for row in table:
         cells = []
         for (text, style), name, width in zip(row, columns, widths, strict=True):
             padding = " " * (width - len(text))

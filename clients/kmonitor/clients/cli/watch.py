@@ -19,7 +19,7 @@ from kmonitor.clients.cli.options import (
     Uids,
     duration,
     event_filters,
-    parse_labels,
+    labels_of,
     run,
     split_names,
     wants_colour,
@@ -149,7 +149,7 @@ def watch(
         raise UsageError("--count: give a number from 1")
     selections = _selections(split_names(node), pid or [], pidfile or [], cgroup or [], unit or [])
     filters = event_filters(events, comm, uid, failed)
-    labels = parse_labels(label)
+    labels = labels_of(label)
     for selection in selections:
         selection.update(filters)
         selection["labels"] = labels
