@@ -105,6 +105,7 @@ async def test_what_is_told_of_an_absence_while_it_is_gathered_keeps_its_place()
     """What came before that, and not only what is read first, would else be within what the gap leads past."""
     bench = Bench(1 << 20)
     bench.span(None)
+    bench.session.begun = True
     outbox = bench.session.outbox
     outbox.gather(0, {}, 0)
     bench.feed([rec(EXIT)])
